@@ -1,0 +1,150 @@
+//! What one rank asked for: compared between ranks, and named in errors.
+
+use std::fmt;
+
+use crate::{DType, ReduceOp};
+
+/// A collective operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Op {
+    /// Every rank gets the reduction of all ranks' buffers.
+    AllReduce = 1,
+    /// Every rank gets the concatenation of all ranks' blocks.
+    AllGather = 2,
+    /// Rank `r` gets block `r` of the reduction.
+    ReduceScatter = 3,
+    /// Every rank gets the root's buffer.
+    Broadcast = 4,
+    /// No rank leaves before every rank has arrived.
+    Barrier = 5,
+}
+
+impl Op {
+    /// Every operation, in the order of its code.
+    pub const ALL: [Op; 5] = [Op::AllReduce, Op::AllGather, Op::ReduceScatter, Op::Broadcast, Op::Barrier];
+
+    /// The name used on the command line and in messages, such as `all_reduce`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Op::AllReduce => "all_reduce",
+            Op::AllGather => "all_gather",
+            Op::ReduceScatter => "reduce_scatter",
+            Op::Broadcast => "broadcast",
+            Op::Barrier => "barrier",
+        }
+    }
+
+    /// The operation whose code (`self as u8`) this is.
+    pub fn from_code(code: u8) -> Option<Op> {
+        Op::ALL.into_iter().find(|o| *o as u8 == code)
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One call of a collective, as every rank must make it alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Call {
+    /// Which collective.
+    pub op: Op,
+    /// The element type; `None` where nothing is carried (barrier).
+    pub dtype: Option<DType>,
+    /// The reduction; `None` where nothing is reduced.
+    pub reduce: Option<ReduceOp>,
+    /// Elements over all ranks' outputs that this call defines: the buffer for all_reduce and broadcast, the
+    /// whole output of all_gather, the whole input of reduce_scatter.
+    pub count: u64,
+    /// The root rank; `None` where there is none.
+    pub root: Option<u32>,
+    /// A digest of per-rank counts where they differ (all_gather_v, reduce_scatter_v); 0 otherwise.
+    pub layout: u32,
+}
+
+impl Call {
+    /// A digest that differs, but for a 1 in 2^32 chance, when two ranks' calls differ.
+    pub fn fingerprint(&self) -> u32 {
+        let head = self.op as u64
+            | (self.dtype.map_or(0, |d| d as u64) << 8)
+            | (self.reduce.map_or(0, |r| r as u64) << 16)
+            | (u64::from(self.layout) << 32);
+        let mut h = head.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        h ^= h >> 29;
+        h = (h ^ self.count).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        h ^= h >> 32;
+        h = (h ^ self.root.map_or(0, |r| u64::from(r) + 1)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (h ^ (h >> 32)) as u32
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}(", self.op)?;
+        let mut sep = "";
+        if let Some(d) = self.dtype {
+            write!(f, "{} x {d}", self.count)?;
+            sep = ", ";
+        }
+        if let Some(r) = self.reduce {
+            write!(f, "{sep}{r}")?;
+            sep = ", ";
+        }
+        if let Some(r) = self.root {
+            write!(f, "{sep}root {r}")?;
+            sep = ", ";
+        }
+        if self.layout != 0 {
+            write!(f, "{sep}layout {:08x}", self.layout)?;
+        }
+        f.write_str(")")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call() -> Call {
+        Call {
+            op: Op::AllReduce,
+            dtype: Some(DType::F32),
+            reduce: Some(ReduceOp::Sum),
+            count: 4096,
+            root: None,
+            layout: 0,
+        }
+    }
+
+    #[test]
+    fn any_field_changes_the_fingerprint() {
+        let base = call();
+        let others = [
+            Call { op: Op::Broadcast, ..base },
+            Call { dtype: Some(DType::BF16), ..base },
+            Call { dtype: None, ..base },
+            Call { reduce: Some(ReduceOp::Max), ..base },
+            Call { count: 4097, ..base },
+            Call { root: Some(0), ..base },
+            Call { root: Some(1), ..base },
+            Call { layout: 1, ..base },
+        ];
+        let mut seen = vec![base.fingerprint()];
+        for other in others {
+            assert!(!seen.contains(&other.fingerprint()), "{other}");
+            seen.push(other.fingerprint());
+        }
+    }
+
+    #[test]
+    fn reads_as_a_call() {
+        assert_eq!(call().to_string(), "all_reduce(4096 x f32, sum)");
+        let barrier = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, ..call() };
+        assert_eq!(barrier.to_string(), "barrier()");
+        let bcast = Call { op: Op::Broadcast, reduce: None, root: Some(3), ..call() };
+        assert_eq!(bcast.to_string(), "broadcast(4096 x f32, root 3)");
+    }
+}

@@ -1,0 +1,142 @@
+//! The one error type of the communication layer.
+
+use std::io;
+use std::time::Duration;
+
+use crate::Call;
+
+/// The result of anything that talks to peers.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, on which rank, with whom, in which call, and what to do about it.
+///
+/// After [`PeerLost`](Error::PeerLost), [`Timeout`](Error::Timeout), [`Mismatch`](Error::Mismatch) or
+/// [`Aborted`](Error::Aborted) the communicator is poisoned: the ranks no longer agree on what was done, so
+/// each further call returns [`Poisoned`](Error::Poisoned) and no result can be mistaken for data.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A peer's process died, or it left the group while this rank still needed it.
+    #[error("rank {rank}: lost rank {peer} in {call} (call {seq}): {how}")]
+    PeerLost {
+        /// The rank that reports.
+        rank: usize,
+        /// The rank that is gone.
+        peer: usize,
+        /// The call that could not finish.
+        call: Call,
+        /// Its number on this communicator, from 1.
+        seq: u64,
+        /// How it went, for a person.
+        how: String,
+    },
+
+    /// Peers are alive but did not come to this call in time.
+    #[error(
+        "rank {rank}: {call} (call {seq}) timed out after {after:?} waiting for rank(s) {waiting_for:?}: \
+         are they stopped, slow, or in another call? The limit is TENSORWIRE_TIMEOUT"
+    )]
+    Timeout {
+        /// The rank that reports.
+        rank: usize,
+        /// The call that could not finish.
+        call: Call,
+        /// Its number on this communicator, from 1.
+        seq: u64,
+        /// The ranks that had not come.
+        waiting_for: Vec<usize>,
+        /// The time allowed.
+        after: Duration,
+    },
+
+    /// Two ranks made different calls at the same place in the program.
+    #[error(
+        "rank {rank}: call {seq} differs between ranks: rank {a} called {a_call}, rank {b} called {b_call}: \
+         every rank must make the same calls in the same order"
+    )]
+    Mismatch {
+        /// The rank that reports.
+        rank: usize,
+        /// The call's number on this communicator, from 1.
+        seq: u64,
+        /// One of the two ranks.
+        a: usize,
+        /// What it called.
+        a_call: Call,
+        /// The other rank.
+        b: usize,
+        /// What that one called.
+        b_call: Call,
+    },
+
+    /// A peer gave the group up and said so.
+    #[error("rank {rank}: rank {by} ended the group during {call} (call {seq}): {why}")]
+    Aborted {
+        /// The rank that reports.
+        rank: usize,
+        /// The rank that ended the group.
+        by: usize,
+        /// The call that could not finish.
+        call: Call,
+        /// Its number on this communicator, from 1.
+        seq: u64,
+        /// Why it did.
+        why: String,
+    },
+
+    /// An earlier error on this communicator makes further calls meaningless.
+    #[error("rank {rank}: this communicator failed earlier and can't be used: {cause}")]
+    Poisoned {
+        /// The rank that reports.
+        rank: usize,
+        /// The first error, in words.
+        cause: String,
+    },
+
+    /// Two threads of one rank called the same communicator at once.
+    #[error("rank {rank}: two threads called one communicator at once: give each thread its own communicator")]
+    ConcurrentUse {
+        /// The rank that reports.
+        rank: usize,
+    },
+
+    /// The caller's arguments can't be right. Nothing was sent; the communicator can still be used.
+    #[error("{0}")]
+    InvalidArgument(String),
+
+    /// Rank, world or rendezvous are missing from the environment or make no sense.
+    #[error("{0}")]
+    Config(String),
+
+    /// The ranks could not find each other.
+    #[error("rank {rank} of {world}: {what}")]
+    Rendezvous {
+        /// The rank that reports.
+        rank: usize,
+        /// The number of ranks it expected.
+        world: usize,
+        /// What happened and what to do.
+        what: String,
+    },
+
+    /// The operating system refused.
+    #[error("{what}: {source}")]
+    Os {
+        /// What was tried.
+        what: String,
+        /// What it answered.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// An [`Error::InvalidArgument`].
+    pub fn invalid(what: impl Into<String>) -> Error {
+        Error::InvalidArgument(what.into())
+    }
+
+    /// An [`Error::Os`] from anything that converts to an [`io::Error`].
+    pub fn os(what: impl Into<String>, source: impl Into<io::Error>) -> Error {
+        Error::Os { what: what.into(), source: source.into() }
+    }
+}
