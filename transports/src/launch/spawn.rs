@@ -1,0 +1,273 @@
+//! The ranks of a job on this host: how to start them, and how their run ended.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use tensorwire_core::{Error, Result};
+
+use super::guard::{Guard, announce};
+use super::supervise::supervise;
+
+/// The exit status of a rank that ends because *another* rank is gone. When both are seen to have ended at
+/// the same moment, the other one is named as the first that failed.
+pub const LOST_PEER_STATUS: i32 = 75;
+
+/// Which of a rank's output streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// A line that a rank has written.
+#[derive(Clone, Copy, Debug)]
+pub struct Line<'a> {
+    /// The rank.
+    pub rank: usize,
+    /// Where it wrote it.
+    pub stream: Stream,
+    /// The bytes without the newline, valid UTF-8 or not. A line of more than 64 KiB comes in pieces.
+    pub bytes: &'a [u8],
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// How each rank ended, in rank order. Ranks that the launcher ended after a failure show the signal
+    /// it sent them.
+    pub statuses: Vec<ExitStatus>,
+    /// The rank that failed first, if one did.
+    pub failure: Option<Failure>,
+    /// The signal that the launcher was sent, and passed on to the ranks, if it was.
+    pub forwarded: Option<i32>,
+    /// Whether the run was given up because nobody reads our standard output any more.
+    pub output_closed: bool,
+}
+
+impl Outcome {
+    /// What the launcher's own process should exit with: 0 if all ranks succeeded; the status of the rank that
+    /// failed first, or 128 and its signal; 141, as for `SIGPIPE`, if our reader went away.
+    pub fn exit_code(&self) -> i32 {
+        match &self.failure {
+            _ if self.output_closed => 128 + libc::SIGPIPE,
+            Some(failure) => exit_code(failure.status),
+            None => 0,
+        }
+    }
+}
+
+/// The first rank that failed.
+///
+/// ```text
+/// rank 1 exited with status 3: cannot open model.safetensors
+/// rank 0 was killed by signal 9 (SIGKILL)
+/// ```
+#[derive(Debug)]
+pub struct Failure {
+    /// The rank.
+    pub rank: usize,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// The last lines that it wrote to standard error, blank ones left out: at most 8, each cut to 1 KiB.
+    pub stderr: Vec<String>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.status.signal() {
+            // `signal: 9 (SIGKILL)`, which the standard library knows the name of.
+            Some(_) => {
+                let status = self.status.to_string();
+                write!(f, "rank {} was killed by {}", self.rank, status.replacen("signal: ", "signal ", 1))?;
+            }
+            None => write!(f, "rank {} exited with status {}", self.rank, exit_code(self.status))?,
+        }
+        // Rust ends a panic's message with a note on how to see more of it.
+        match self.stderr.iter().rev().find(|line| !line.starts_with("note: ")) {
+            Some(line) => write!(f, ": {line}"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn exit_code(status: ExitStatus) -> i32 {
+    status.code().or(status.signal().map(|s| 128 + s)).unwrap_or(1)
+}
+
+type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
+
+/// Starts the ranks of a job on this host, and watches over them until all have ended.
+///
+/// Every rank finds its place in `TENSORWIRE_RANK`, `TENSORWIRE_WORLD`, `TENSORWIRE_LOCAL_WORLD` and
+/// `TENSORWIRE_STORE`, reads nothing on standard input, and leads a process group of its own.
+///
+/// * When a rank ends unsuccessfully, the others are sent `SIGTERM` and, 300 ms later, their process groups
+///   are killed.
+/// * Processes that a rank has left behind in its group may write for another 300 ms after it has ended, then
+///   they are killed. Only a process that has left the group (a daemon) can stay.
+/// * If the launcher itself is killed, even with `SIGKILL`, the ranks and their groups are killed too.
+///
+/// ```no_run
+/// use tensorwire_transports::launch::Launcher;
+///
+/// let outcome = Launcher::new("./my-program", 4, "unix:my-job").arg("--fast").run()?;
+/// if let Some(failure) = &outcome.failure {
+///     eprintln!("{failure}");
+/// }
+/// std::process::exit(outcome.exit_code());
+/// # #[allow(unreachable_code)] Ok::<(), tensorwire_core::Error>(())
+/// ```
+pub struct Launcher<'a> {
+    program: OsString,
+    args: Vec<OsString>,
+    ranks: usize,
+    store: OsString,
+    env: Vec<(OsString, OsString)>,
+    rank_env: Vec<(usize, OsString, OsString)>,
+    inherited: Vec<(usize, OwnedFd)>,
+    forward_signals: bool,
+    on_line: Option<OnLine<'a>>,
+}
+
+impl<'a> Launcher<'a> {
+    /// A launcher of `ranks` processes that run `program`. `store` is where they meet, as `TENSORWIRE_STORE`
+    /// will tell them: `unix:NAME` or `file:DIR`.
+    pub fn new(program: impl AsRef<OsStr>, ranks: usize, store: impl AsRef<OsStr>) -> Launcher<'a> {
+        Launcher {
+            program: program.as_ref().into(),
+            args: Vec::new(),
+            ranks,
+            store: store.as_ref().into(),
+            env: Vec::new(),
+            rank_env: Vec::new(),
+            inherited: Vec::new(),
+            forward_signals: false,
+            on_line: None,
+        }
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().into());
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        self.args.extend(args.into_iter().map(|a| a.as_ref().into()));
+        self
+    }
+
+    /// Sets an environment variable for every rank.
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((name.as_ref().into(), value.as_ref().into()));
+        self
+    }
+
+    /// Sets an environment variable for one rank.
+    pub fn rank_env(mut self, rank: usize, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.rank_env.push((rank, name.as_ref().into(), value.as_ref().into()));
+        self
+    }
+
+    /// Hands an open descriptor to one rank, which finds its number in the environment variable `name`.
+    pub fn inherit(self, rank: usize, name: impl AsRef<OsStr>, fd: impl Into<OwnedFd>) -> Self {
+        let fd = fd.into();
+        let mut this = self.rank_env(rank, name, fd.as_raw_fd().to_string());
+        this.inherited.push((rank, fd));
+        this
+    }
+
+    /// Catches `SIGINT`, `SIGTERM` and `SIGHUP` during the run, and passes them on to the ranks' process groups.
+    /// A second `SIGINT` kills them; so do 5 seconds after the first rank has ended. For the one launcher of a
+    /// process that is its main job: the signals' handlers belong to the whole process.
+    pub fn forward_signals(mut self) -> Self {
+        self.forward_signals = true;
+        self
+    }
+
+    /// Hands each line that a rank writes to `on_line`, on the thread that runs the launcher, instead of
+    /// printing it. Where `on_line` breaks, the ranks are ended.
+    ///
+    /// Without this, lines are printed to our standard output and error, each behind `[rank N] `.
+    pub fn on_line(mut self, on_line: impl FnMut(Line<'_>) -> ControlFlow<()> + 'a) -> Self {
+        self.on_line = Some(Box::new(on_line));
+        self
+    }
+
+    /// Starts the ranks and stays until all have ended. The calling thread is the ranks' parent for the kernel:
+    /// they are killed when it ends, so it must not be one that something else may stop.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if there are no ranks or a variable is for a rank that isn't there,
+    /// [`Error::Os`] if a rank can't be started. Ranks that fail are no error: see [`Outcome`].
+    pub fn run(mut self) -> Result<Outcome> {
+        if self.ranks == 0 {
+            return Err(Error::invalid("0 ranks: there must be at least one"));
+        }
+        if let Some((rank, name, _)) = self.rank_env.iter().find(|(rank, ..)| *rank >= self.ranks) {
+            let (name, ranks) = (name.to_string_lossy(), self.ranks);
+            return Err(Error::invalid(format!("{name} is for rank {rank}, but there are {ranks} ranks")));
+        }
+        let on_line = self.on_line.take();
+        supervise(&self, self.ranks, self.forward_signals, on_line)
+    }
+
+    /// Starts one rank under the guard.
+    pub(super) fn spawn(&self, rank: usize, guard: &Guard) -> Result<Child> {
+        let mut command = Command::new(&self.program);
+        command
+            .args(&self.args)
+            .env("TENSORWIRE_RANK", rank.to_string())
+            .env("TENSORWIRE_WORLD", self.ranks.to_string())
+            .env("TENSORWIRE_LOCAL_WORLD", self.ranks.to_string())
+            .env("TENSORWIRE_STORE", &self.store)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        for (of, name, value) in &self.rank_env {
+            if *of == rank {
+                command.env(name, value);
+            }
+        }
+        let handed: Vec<_> =
+            self.inherited.iter().filter(|(of, _)| *of == rank).map(|(_, fd)| fd.as_raw_fd()).collect();
+        let (control, launcher) = (guard.control(), std::process::id());
+        // SAFETY: runs in the child between fork and exec, where only async-signal-safe calls are allowed:
+        // prctl, getppid, write and fcntl are, and nothing here allocates.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                // A launcher that died before that call won't be noticed by the kernel any more.
+                if libc::getppid() as u32 != launcher {
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+                announce(control)?;
+                for &fd in &handed {
+                    if libc::fcntl(fd, libc::F_SETFD, 0) != 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        command.spawn().map_err(|e| {
+            Error::os(format!("cannot start rank {rank}, '{}'", self.program.to_string_lossy()), e)
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;
