@@ -59,7 +59,7 @@ pub struct Plan {
     pub vocab: Vocab,
     /// What each rank carries, in rank order.
     pub ranks: Vec<RankShare>,
-    /// One entry a tensor and rank: exactly what that rank reads from the file.
+    /// One entry a tensor and rank, sorted by both: exactly what that rank reads from the file.
     pub tensors: Vec<TensorShard>,
     /// What a decode step is expected to cost.
     pub predicted: Predicted,
@@ -130,7 +130,7 @@ pub struct Collective {
     pub op: String,
     /// The tensor whose product is reduced, such as `self_attn.o_proj`.
     pub after: String,
-    /// Payload a token.
+    /// Payload a token: the bytes of the whole result, as every rank has it afterwards.
     pub bytes_per_token: u64,
     /// Expected time for one token, in microseconds.
     pub predicted_us: f64,
@@ -143,6 +143,9 @@ pub struct Vocab {
     pub ranges: Vec<Span>,
     /// Rows after padding; the vocabulary's size where none is padded.
     pub padded: usize,
+    /// What the ranks exchange after the embedding and after the output head, in that order.
+    #[serde(default)]
+    pub collectives: Vec<Collective>,
 }
 
 /// What one rank carries.
@@ -152,7 +155,7 @@ pub struct RankShare {
     pub rank: usize,
     /// Bytes of weights as stored in the file.
     pub weight_bytes: u64,
-    /// Bytes of KV cache a token of context, over all layers.
+    /// Bytes of KV cache a token of context, over all layers; 0 for an encoder, which keeps none.
     pub kv_bytes_per_token: u64,
     /// Bytes at the highest point: weights, the largest tensor being loaded, and one token's activations.
     pub peak_bytes: u64,
