@@ -412,14 +412,13 @@ mod tests {
 
     #[test]
     fn a_wrong_number_is_named_with_its_value() {
-        let sources: [(&[(&str, &str)], &str, &str); 5] = [
-            (&OURS, "TENSORWIRE_RANK", "TENSORWIRE_WORLD"),
-            (&TORCH, "RANK", "WORLD_SIZE"),
-            (&OMPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-            (&SLURM, "SLURM_PROCID", "SLURM_NTASKS"),
-            (&PMI, "PMI_RANK", "PMI_SIZE"),
-        ];
-        for (vars, rank, world) in sources {
+        for (vars, rank, world) in [
+            (&OURS[..], "TENSORWIRE_RANK", "TENSORWIRE_WORLD"),
+            (&TORCH[..], "RANK", "WORLD_SIZE"),
+            (&OMPI[..], "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+            (&SLURM[..], "SLURM_PROCID", "SLURM_NTASKS"),
+            (&PMI[..], "PMI_RANK", "PMI_SIZE"),
+        ] {
             for bad in ["one", "-1", "1.5", "99999999999999999999", " "] {
                 assert_eq!(
                     error(&with(vars, rank, bad)),
