@@ -1,1 +1,14 @@
-//! placeholder
+//! Collectives between the ranks of a group: the [`Communicator`], the schedules it follows and the kernels
+//! that reduce.
+//!
+//! The way of a call: [`Communicator`] checks the arguments, `select` picks an algorithm, `schedule` says
+//! which part of the data is whose, `engine` moves and reduces it.
+
+mod communicator;
+mod engine;
+pub mod reduce;
+mod schedule;
+mod select;
+
+pub use communicator::Communicator;
+pub use select::Algorithm;

@@ -66,17 +66,36 @@ pub struct Call {
 }
 
 impl Call {
-    /// A digest that differs, but for a 1 in 2^32 chance, when two ranks' calls differ.
-    pub fn fingerprint(&self) -> u32 {
+    /// The call in three words, for memory that ranks share.
+    pub fn to_words(&self) -> [u64; 3] {
         let head = self.op as u64
             | (self.dtype.map_or(0, |d| d as u64) << 8)
             | (self.reduce.map_or(0, |r| r as u64) << 16)
             | (u64::from(self.layout) << 32);
+        [head, self.count, self.root.map_or(0, |r| u64::from(r) + 1)]
+    }
+
+    /// The call that [`to_words`](Call::to_words) wrote; `None` where the words are no call.
+    pub fn from_words([head, count, root]: [u64; 3]) -> Option<Call> {
+        let byte = |shift: u32| (head >> shift) as u8;
+        Some(Call {
+            op: Op::from_code(byte(0))?,
+            dtype: if byte(8) == 0 { None } else { Some(DType::from_code(byte(8))?) },
+            reduce: if byte(16) == 0 { None } else { Some(ReduceOp::from_code(byte(16))?) },
+            count,
+            root: root.checked_sub(1).map(|r| r as u32),
+            layout: (head >> 32) as u32,
+        })
+    }
+
+    /// A digest that differs, but for a 1 in 2^32 chance, when two ranks' calls differ.
+    pub fn fingerprint(&self) -> u32 {
+        let [head, count, root] = self.to_words();
         let mut h = head.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         h ^= h >> 29;
-        h = (h ^ self.count).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        h = (h ^ count).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         h ^= h >> 32;
-        h = (h ^ self.root.map_or(0, |r| u64::from(r) + 1)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        h = (h ^ root).wrapping_mul(0x94D0_49BB_1331_11EB);
         (h ^ (h >> 32)) as u32
     }
 }
@@ -135,7 +154,15 @@ mod tests {
         let mut seen = vec![base.fingerprint()];
         for other in others {
             assert!(!seen.contains(&other.fingerprint()), "{other}");
+            assert_eq!(Call::from_words(other.to_words()), Some(other));
             seen.push(other.fingerprint());
+        }
+    }
+
+    #[test]
+    fn words_that_are_no_call_are_refused() {
+        for words in [[0; 3], [99, 0, 0], [1 | 99 << 8, 0, 0], [1 | 1 << 8 | 99 << 16, 0, 0]] {
+            assert_eq!(Call::from_words(words), None);
         }
     }
 

@@ -121,7 +121,7 @@ impl FromStr for ReduceOp {
 /// A Rust type that a collective can carry.
 ///
 /// Sealed: the set of element types is the set of [`DType`]s.
-pub trait Element: Copy + Send + Sync + 'static + sealed::Sealed {
+pub trait Element: bytemuck::Pod + Send + Sync + sealed::Sealed {
     /// The code of this type.
     const DTYPE: DType;
 }

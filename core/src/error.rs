@@ -94,7 +94,9 @@ pub enum Error {
     },
 
     /// Two threads of one rank called the same communicator at once.
-    #[error("rank {rank}: two threads called one communicator at once: give each thread its own communicator")]
+    #[error(
+        "rank {rank}: two threads called one communicator at once: give each thread its own communicator"
+    )]
     ConcurrentUse {
         /// The rank that reports.
         rank: usize,

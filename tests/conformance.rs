@@ -1,0 +1,187 @@
+//! Every collective, checked element by element against its definition, over worlds of 1 to 9 ranks, lengths
+//! around every boundary, and every type and operation. Ranks are threads over the same shared memory that
+//! processes use.
+
+mod common;
+
+use common::{Value, buffer, threads, value};
+use half::{bf16, f16};
+use tensorwire::{Algorithm, Communicator, Options, ReduceOp};
+
+/// Lengths around the inline limit, cache lines, small slots and chunk boundaries, for the small slots below.
+const LENGTHS: [usize; 12] = [0, 1, 2, 3, 12, 13, 24, 25, 1000, 1025, 4099, 20_011];
+
+/// Slots so small that a few thousand elements take many chunks.
+fn small_slots() -> Options {
+    Options { slot_bytes: 4 * 4096, ..Options::default() }
+}
+
+fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
+    match op {
+        ReduceOp::Sum => a + b,
+        ReduceOp::Product => a * b,
+        ReduceOp::Min => a.min(b),
+        ReduceOp::Max => a.max(b),
+    }
+}
+
+/// Element `i` of the reduction over `world` ranks: in rank order, in f32, rounded once.
+fn reduced<T: Value>(op: ReduceOp, world: usize, i: usize) -> T {
+    let widened = |r: usize| T::of(value(r, i)).to_f32();
+    T::of((1..world).fold(widened(0), |acc, r| combine(op, acc, widened(r))))
+}
+
+fn all_reduce<T: Value>(comm: &Communicator, len: usize, op: ReduceOp) {
+    let mut x = buffer::<T>(comm.rank(), len);
+    comm.all_reduce(&mut x, op).unwrap();
+    for (i, x) in x.iter().enumerate() {
+        assert_eq!(*x, reduced::<T>(op, comm.world(), i), "{op} of {len}, element {i}");
+    }
+}
+
+fn all_gather<T: Value>(comm: &Communicator, len: usize) {
+    let mut out = vec![T::of(0.0); len * comm.world()];
+    comm.all_gather(&buffer::<T>(comm.rank(), len), &mut out).unwrap();
+    let expected: Vec<T> = (0..comm.world()).flat_map(|r| buffer::<T>(r, len)).collect();
+    assert_eq!(out, expected);
+}
+
+fn all_gather_v<T: Value>(comm: &Communicator, len: usize) {
+    // Uneven on purpose, with an empty block for every third rank.
+    let counts: Vec<usize> = (0..comm.world()).map(|r| if r % 3 == 1 { 0 } else { len + r * 7 }).collect();
+    let mut out = vec![T::of(0.0); counts.iter().sum()];
+    comm.all_gather_v(&buffer::<T>(comm.rank(), counts[comm.rank()]), &mut out, &counts).unwrap();
+    let expected: Vec<T> = counts.iter().enumerate().flat_map(|(r, c)| buffer::<T>(r, *c)).collect();
+    assert_eq!(out, expected);
+}
+
+fn reduce_scatter<T: Value>(comm: &Communicator, len: usize, op: ReduceOp) {
+    let mut out = vec![T::of(0.0); len];
+    comm.reduce_scatter(&buffer::<T>(comm.rank(), len * comm.world()), &mut out, op).unwrap();
+    for (i, x) in out.iter().enumerate() {
+        assert_eq!(*x, reduced::<T>(op, comm.world(), comm.rank() * len + i));
+    }
+}
+
+fn broadcast<T: Value>(comm: &Communicator, len: usize) {
+    for root in 0..comm.world() {
+        let mut x = buffer::<T>(comm.rank(), len);
+        comm.broadcast(&mut x, root).unwrap();
+        assert_eq!(x, buffer::<T>(root, len));
+    }
+}
+
+fn everything<T: Value>(comm: &Communicator) {
+    for len in LENGTHS {
+        for op in ReduceOp::ALL {
+            all_reduce::<T>(comm, len, op);
+            reduce_scatter::<T>(comm, len, op);
+        }
+        all_gather::<T>(comm, len);
+        all_gather_v::<T>(comm, len);
+        broadcast::<T>(comm, len);
+        comm.barrier().unwrap();
+    }
+}
+
+#[test]
+fn every_collective_type_and_length_at_1_to_9_ranks() {
+    for world in 1..=9 {
+        threads(world, &small_slots(), |comm| {
+            everything::<f32>(&comm);
+            everything::<f16>(&comm);
+            everything::<bf16>(&comm);
+        });
+    }
+}
+
+#[test]
+fn large_buffers_with_the_default_slots() {
+    for world in [2, 3] {
+        threads(world, &Options::default(), |comm| {
+            let len = (3 << 20) + 5;
+            all_reduce::<f32>(&comm, len, ReduceOp::Sum);
+            all_gather::<f32>(&comm, len / 4);
+            reduce_scatter::<bf16>(&comm, len / 2, ReduceOp::Sum);
+            broadcast::<f16>(&comm, len);
+        });
+    }
+}
+
+#[test]
+fn every_algorithm_gives_the_same_bits() {
+    for world in [2, 3, 5] {
+        threads(world, &small_slots(), |comm| {
+            for len in [1usize, 7, 12, 500, 1024] {
+                for algorithm in Algorithm::ALL {
+                    comm.set_algorithm(Some(algorithm)).unwrap();
+                    if comm.algorithm(len * 4).is_ok() {
+                        all_reduce::<f32>(&comm, len, ReduceOp::Sum);
+                    }
+                }
+            }
+            comm.set_algorithm(Some(Algorithm::Inline)).unwrap();
+            let error = comm.all_reduce(&mut [0f32; 13], ReduceOp::Sum).unwrap_err().to_string();
+            assert!(error.contains("inline carries at most 48 bytes, not 52"), "{error}");
+            comm.set_algorithm(None).unwrap();
+            all_reduce::<f32>(&comm, 13, ReduceOp::Sum);
+        });
+    }
+}
+
+#[test]
+fn special_values_come_out_alike_on_every_rank() {
+    let specials =
+        [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MIN_POSITIVE / 4.0, f32::MAX, 1.0];
+    for world in 2..=4 {
+        threads(world, &small_slots(), |comm| {
+            for len in [8usize, 3000] {
+                for algorithm in [None, Some(Algorithm::TwoShot)] {
+                    comm.set_algorithm(algorithm).unwrap();
+                    let mut x: Vec<f32> = (0..len).map(|i| specials[(i + i / 8 * comm.rank()) % 8]).collect();
+                    comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+                    let bits: Vec<u32> = x.iter().map(|x| x.to_bits()).collect();
+                    // Each rank compares its bits with rank 0's, carried as f32 without arithmetic.
+                    let mut theirs = x.clone();
+                    comm.broadcast(&mut theirs, 0).unwrap();
+                    assert_eq!(theirs.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), bits);
+                    assert!(bits.iter().all(|b| !f32::from_bits(*b).is_nan() || *b == 0x7fc0_0000));
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn a_million_small_calls_in_a_row() {
+    threads(2, &Options::default(), |comm| {
+        for i in 0..500_000u32 {
+            let mut x = [comm.rank() as f32, i as f32];
+            comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+            assert_eq!(x, [1.0, 2.0 * i as f32]);
+            let mut y = [if comm.rank() == i as usize % 2 { i as f32 } else { -1.0 }];
+            comm.broadcast(&mut y, i as usize % 2).unwrap();
+            assert_eq!(y, [i as f32]);
+        }
+    });
+}
+
+#[test]
+fn wrong_arguments_are_refused_before_anything_is_sent() {
+    threads(2, &small_slots(), |comm| {
+        let wrong = [
+            comm.all_gather(&[0f32; 3], &mut [0f32; 5]),
+            comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[3, 3, 0]),
+            comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[2, 4]),
+            comm.all_gather_v(&[0f32; 3], &mut [0f32; 5], &[3, 3]),
+            comm.reduce_scatter(&[0f32; 5], &mut [0f32; 3], ReduceOp::Sum),
+            comm.broadcast(&mut [0f32; 5], 2),
+        ];
+        for error in wrong {
+            let error = error.unwrap_err();
+            assert!(matches!(error, tensorwire::Error::InvalidArgument(_)), "{error}");
+        }
+        all_reduce::<f32>(&comm, 100, ReduceOp::Sum);
+    });
+    assert!(Communicator::in_process(0).is_err());
+}

@@ -1,0 +1,90 @@
+//! The words that ranks share: the group header, a control page a rank, and the flag lines.
+//!
+//! | word | written by | read by | pairing |
+//! | --- | --- | --- | --- |
+//! | `Flag::step` | its rank, Release, after the step's payload and slot | peers, Acquire | makes the step's data visible |
+//! | `Header::sleepers`, `Control::sleeping` | a rank about to sleep, then SeqCst fence, then it reads the flag once more | a rank that published, after a SeqCst fence | one of the two sees the other (Dekker) |
+//! | `Control::doorbell` | ringers, Release | its rank, Acquire, before the last look at the flag; then the kernel, in futex_wait | a ring after that look makes futex_wait return |
+//! | `Control::state` | its rank, Release, once, when it leaves | peers, Acquire, before the last look at the flag | what was published before leaving is seen |
+//! | `Header::verdict_state` | the first rank that fails: CAS to WRITING, then READY, Release | everyone, Acquire | makes the verdict visible |
+//! | `CallRecord` words | its rank, Relaxed; `seq` Release | peers, after a flag of that call | what the rank called, for error messages |
+
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use tensorwire_core::Call;
+
+use super::layout::{FLAG, INLINE, PAGE};
+use super::verdict::Verdict;
+
+/// Calls a rank keeps on record.
+const RECORDS: usize = 32;
+
+#[repr(C, align(4096))]
+pub(super) struct Header {
+    pub(super) verdict_state: AtomicU32,
+    pub(super) verdict: UnsafeCell<Verdict>,
+    /// Ranks asleep or about to be; on a cache line that changes only when somebody sleeps.
+    pub(super) sleepers: Line<AtomicU32>,
+}
+
+#[repr(C, align(4096))]
+pub(super) struct Control {
+    pub(super) state: AtomicU32,
+    pub(super) sleeping: AtomicU32,
+    pub(super) doorbell: Line<AtomicU32>,
+    calls: Line<[CallRecord; RECORDS]>,
+}
+
+/// `Control::state` of a rank that has left the group. 0 is a member.
+pub(super) const LEFT: u32 = 1;
+
+/// A value on cache lines of its own.
+#[repr(C, align(128))]
+pub(super) struct Line<T>(pub(super) T);
+
+#[repr(C)]
+struct CallRecord {
+    seq: AtomicU64,
+    words: [AtomicU64; 3],
+}
+
+/// One rank's word to its peers about one step, with the payload of small messages in the same cache line.
+#[repr(C, align(128))]
+pub(super) struct Flag {
+    /// The step that the rank has published last in this place. Steps start at 1.
+    pub(super) step: AtomicU64,
+    /// The fingerprint of the call that the step belongs to.
+    pub(super) fingerprint: AtomicU32,
+    pub(super) payload: UnsafeCell<Payload>,
+}
+
+/// Aligned for any element type.
+#[repr(C, align(16))]
+pub(super) struct Payload(pub(super) [u8; INLINE]);
+
+const _: () =
+    assert!(size_of::<Header>() == PAGE && size_of::<Control>() == PAGE && size_of::<Flag>() == FLAG);
+// Step, fingerprint and payload arrive together: they share one 64-byte cache line.
+const _: () = assert!(std::mem::offset_of!(Flag, payload) + INLINE <= 64);
+
+impl Control {
+    /// Records that this rank's call number `seq` is `call`.
+    #[inline]
+    pub(super) fn record(&self, seq: u64, call: &Call) {
+        let record = &self.calls.0[seq as usize % RECORDS];
+        for (word, value) in record.words.iter().zip(call.to_words()) {
+            word.store(value, Ordering::Relaxed);
+        }
+        record.seq.store(seq, Ordering::Release);
+    }
+
+    /// This rank's call number `seq`, if it is still on record.
+    pub(super) fn recorded(&self, seq: u64) -> Option<Call> {
+        let record = &self.calls.0[seq as usize % RECORDS];
+        let before = record.seq.load(Ordering::Acquire);
+        let words = record.words.each_ref().map(|w| w.load(Ordering::Acquire));
+        // A rank that runs ahead may be overwriting the record: then its number has changed.
+        (before == seq && record.seq.load(Ordering::Relaxed) == seq).then(|| Call::from_words(words))?
+    }
+}

@@ -1,0 +1,285 @@
+//! How the ranks of one host come to hold the same segment.
+//!
+//! Rank 0 makes the segment and listens on an abstract Unix socket whose name it publishes through the job's
+//! store. Each other rank connects and says who it is, with a pidfd of itself; when all have come, each gets
+//! the segment's memfd and everyone's pidfd. That a rank can be handed the memory is the proof that it is on
+//! this host.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use tensorwire_core::{Deadline, Error, Result};
+
+use super::layout::Layout;
+use super::segment::Segment;
+use crate::liveness;
+use crate::local_socket;
+use crate::store::Store;
+
+/// Changes with any change of the segment's layout or of the messages here.
+const VERSION: u32 = 1;
+const MAGIC: [u8; 4] = *b"TWsh";
+/// The kernel passes at most 253 descriptors at once.
+const FDS_A_MESSAGE: usize = 128;
+
+/// How long a caller may take to introduce itself: one that says nothing must not keep the others waiting.
+const GREETING: Duration = Duration::from_secs(2);
+
+/// What every rank ends up with.
+pub(super) struct Handover {
+    pub(super) segment: Segment,
+    pub(super) pidfds: Vec<OwnedFd>,
+}
+
+/// Rank 0: makes the segment, waits for the others and hands it over.
+pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadline) -> Result<Handover> {
+    let world = layout.world;
+    let rendezvous = |what: String| Error::Rendezvous { rank: 0, world, what };
+    let segment = Segment::create(layout)?;
+    let name = local_socket::fresh_name("shm").map_err(|e| Error::os("naming a socket", e))?;
+    let listener = local_socket::listen(&name).map_err(|e| Error::os("listening for the other ranks", e))?;
+    listener.set_nonblocking(true).map_err(|e| Error::os("listening for the other ranks", e))?;
+    store.set(key, name.as_bytes(), deadline)?;
+
+    let mut guests: Vec<Option<(UnixStream, OwnedFd)>> = (0..world).map(|_| None).collect();
+    let mut refused = Vec::new();
+    for _ in 1..world {
+        while let Err(refusal) = welcome(&listener, &mut guests, deadline) {
+            let Some(why) = refusal else {
+                let missing: Vec<usize> = (1..world).filter(|r| guests[*r].is_none()).collect();
+                let mut what = format!("rank(s) {missing:?} did not come within {:?}", deadline.budget());
+                if !refused.is_empty() {
+                    what += &format!("; refused: {}", refused.join("; "));
+                }
+                return Err(rendezvous(what));
+            };
+            refused.push(why);
+        }
+    }
+    let mut pidfds = vec![liveness::own_pidfd()?];
+    let mut streams = Vec::new();
+    for (stream, pidfd) in guests.into_iter().flatten() {
+        pidfds.push(pidfd);
+        streams.push(stream);
+    }
+    let borrowed: Vec<BorrowedFd<'_>> = pidfds.iter().map(AsFd::as_fd).collect();
+    for (i, mut stream) in streams.into_iter().enumerate() {
+        let mut hand = || {
+            local_socket::limit(&stream, deadline)?;
+            local_socket::write_frame(&mut stream, &accepted(&layout))?;
+            send_fds(&stream, &[segment.fd()])?;
+            borrowed.chunks(FDS_A_MESSAGE).try_for_each(|fds| send_fds(&stream, fds))
+        };
+        hand().map_err(|e| rendezvous(format!("rank {} went away while it joined: {e}", i + 1)))?;
+    }
+    drop(borrowed);
+    Ok(Handover { segment, pidfds })
+}
+
+/// Lets one rank in. Fails with why a caller was refused, or with `None` when time is up.
+fn welcome(
+    listener: &UnixListener,
+    guests: &mut [Option<(UnixStream, OwnedFd)>],
+    deadline: Deadline,
+) -> Result<(), Option<String>> {
+    let mut stream = accept(listener, deadline).map_err(|_| None)?;
+    let mut introduce = || {
+        local_socket::check_user(&stream)?;
+        local_socket::limit(&stream, Deadline::after(GREETING.min(deadline.remaining())))?;
+        let hello = local_socket::read_frame(&mut stream)?;
+        let pidfd = recv_fds(&stream, 1)?.remove(0);
+        Ok((hello, pidfd))
+    };
+    let (hello, pidfd) =
+        introduce().map_err(|e: io::Error| Some(format!("a caller that did not introduce itself: {e}")))?;
+    match admit(&hello, guests) {
+        Ok(rank) => {
+            guests[rank] = Some((stream, pidfd));
+            Ok(())
+        }
+        Err(why) => {
+            let mut reply = vec![1];
+            reply.extend_from_slice(why.as_bytes());
+            // A caller that has gone needs no answer.
+            let _ = local_socket::write_frame(&mut stream, &reply);
+            Err(Some(why))
+        }
+    }
+}
+
+/// The rank that this greeting introduces, if it belongs here.
+fn admit(hello: &[u8], guests: &[Option<(UnixStream, OwnedFd)>]) -> Result<usize, String> {
+    let world = guests.len();
+    let words: &[u8; 16] = hello.try_into().map_err(|_| "a greeting of the wrong length".to_owned())?;
+    let word = |i: usize| u32::from_le_bytes([words[i], words[i + 1], words[i + 2], words[i + 3]]);
+    if words[..4] != MAGIC {
+        return Err("a greeting that is not tensorwire's".into());
+    }
+    let (version, rank, their_world) = (word(4), word(8) as usize, word(12) as usize);
+    if version != VERSION {
+        return Err(format!(
+            "rank {rank} speaks version {version} of the shared-memory protocol, rank 0 {VERSION}"
+        ));
+    }
+    if their_world != world {
+        return Err(format!("rank {rank} was started for a world of {their_world}, rank 0 for {world}"));
+    }
+    match guests.get(rank) {
+        None => Err(format!("rank {rank} is outside the world of {world}")),
+        Some(Some(_)) => Err(format!("rank {rank} has come twice")),
+        Some(None) if rank == 0 => Err("rank 0 has come twice".into()),
+        Some(None) => Ok(rank),
+    }
+}
+
+/// Every other rank: asks rank 0 for the segment.
+pub(super) fn take(
+    rank: usize,
+    world: usize,
+    key: &str,
+    store: &dyn Store,
+    deadline: Deadline,
+) -> Result<Handover> {
+    let rendezvous = |what: String| Error::Rendezvous { rank, world, what };
+    let name = store.get(key, deadline)?;
+    let name = String::from_utf8_lossy(&name).into_owned();
+    let mut stream = local_socket::connect(&name, deadline)
+        .map_err(|e| rendezvous(format!("rank 0 can't be reached on this host ({name}): {e}")))?;
+    let mut hello = Vec::from(MAGIC);
+    for word in [VERSION, rank as u32, world as u32] {
+        hello.extend_from_slice(&word.to_le_bytes());
+    }
+    let own = liveness::own_pidfd()?;
+    let mut ask = || {
+        local_socket::limit(&stream, deadline)?;
+        local_socket::write_frame(&mut stream, &hello)?;
+        send_fds(&stream, &[own.as_fd()])?;
+        local_socket::read_frame(&mut stream)
+    };
+    let reply = ask()
+        .map_err(|e| rendezvous(format!("rank 0 did not answer within {:?}: {e}", deadline.budget())))?;
+    let layout = match reply.split_first() {
+        Some((0, body)) => parse_accepted(body, world),
+        Some((_, why)) => {
+            return Err(rendezvous(format!("rank 0 refused: {}", String::from_utf8_lossy(why))));
+        }
+        None => None,
+    };
+    let layout = layout.ok_or_else(|| rendezvous("rank 0 sent an answer that makes no sense".into()))?;
+    let receive = || {
+        let memory = recv_fds(&stream, 1)?.remove(0);
+        let mut pidfds = Vec::with_capacity(world);
+        while pidfds.len() < world {
+            pidfds.extend(recv_fds(&stream, (world - pidfds.len()).min(FDS_A_MESSAGE))?);
+        }
+        Ok((memory, pidfds))
+    };
+    let (memory, pidfds) =
+        receive().map_err(|e: io::Error| rendezvous(format!("rank 0 went away while handing over: {e}")))?;
+    Ok(Handover { segment: Segment::open(memory, layout)?, pidfds })
+}
+
+/// Rank 0's answer to a rank it lets in: status 0 and the slot bytes of the layout.
+fn accepted(layout: &Layout) -> Vec<u8> {
+    let mut body = vec![0];
+    body.extend_from_slice(&((layout.slot * super::DEPTH as usize) as u64).to_le_bytes());
+    body
+}
+
+fn parse_accepted(body: &[u8], world: usize) -> Option<Layout> {
+    let slots = u64::from_le_bytes(body.try_into().ok()?);
+    Layout::new(world, usize::try_from(slots).ok()?).ok()
+}
+
+fn accept(listener: &UnixListener, deadline: Deadline) -> io::Result<UnixStream> {
+    loop {
+        let left = deadline.remaining();
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        let mut fds = [PollFd::new(listener, PollFlags::IN)];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+fn send_fds(stream: &UnixStream, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors for one message"));
+    }
+    sendmsg(stream, &[IoSlice::new(b"f")], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+fn recv_fds(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let got = recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let fds: Vec<OwnedFd> = control
+        .drain()
+        .flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+            _ => Vec::new(),
+        })
+        .collect();
+    if got.bytes != 1 || fds.len() != count {
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("{} of {count} descriptors came", fds.len()),
+        ));
+    }
+    Ok(fds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(magic: &[u8; 4], words: [u32; 3]) -> Vec<u8> {
+        let mut h = Vec::from(*magic);
+        words.iter().for_each(|w| h.extend_from_slice(&w.to_le_bytes()));
+        h
+    }
+
+    #[test]
+    fn only_a_rank_of_this_world_that_has_not_come_is_admitted() {
+        let (end, _other) = UnixStream::pair().unwrap();
+        let guests = vec![None, Some((end, liveness::own_pidfd().unwrap())), None];
+        assert_eq!(admit(&hello(&MAGIC, [VERSION, 2, 3]), &guests), Ok(2));
+        for (hello, why) in [
+            (hello(&MAGIC, [VERSION, 1, 3]), "rank 1 has come twice"),
+            (hello(&MAGIC, [VERSION, 0, 3]), "rank 0 has come twice"),
+            (hello(&MAGIC, [VERSION, 3, 3]), "outside the world of 3"),
+            (hello(&MAGIC, [VERSION, 2, 4]), "a world of 4, rank 0 for 3"),
+            (hello(&MAGIC, [VERSION + 1, 2, 3]), "version"),
+            (hello(b"HTTP", [VERSION, 2, 3]), "not tensorwire's"),
+            (b"GET / HTTP/1.1".to_vec(), "wrong length"),
+            (Vec::new(), "wrong length"),
+        ] {
+            let message = admit(&hello, &guests).unwrap_err();
+            assert!(message.contains(why), "{message}");
+        }
+    }
+}

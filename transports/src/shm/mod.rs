@@ -1,0 +1,120 @@
+//! Shared memory between the ranks of one host.
+//!
+//! [`Group`] is a rank's membership: it carries the step protocol (publish, wait) that the collectives are
+//! made of, notices peers that die, leave, stall or make another call, and says so on every rank.
+//!
+//! By default a rank takes 4 MiB + 8 KiB of shared memory (`TENSORWIRE_SHM_BYTES` sets the 4 MiB), from an
+//! anonymous file: the size of /dev/shm doesn't matter and nothing is left behind, however a job ends.
+
+mod control;
+mod group;
+mod handover;
+mod layout;
+mod segment;
+mod verdict;
+mod wait;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tensorwire_core::{DEFAULT_TIMEOUT, Deadline, Error, Result};
+
+pub use group::{Failure, Group};
+pub use layout::{DEFAULT_SLOTS, DEPTH, INLINE, MAX_WORLD};
+
+use crate::liveness::Liveness;
+use crate::store::Store;
+use layout::Layout;
+use segment::Segment;
+
+/// What can be set about a group.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long a call, or joining the group, waits for peers. `TENSORWIRE_TIMEOUT`, in seconds.
+    pub timeout: Duration,
+    /// Bytes of slots a rank; rank 0's value holds for all. `TENSORWIRE_SHM_BYTES`.
+    pub slot_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { timeout: DEFAULT_TIMEOUT, slot_bytes: DEFAULT_SLOTS }
+    }
+}
+
+impl Options {
+    /// The defaults, with what the environment sets.
+    pub fn from_env() -> Result<Options> {
+        Options::from_lookup(|name| std::env::var(name).ok())
+    }
+
+    fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Options> {
+        let mut options = Options::default();
+        if let Some(text) = lookup("TENSORWIRE_TIMEOUT") {
+            let seconds = text.parse::<f64>().ok().filter(|s| *s > 0.0 && *s < 1e9);
+            options.timeout = Duration::from_secs_f64(seconds.ok_or_else(|| {
+                Error::Config(format!(
+                    "TENSORWIRE_TIMEOUT is '{text}': give seconds above 0, such as 30 or 0.5"
+                ))
+            })?);
+        }
+        if let Some(text) = lookup("TENSORWIRE_SHM_BYTES") {
+            options.slot_bytes = text.parse().map_err(|_| {
+                Error::Config(format!(
+                    "TENSORWIRE_SHM_BYTES is '{text}': give bytes a rank, such as {DEFAULT_SLOTS}"
+                ))
+            })?;
+        }
+        Ok(options)
+    }
+}
+
+/// The group of `world` ranks that are threads of this process; rank `i` is element `i`.
+pub fn in_process(world: usize, options: &Options) -> Result<Vec<Group>> {
+    let segment = Arc::new(Segment::create(Layout::new(world, options.slot_bytes)?)?);
+    Ok((0..world).map(|rank| Group::new(segment.clone(), rank, Liveness::default(), options)).collect())
+}
+
+/// Joins the group of `world` processes on this host that meet in `store`, as `rank`.
+pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> Result<Group> {
+    if rank >= world {
+        return Err(Error::Config(format!(
+            "rank {rank} is outside the world of {world}: ranks are 0 to world - 1"
+        )));
+    }
+    let layout = Layout::new(world, options.slot_bytes)?;
+    let deadline = Deadline::after(options.timeout);
+    // A program may make several groups over one store: its nth meets the others' nth.
+    let nth = store.add(&format!("shm/made/{rank}"), 1, deadline)?;
+    let key = format!("shm/{nth}");
+    let handover = match rank {
+        0 => handover::give(layout, &key, store, deadline)?,
+        _ => handover::take(rank, world, &key, store, deadline)?,
+    };
+    Ok(Group::new(Arc::new(handover.segment), rank, Liveness::new(handover.pidfds), options))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_come_from_the_environment_or_say_why_not() {
+        let set = |name: &'static str, value: &'static str| {
+            Options::from_lookup(move |n| (n == name).then(|| value.to_owned()))
+        };
+        assert_eq!(set("TENSORWIRE_TIMEOUT", "0.5").unwrap().timeout, Duration::from_millis(500));
+        assert_eq!(set("TENSORWIRE_SHM_BYTES", "65536").unwrap().slot_bytes, 65536);
+        assert_eq!(set("OTHER", "x").unwrap().timeout, DEFAULT_TIMEOUT);
+        for (name, value) in [
+            ("TENSORWIRE_TIMEOUT", "soon"),
+            ("TENSORWIRE_TIMEOUT", "0"),
+            ("TENSORWIRE_TIMEOUT", "NaN"),
+            ("TENSORWIRE_TIMEOUT", "-1"),
+            ("TENSORWIRE_SHM_BYTES", "4M"),
+            ("TENSORWIRE_SHM_BYTES", "-1"),
+        ] {
+            assert!(set(name, value).unwrap_err().to_string().contains(name));
+        }
+    }
+}

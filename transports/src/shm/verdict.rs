@@ -1,0 +1,137 @@
+//! Why a group ended: written once by the first rank that fails, read by all the others.
+
+use tensorwire_core::{Call, Error};
+
+/// Bytes of text that a verdict carries.
+const TEXT: usize = 192;
+/// Ranks that a timeout names.
+const WAITING: usize = 32;
+
+const PEER_LOST: u32 = 1;
+const TIMEOUT: u32 = 2;
+const MISMATCH: u32 = 3;
+const ABORTED: u32 = 4;
+
+/// An [`Error`] in plain words that every process reads alike. Zero is "none".
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Verdict {
+    kind: u32,
+    by: u32,
+    /// The two ranks of a mismatch, or the lost one.
+    ranks: [u32; 2],
+    calls: [[u64; 3]; 2],
+    waiting: [u16; WAITING],
+    waiting_len: u32,
+    text_len: u32,
+    text: [u8; TEXT],
+}
+
+impl Verdict {
+    /// The verdict that tells peers of `error`, which `by` met. Anything that isn't about the group itself
+    /// becomes an abort.
+    pub(super) fn new(by: usize, error: &Error) -> Verdict {
+        let mut v = Verdict {
+            kind: ABORTED,
+            by: by as u32,
+            ranks: [0; 2],
+            calls: [[0; 3]; 2],
+            waiting: [0; WAITING],
+            waiting_len: 0,
+            text_len: 0,
+            text: [0; TEXT],
+        };
+        match error {
+            Error::PeerLost { peer, how, .. } => {
+                v.kind = PEER_LOST;
+                v.ranks[0] = *peer as u32;
+                v.set_text(how);
+            }
+            Error::Timeout { waiting_for, .. } => {
+                v.kind = TIMEOUT;
+                v.waiting_len = waiting_for.len().min(WAITING) as u32;
+                for (to, from) in v.waiting.iter_mut().zip(waiting_for) {
+                    *to = *from as u16;
+                }
+            }
+            Error::Mismatch { a, a_call, b, b_call, .. } => {
+                v.kind = MISMATCH;
+                v.ranks = [*a as u32, *b as u32];
+                v.calls = [a_call.to_words(), b_call.to_words()];
+            }
+            other => v.set_text(&other.to_string()),
+        }
+        v
+    }
+
+    fn set_text(&mut self, text: &str) {
+        let mut end = text.len().min(TEXT);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.text[..end].copy_from_slice(&text.as_bytes()[..end]);
+        self.text_len = end as u32;
+    }
+
+    /// The error as `rank` reports it, which was in call number `seq`, `call`.
+    pub(super) fn error(&self, rank: usize, call: Call, seq: u64, after: std::time::Duration) -> Error {
+        let text = String::from_utf8_lossy(&self.text[..(self.text_len as usize).min(TEXT)]).into_owned();
+        let by = self.by as usize;
+        match self.kind {
+            PEER_LOST => Error::PeerLost { rank, peer: self.ranks[0] as usize, call, seq, how: text },
+            TIMEOUT => {
+                let waiting = &self.waiting[..(self.waiting_len as usize).min(WAITING)];
+                Error::Timeout {
+                    rank,
+                    call,
+                    seq,
+                    waiting_for: waiting.iter().map(|r| usize::from(*r)).collect(),
+                    after,
+                }
+            }
+            MISMATCH => Error::Mismatch {
+                rank,
+                seq,
+                a: self.ranks[0] as usize,
+                a_call: Call::from_words(self.calls[0]).unwrap_or(call),
+                b: self.ranks[1] as usize,
+                b_call: Call::from_words(self.calls[1]).unwrap_or(call),
+            },
+            _ => Error::Aborted { rank, by, call, seq, why: text },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use tensorwire_core::{DType, Op, ReduceOp};
+
+    #[test]
+    fn errors_survive_the_way_to_a_peer() {
+        let call = Call {
+            op: Op::AllReduce,
+            dtype: Some(DType::F32),
+            reduce: Some(ReduceOp::Sum),
+            count: 7,
+            root: None,
+            layout: 0,
+        };
+        let other = Call { count: 8, ..call };
+        let s = Duration::from_secs(1);
+        let errors = [
+            Error::PeerLost { rank: 1, peer: 2, call, seq: 5, how: "its process ended".into() },
+            Error::Timeout { rank: 1, call, seq: 5, waiting_for: vec![0, 3], after: s },
+            Error::Mismatch { rank: 1, seq: 5, a: 0, a_call: call, b: 2, b_call: other },
+            Error::Aborted { rank: 1, by: 0, call, seq: 5, why: "é".repeat(300) },
+        ];
+        for error in &errors[..3] {
+            assert_eq!(Verdict::new(0, error).error(1, call, 5, s).to_string(), error.to_string());
+        }
+        match Verdict::new(0, &Error::invalid("é".repeat(300))).error(1, call, 5, s) {
+            Error::Aborted { by: 0, why, .. } => assert_eq!(why, "é".repeat(96)),
+            wrong => panic!("{wrong}"),
+        }
+    }
+}

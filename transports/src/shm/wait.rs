@@ -1,0 +1,46 @@
+//! How long to burn a processor before sleeping.
+
+use std::time::{Duration, Instant};
+
+/// How a rank waits before it sleeps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// Looks at the flag, a pause apart, before anything else is considered.
+    pub(super) quick_looks: u32,
+    spin: Duration,
+    yields: u32,
+}
+
+impl Patience {
+    /// For `world` ranks on this host: with a processor for each, spin; with fewer, give the processor away
+    /// at once, for the rank waited for may need it.
+    pub(super) fn for_world(world: usize) -> Patience {
+        // Honours the affinity mask and the control group's quota.
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        if world <= processors {
+            Patience { quick_looks: 200, spin: Duration::from_micros(200), yields: 0 }
+        } else {
+            Patience { quick_looks: 0, spin: Duration::ZERO, yields: 64 }
+        }
+    }
+
+    /// Burns time until `arrived` or until it is time to sleep; whether it arrived.
+    pub(super) fn spin_until(&self, arrived: impl Fn() -> bool) -> bool {
+        let start = Instant::now();
+        while start.elapsed() < self.spin {
+            for _ in 0..64 {
+                if arrived() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+        }
+        for _ in 0..self.yields {
+            if arrived() {
+                return true;
+            }
+            std::thread::yield_now();
+        }
+        arrived()
+    }
+}

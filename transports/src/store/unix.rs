@@ -1,0 +1,329 @@
+//! A store served over an abstract Unix socket: by the launcher, or by rank 0 of a job that has none.
+//!
+//! One frame a request, one a reply. Request: operation byte, key length byte, key, then the value (set) or
+//! the delta (add, 8 bytes) or the milliseconds to wait (get, 8 bytes), little-endian. Reply: status byte,
+//! then the value, the sum, or what was wrong.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tensorwire_core::{Deadline, Error, Result};
+
+use super::Store;
+use crate::local_socket;
+
+const SET: u8 = 1;
+const GET: u8 = 2;
+const ADD: u8 = 3;
+
+const OK: u8 = 0;
+const ABSENT: u8 = 1;
+const REFUSED: u8 = 2;
+
+const MAX_VALUE: usize = 64 << 10;
+/// Values that one store holds at most; a job needs a few a rank.
+const MAX_KEYS: usize = 1 << 16;
+
+#[derive(Default)]
+struct Table {
+    values: Mutex<HashMap<String, Vec<u8>>>,
+    changed: Condvar,
+}
+
+/// Serves a store until it is dropped.
+#[derive(Debug)]
+pub struct StoreServer {
+    name: String,
+    stop: Arc<AtomicBool>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+impl StoreServer {
+    /// Serves under a fresh name; [`address`](StoreServer::address) tells the ranks.
+    pub fn start() -> Result<StoreServer> {
+        let name =
+            local_socket::fresh_name("store").map_err(|e| Error::os("naming the store's socket", e))?;
+        StoreServer::start_at(&name)
+    }
+
+    /// Serves under `name`, which must be free.
+    fn start_at(name: &str) -> Result<StoreServer> {
+        let listener =
+            local_socket::listen(name).map_err(|e| Error::os(format!("serving the store {name}"), e))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = stop.clone();
+        let table = Arc::new(Table::default());
+        let accept = move || {
+            for stream in listener.incoming() {
+                if stopping.load(Ordering::Acquire) {
+                    return;
+                }
+                let Ok(stream) = stream else { continue };
+                if local_socket::check_user(&stream).is_err() {
+                    continue;
+                }
+                let table = table.clone();
+                // A client that no thread can be had for sees its connection closed.
+                let _ = std::thread::Builder::new()
+                    .name("tensorwire-store".into())
+                    .spawn(move || serve(stream, &table));
+            }
+        };
+        let accepting = std::thread::Builder::new()
+            .name("tensorwire-store".into())
+            .spawn(accept)
+            .map_err(|e| Error::os("starting the store's thread", e))?;
+        Ok(StoreServer { name: name.to_owned(), stop, accepting: Some(accepting) })
+    }
+
+    /// What ranks are given as `TENSORWIRE_STORE`: `unix:NAME`.
+    pub fn address(&self) -> String {
+        format!("unix:{}", self.name)
+    }
+}
+
+impl Drop for StoreServer {
+    fn drop(&mut self) {
+        // Release: pairs with the accepting thread's Acquire load, after the connection that wakes it.
+        self.stop.store(true, Ordering::Release);
+        let woken = local_socket::connect(&self.name, Deadline::after(Duration::ZERO));
+        if let (Ok(_), Some(thread)) = (woken, self.accepting.take()) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Answers one client until it leaves or says something that isn't a request.
+fn serve(mut stream: UnixStream, table: &Table) {
+    while let Ok(request) = local_socket::read_frame(&mut stream) {
+        let (status, body) = match answer(&request, table) {
+            Ok(reply) => reply,
+            Err(why) => (REFUSED, why.into_bytes()),
+        };
+        let mut reply = vec![status];
+        reply.extend_from_slice(&body);
+        if local_socket::write_frame(&mut stream, &reply).is_err() {
+            return;
+        }
+    }
+}
+
+fn answer(request: &[u8], table: &Table) -> Result<(u8, Vec<u8>), String> {
+    let malformed = || "malformed request".to_owned();
+    let (&[op, key_len], rest) = request.split_first_chunk::<2>().ok_or_else(malformed)?;
+    let (key, rest) = rest.split_at_checked(key_len as usize).ok_or_else(malformed)?;
+    let key = std::str::from_utf8(key).map_err(|_| malformed())?;
+    let number = || rest.try_into().map(i64::from_le_bytes).map_err(|_| malformed());
+    let mut values = table.values.lock().unwrap_or_else(PoisonError::into_inner);
+    match op {
+        SET | ADD if !values.contains_key(key) && values.len() >= MAX_KEYS => {
+            Err(format!("over {MAX_KEYS} keys"))
+        }
+        SET if rest.len() > MAX_VALUE => Err(format!("a value of {} bytes is over {MAX_VALUE}", rest.len())),
+        SET => {
+            values.insert(key.to_owned(), rest.to_vec());
+            table.changed.notify_all();
+            Ok((OK, Vec::new()))
+        }
+        ADD => {
+            let old = match values.get(key) {
+                None => 0,
+                Some(v) => v
+                    .as_slice()
+                    .try_into()
+                    .map(i64::from_le_bytes)
+                    .map_err(|_| format!("{key} is no counter"))?,
+            };
+            let sum = old.wrapping_add(number()?).to_le_bytes().to_vec();
+            values.insert(key.to_owned(), sum.clone());
+            table.changed.notify_all();
+            Ok((OK, sum))
+        }
+        GET => {
+            let wait = Duration::from_millis(u64::try_from(number()?).map_err(|_| malformed())?);
+            let (values, _) = table
+                .changed
+                .wait_timeout_while(values, wait, |values| !values.contains_key(key))
+                .unwrap_or_else(PoisonError::into_inner);
+            Ok(values.get(key).map_or((ABSENT, Vec::new()), |v| (OK, v.clone())))
+        }
+        _ => Err(malformed()),
+    }
+}
+
+/// A rank's connection to a [`StoreServer`].
+#[derive(Debug)]
+pub struct UnixStore {
+    name: String,
+    stream: Mutex<UnixStream>,
+    /// Rank 0 of a job without a launcher serves the store itself.
+    _server: Option<StoreServer>,
+}
+
+impl UnixStore {
+    /// Connects to the store at `address` (`unix:NAME`), as [`StoreServer::address`] gave it.
+    pub fn connect(address: &str, deadline: Deadline) -> Result<UnixStore> {
+        let name = address.strip_prefix("unix:").filter(|n| !n.is_empty()).ok_or_else(|| {
+            Error::Config(format!("the store address '{address}' is not understood: it reads unix:NAME"))
+        })?;
+        UnixStore::open(name, None, deadline)
+    }
+
+    /// The store of the job called `job` on this host: served by rank 0, joined by the others.
+    pub fn of_job(job: &str, rank: usize, deadline: Deadline) -> Result<UnixStore> {
+        let name = job_name(job);
+        if rank != 0 {
+            return UnixStore::open(&name, None, deadline);
+        }
+        // The name may still be held by an earlier run of the same job that is ending.
+        loop {
+            match StoreServer::start_at(&name) {
+                Ok(server) => return UnixStore::open(&name, Some(server), deadline),
+                Err(Error::Os { source, .. })
+                    if source.kind() == io::ErrorKind::AddrInUse && !deadline.passed() =>
+                {
+                    std::thread::sleep(Duration::from_millis(10).min(deadline.remaining()));
+                }
+                Err(Error::Os { source, .. }) if source.kind() == io::ErrorKind::AddrInUse => {
+                    return Err(Error::Config(format!(
+                        "another process serves the job '{job}' as its rank 0: is a job with the same name running?"
+                    )));
+                }
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
+    fn open(name: &str, server: Option<StoreServer>, deadline: Deadline) -> Result<UnixStore> {
+        let stream = local_socket::connect(name, deadline).map_err(|e| {
+            Error::os(format!("connecting to the job's store {name}: is its launcher or rank 0 running?"), e)
+        })?;
+        Ok(UnixStore { name: name.to_owned(), stream: Mutex::new(stream), _server: server })
+    }
+
+    fn ask(&self, op: u8, key: &str, tail: &[u8], deadline: Deadline) -> Result<(u8, Vec<u8>)> {
+        let key_len = u8::try_from(key.len())
+            .map_err(|_| Error::invalid(format!("a store key has {} bytes; 255 is the limit", key.len())))?;
+        let mut request = vec![op, key_len];
+        request.extend_from_slice(key.as_bytes());
+        request.extend_from_slice(tail);
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let exchange = || {
+            local_socket::limit(&stream, deadline)?;
+            local_socket::write_frame(&mut *stream, &request)?;
+            local_socket::read_frame(&mut *stream)
+        };
+        let mut exchange = exchange;
+        let mut reply = exchange()
+            .map_err(|e| Error::os(format!("asking the job's store {} for '{key}'", self.name), e))?;
+        if reply.is_empty() {
+            return Err(Error::invalid("the job's store sent an empty reply"));
+        }
+        let body = reply.split_off(1);
+        match reply[0] {
+            REFUSED => Err(Error::invalid(format!(
+                "the job's store refused '{key}': {}",
+                String::from_utf8_lossy(&body)
+            ))),
+            status => Ok((status, body)),
+        }
+    }
+}
+
+/// The socket name of a job: long or odd job names are cut to what a socket name can hold.
+fn job_name(job: &str) -> String {
+    let mut digest: u64 = 0xcbf2_9ce4_8422_2325;
+    for b in job.bytes() {
+        digest = (digest ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    let readable: String =
+        job.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c)).take(40).collect();
+    format!("tensorwire-job-{}-{readable}-{digest:016x}", rustix::process::geteuid().as_raw())
+}
+
+impl Store for UnixStore {
+    fn set(&self, key: &str, value: &[u8], deadline: Deadline) -> Result<()> {
+        self.ask(SET, key, value, deadline).map(drop)
+    }
+
+    fn get(&self, key: &str, deadline: Deadline) -> Result<Vec<u8>> {
+        // The server waits for the key; the socket's own limit is a little later, for a server that is gone.
+        let wait = deadline.remaining().as_millis() as u64;
+        let slack = Deadline::after(deadline.remaining() + Duration::from_secs(1));
+        match self.ask(GET, key, &wait.to_le_bytes(), slack)? {
+            (OK, value) => Ok(value),
+            _ => Err(Error::invalid(format!(
+                "no rank set '{key}' in the job's store within {:?}",
+                deadline.budget()
+            ))),
+        }
+    }
+
+    fn add(&self, key: &str, delta: i64, deadline: Deadline) -> Result<i64> {
+        let (_, sum) = self.ask(ADD, key, &delta.to_le_bytes(), deadline)?;
+        let sum = sum.try_into().map_err(|_| Error::invalid("the job's store sent a malformed sum"))?;
+        Ok(i64::from_le_bytes(sum))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(10))
+    }
+
+    #[test]
+    fn set_get_and_add_are_seen_by_every_client() {
+        let server = StoreServer::start().unwrap();
+        let a = UnixStore::connect(&server.address(), soon()).unwrap();
+        let b = UnixStore::connect(&server.address(), soon()).unwrap();
+        std::thread::scope(|s| {
+            let waiting = s.spawn(|| b.get("k", soon()).unwrap());
+            a.set("k", b"value", soon()).unwrap();
+            assert_eq!(waiting.join().unwrap(), b"value");
+        });
+        assert_eq!(a.add("n", 2, soon()).unwrap(), 2);
+        assert_eq!(b.add("n", -5, soon()).unwrap(), -3);
+        let message = b.get("absent", Deadline::after(Duration::from_millis(10))).unwrap_err().to_string();
+        assert!(message.contains("no rank set 'absent'"), "{message}");
+        assert!(a.set("long", &vec![0; MAX_VALUE + 1], soon()).unwrap_err().to_string().contains("over"));
+        assert!(a.add("k", 1, soon()).unwrap_err().to_string().contains("k is no counter"));
+    }
+
+    #[test]
+    fn rank_0_of_a_job_serves_the_others_and_a_second_one_is_refused() {
+        let job = local_socket::fresh_name("test").unwrap();
+        std::thread::scope(|s| {
+            let other = s.spawn(|| UnixStore::of_job(&job, 1, soon()).unwrap().get("k", soon()).unwrap());
+            let zero = UnixStore::of_job(&job, 0, soon()).unwrap();
+            let twin = UnixStore::of_job(&job, 0, Deadline::after(Duration::from_millis(20)));
+            assert!(twin.unwrap_err().to_string().contains("another process serves the job"));
+            zero.set("k", b"v", soon()).unwrap();
+            assert_eq!(other.join().unwrap(), b"v");
+        });
+    }
+
+    #[test]
+    fn garbage_is_refused_and_does_not_disturb_the_store() {
+        let table = Table::default();
+        for request in
+            [&b""[..], b"\x01", b"\x09\x00", b"\x01\x05ab", b"\x02\x01k", b"\x03\x01kxx", b"\x01\x01\xff"]
+        {
+            assert!(answer(request, &table).is_err(), "{request:?}");
+        }
+        assert!(table.values.lock().unwrap().is_empty());
+        let server = StoreServer::start().unwrap();
+        let mut stranger = local_socket::connect(&server.name, soon()).unwrap();
+        io::Write::write_all(&mut stranger, &[0xff; 64]).unwrap();
+        let client = UnixStore::connect(&server.address(), soon()).unwrap();
+        client.set("k", b"v", soon()).unwrap();
+        assert_eq!(client.get("k", soon()).unwrap(), b"v");
+    }
+}
