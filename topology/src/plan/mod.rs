@@ -239,7 +239,8 @@ fn summarise(spec: &ModelSpec) -> ModelSummary {
     }
 }
 
-/// Nanoseconds are all that a prediction can mean, and fewer digits are easier to read.
+/// To whole nanoseconds: more digits than a prediction has meaning for. Adding 0 turns the -0 of an empty sum
+/// into 0.
 fn rounded(us: f64) -> f64 {
-    (us * 1000.0).round() / 1000.0
+    (us * 1000.0).round() / 1000.0 + 0.0
 }

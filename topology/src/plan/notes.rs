@@ -26,8 +26,9 @@ pub(super) fn notes(
         notes.extend(about.replicated());
         if one_rank_us <= predicted.decode_us_per_token {
             notes.push(format!(
-                "one rank alone is predicted to be as fast: {one_rank_us:.0} us a token instead of {:.0}",
-                predicted.decode_us_per_token
+                "one rank alone is predicted to be as fast: {} a token instead of {}",
+                time(one_rank_us),
+                time(predicted.decode_us_per_token)
             ));
         }
     }
@@ -73,11 +74,11 @@ impl About<'_> {
         let excess = (bytes as f64 / total as f64 * (largest as f64 - mean)) as u64;
         Some(format!(
             "{total} {things} don't divide by {} ranks: shares from {largest} down to {smallest}; the largest is \
-             {:.1}% above the mean, {} more to read, about {:.1} us a token",
+             {:.1}% above the mean, {} more to read, about {} a token",
             self.world,
             (largest as f64 / mean - 1.0) * 100.0,
             size(excess),
-            self.costs.read_us(excess),
+            time(self.costs.read_us(excess)),
         ))
     }
 
@@ -101,11 +102,12 @@ impl About<'_> {
             String::new()
         };
         Some(format!(
-            "key/value heads on more than one rank: {} of {} ({}), {copies} copies: {} of weights{cache} more over \
+            "key/value heads on more than one rank: {} of {} ({}), {}: {} of weights{cache} more over \
              all ranks",
             twice.len(),
             spec.num_key_value_heads,
             numbers(&twice),
+            count(copies, "copy", "copies"),
             size(bytes),
         ))
     }
@@ -143,8 +145,14 @@ impl About<'_> {
         };
         let note = |kind: &&str| {
             let of_kind = self.spec.tensors.iter().filter(|t| kind_of(t) == Some(*kind));
-            let (count, bytes) = of_kind.fold((0, 0), |(count, bytes), t| (count + 1, bytes + t.bytes()));
-            (count > 0).then(|| format!("whole on every rank: {kind}, {} in {count} tensors", size(bytes)))
+            let (found, bytes) = of_kind.fold((0, 0), |(found, bytes), t| (found + 1, bytes + t.bytes()));
+            (found > 0).then(|| {
+                format!(
+                    "whole on every rank: {kind}, {} in {}",
+                    size(bytes),
+                    count(found, "tensor", "tensors")
+                )
+            })
         };
         kinds.iter().filter_map(note).collect()
     }
@@ -179,6 +187,15 @@ fn numbers(list: &[usize]) -> String {
         text.push_str(", ...");
     }
     text
+}
+
+fn count(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
+}
+
+/// A time for a person.
+pub(super) fn time(us: f64) -> String {
+    if us < 10_000.0 { format!("{us:.1} us") } else { format!("{:.1} ms", us / 1e3) }
 }
 
 /// Bytes for a person, in powers of 1000.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use super::notes::size;
+use super::notes::{size, time};
 use super::{Collective, Plan, Span};
 
 impl Plan {
@@ -49,8 +49,9 @@ impl Plan {
         let _ = writeln!(out, "exchanged a token: {}", self.exchanges());
         let _ = writeln!(
             out,
-            "predicted: {:.0} us a token, {:.0} us of it communication",
-            self.predicted.decode_us_per_token, self.predicted.comm_us_per_token
+            "predicted: {} a token, {} of it communication",
+            time(self.predicted.decode_us_per_token),
+            time(self.predicted.comm_us_per_token)
         );
         for note in &self.notes {
             let _ = writeln!(out, "note: {note}");

@@ -39,7 +39,8 @@ pub struct VocabShares {
 /// Padded to the next multiple of `lcm(64, world)`, so that every rank computes the same number of logits
 /// and that number is a multiple of 64 wherever `world` is a power of two up to 64. The ranges hold the real
 /// rows alone, so the last may be shorter. Where padding would make the largest share more than 1.03 times
-/// the mean or leave a rank empty, as in small vocabularies, rows are shared by [`even`] without padding.
+/// the mean or leave a rank empty, as in small vocabularies, rows are shared by [`even`] without padding. One
+/// rank alone holds them all, unpadded.
 ///
 /// ```
 /// use tensorwire_topology::shard::vocab;

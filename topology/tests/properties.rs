@@ -1,0 +1,291 @@
+//! What holds for every model and every number of ranks, checked without the planner's own checks.
+
+mod common;
+
+use std::ops::Range;
+
+use common::{lengths, pairs};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use tensorwire_topology::plan::{Plan, Span};
+use tensorwire_topology::shard::{even, heads, kv_heads, vocab};
+use tensorwire_topology::{Error, ModelSpec, Planner};
+
+/// The same cases in each run.
+fn cases(count: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases: count,
+        rng_seed: RngSeed::Fixed(20_050_219),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+/// Every way to cut `size` into `parts` ranges that hold something.
+fn partitions(size: usize, parts: usize) -> Vec<Vec<Range<usize>>> {
+    fn extend(
+        start: usize,
+        size: usize,
+        parts: usize,
+        so_far: &mut Vec<Range<usize>>,
+        all: &mut Vec<Vec<Range<usize>>>,
+    ) {
+        if parts == 0 {
+            if start == size {
+                all.push(so_far.clone());
+            }
+            return;
+        }
+        for end in start + 1..=size {
+            so_far.push(start..end);
+            extend(end, size, parts - 1, so_far, all);
+            so_far.pop();
+        }
+    }
+    let mut all = Vec::new();
+    extend(0, size, parts, &mut Vec::new(), &mut all);
+    all
+}
+
+#[test]
+fn heads_are_the_best_of_all_partitions() {
+    for q_heads in 1..=12usize {
+        for kv in (1..=q_heads).filter(|k| q_heads.is_multiple_of(*k)) {
+            for world in 1..=q_heads {
+                // The rule, word for word, over every partition there is. A key/value head is counted on a rank
+                // by asking each of its query heads which one it reads.
+                let rank_of = |cuts: &Vec<Range<usize>>| {
+                    let largest = cuts.iter().map(|r| r.len()).max();
+                    let held: usize = cuts
+                        .iter()
+                        .map(|r| {
+                            (0..kv).filter(|head| r.clone().any(|q| q / (q_heads / kv) == *head)).count()
+                        })
+                        .sum();
+                    let squares: usize = cuts.iter().map(|r| r.len() * r.len()).sum();
+                    let order: Vec<_> = cuts.iter().map(|r| std::cmp::Reverse(r.len())).collect();
+                    (largest, held - kv, squares, order)
+                };
+                let best = partitions(q_heads, world).into_iter().min_by_key(rank_of).unwrap();
+                let found = heads(q_heads, kv, world).unwrap();
+                assert_eq!(
+                    lengths(&found.q),
+                    best.iter().map(|r| r.len()).collect::<Vec<_>>(),
+                    "{q_heads} query and {kv} key/value heads over {world}"
+                );
+                assert_eq!(found.duplicated_kv_heads(), rank_of(&best).1);
+            }
+        }
+    }
+}
+
+#[test]
+fn heads_of_known_awkward_ratios() {
+    let shares = |h, k, n| lengths(&heads(h, k, n).unwrap().q);
+    assert_eq!(shares(9, 3, 2), [5, 4]);
+    assert_eq!(shares(14, 2, 4), [4, 3, 4, 3]);
+    assert_eq!(shares(28, 4, 7), [4; 7]);
+    // One key/value head for all (multi-query): every cut is inside its group, so shares are plainly even.
+    assert_eq!(shares(71, 1, 4), [18, 18, 18, 17]);
+    assert_eq!(pairs(&heads(71, 1, 4).unwrap().kv), [[0, 1]; 4]);
+    assert!((0..4).all(|r| heads(71, 1, 4).unwrap().shares_kv(r)));
+    // A cut on each group boundary is worth a share of 1: any other way needs another copy.
+    assert_eq!(shares(9, 3, 4), [3, 3, 2, 1]);
+    // Exactly one rank between two boundaries shares nothing.
+    let mixed = heads(9, 3, 4).unwrap();
+    assert_eq!((0..4).map(|r| mixed.shares_kv(r)).collect::<Vec<_>>(), [false, false, true, true]);
+}
+
+#[test]
+fn many_heads_and_ranks_are_no_work() {
+    // The largest sizes there are, at the ratios with the most choices.
+    for (h, k, n) in [(4096, 1, 2000), (4096, 4096, 2049), (4095, 65, 63), (4096, 512, 4095), (512, 8, 511)] {
+        let found = heads(h, k, n).unwrap();
+        assert_eq!(found.q.len(), n);
+        assert_eq!(lengths(&found.q).iter().max(), Some(&h.div_ceil(n)));
+        assert_eq!(lengths(&found.q).iter().sum::<usize>(), h);
+    }
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused_with_a_way_out() {
+    assert!(matches!(heads(12, 12, 0), Err(Error::NoRanks)));
+    assert!(matches!(heads(14, 4, 2), Err(Error::HeadGroups { q_heads: 14, kv_heads: 4 })));
+    assert!(matches!(heads(4, 8, 2), Err(Error::HeadGroups { .. })));
+    assert!(matches!(heads(4, 0, 2), Err(Error::HeadGroups { .. })));
+    assert!(matches!(heads(1 << 20, 1, 2), Err(Error::TooLarge { .. })));
+    let text = heads(12, 12, 13).unwrap_err().to_string();
+    for part in
+        ["13 ranks", "num_attention_heads = 12", "nearest legal number of ranks is 12", "data parallel"]
+    {
+        assert!(text.contains(part), "{part} is not in: {text}");
+    }
+    assert!(matches!(
+        even("groups", 3, 4),
+        Err(Error::TooManyRanks { constraint: "groups", nearest: 3, .. })
+    ));
+    assert!(matches!(even("groups", 3, 0), Err(Error::NoRanks)));
+    assert!(matches!(vocab(63, 64), Err(Error::TooManyRanks { constraint: "vocab_size", nearest: 63, .. })));
+}
+
+fn assert_partition(spans: &[Span], size: usize, world: usize) {
+    assert_eq!(spans.len(), world);
+    assert_eq!((spans[0].start, spans[world - 1].end), (0, size));
+    assert!(spans.windows(2).all(|w| w[0].end == w[1].start));
+    assert!(spans.iter().all(|s| s.start < s.end));
+}
+
+proptest! {
+    #![proptest_config(cases(256))]
+
+    #[test]
+    fn heads_are_balanced_and_their_kv_heads_are_those_they_read(k in 1usize..40, g in 1usize..20, n in 1usize..300) {
+        let h = k * g;
+        prop_assume!(n <= h);
+        let shares = heads(h, k, n).unwrap();
+        assert_partition(&shares.q, h, n);
+        prop_assert_eq!(lengths(&shares.q).into_iter().max(), Some(h.div_ceil(n)));
+        for (rank, (q, kv)) in shares.q.iter().zip(&shares.kv).enumerate() {
+            // Head by head: exactly the key/value heads of the query heads that are there.
+            prop_assert_eq!((q.start / g, (q.end - 1) / g + 1), (kv.start, kv.end));
+            let elsewhere = |head: usize| (0..n).any(|r| r != rank && shares.kv[r].start <= head && head < shares.kv[r].end);
+            prop_assert_eq!(shares.shares_kv(rank), (kv.start..kv.end).any(elsewhere));
+        }
+        let held: usize = lengths(&shares.kv).iter().sum();
+        prop_assert_eq!(shares.duplicated_kv_heads(), held - k);
+        prop_assert_eq!(heads(h, k, n).unwrap(), shares);
+    }
+
+    #[test]
+    fn the_kv_rule_holds_for_any_range(k in 1usize..64, g in 1usize..64, a in 0usize..4096, len in 1usize..64) {
+        let h = k * g;
+        let (a, b) = (a % h, (a % h + len).min(h));
+        prop_assert_eq!(kv_heads(h, k, Span::new(a, b)), Span::new(a * k / h, (b - 1) * k / h + 1));
+    }
+
+    #[test]
+    fn even_shares_differ_by_one_at_most(size in 1usize..1_000_000, n in 1usize..600) {
+        prop_assume!(n <= size);
+        let spans = even("things", size, n).unwrap();
+        assert_partition(&spans, size, n);
+        let lens = lengths(&spans);
+        prop_assert!(lens.windows(2).all(|w| w[0] >= w[1]));
+        prop_assert_eq!((lens[0], lens[n - 1]), (size.div_ceil(n), size / n));
+    }
+
+    #[test]
+    fn vocabularies_are_padded_only_where_that_is_nearly_even(size in 1usize..400_000, n in 1usize..130) {
+        prop_assume!(n <= size);
+        let found = vocab(size, n).unwrap();
+        assert_partition(&found.ranges, size, n);
+        let largest = lengths(&found.ranges).into_iter().max().unwrap();
+        if found.padded == size {
+            prop_assert_eq!(largest, size.div_ceil(n));
+        } else {
+            prop_assert!(found.padded > size && found.padded.is_multiple_of(64) && found.padded.is_multiple_of(n));
+            prop_assert_eq!(largest, found.padded / n);
+            prop_assert!(largest as f64 * n as f64 <= 1.03 * size as f64 + 1e-6);
+        }
+    }
+}
+
+/// Some model of the three architectures, and a number of ranks it can be shared by.
+fn models() -> impl Strategy<Value = (ModelSpec, usize)> {
+    let sizes = (1usize..6, 1usize..6, 1usize..9, 1usize..4, 1usize..200, 1usize..700);
+    (sizes, 0usize..3, any::<(bool, bool, bool)>(), 0usize..10_000).prop_map(
+        |((k, g, d, layers, ffn, vocab), architecture, (tied, attention_bias, mlp_bias), n)| {
+            let model_type = ["bert", "llama", "qwen2"][architecture];
+            let h = k * g;
+            let dtype = ["float32", "float16", "bfloat16"][n % 3];
+            let json = serde_json::json!({
+                "model_type": model_type, "num_hidden_layers": layers, "hidden_size": h * d,
+                "num_attention_heads": h, "num_key_value_heads": k, "intermediate_size": ffn, "vocab_size": vocab,
+                "tie_word_embeddings": tied, "attention_bias": attention_bias, "mlp_bias": mlp_bias,
+                "max_position_embeddings": 7, "torch_dtype": dtype,
+            });
+            let spec = ModelSpec::from_config(&json.to_string()).unwrap();
+            let most = h.min(ffn).min(vocab);
+            (spec, n % most + 1)
+        },
+    )
+}
+
+/// Counts, for each element along the cut dimension, the ranks that hold it: element by element.
+fn holders(plan: &Plan, name: &str, shape: &[usize]) -> (Vec<usize>, Vec<Range<usize>>) {
+    let shards: Vec<_> = (0..plan.world).map(|r| plan.tensor(name, r).unwrap()).collect();
+    let dim = shards[0].slices.first().map_or(0, |s| s.dim);
+    let mut count = vec![0; shape[dim]];
+    let mut ranges = Vec::new();
+    for shard in shards {
+        let range = match shard.slices.as_slice() {
+            [] => 0..shape[dim],
+            [slice] => {
+                assert_eq!(slice.dim, dim);
+                slice.range.start..slice.range.end
+            }
+            more => panic!("{name}: {more:?}"),
+        };
+        range.clone().for_each(|i| count[i] += 1);
+        ranges.push(range);
+    }
+    (count, ranges)
+}
+
+proptest! {
+    #![proptest_config(cases(192))]
+
+    #[test]
+    fn every_element_is_somewhere_and_twice_only_where_that_is_said((spec, world) in models()) {
+        let plan = Planner::new(&spec).plan(world).unwrap();
+        prop_assert_eq!(plan.tensors.len(), spec.tensors.len() * world);
+        let mut bytes = vec![0; world];
+        for tensor in &spec.tensors {
+            let (count, ranges) = holders(&plan, &tensor.name, &tensor.shape);
+            prop_assert!(count.iter().all(|c| *c > 0), "{}: {:?}", tensor.name, count);
+            for (rank, range) in ranges.iter().enumerate() {
+                let shared = range.clone().any(|i| count[i] > 1);
+                prop_assert_eq!(plan.tensor(&tensor.name, rank).unwrap().replicated, shared, "{}", &tensor.name);
+                let along = count.len();
+                bytes[rank] += tensor.bytes() / along as u64 * range.len() as u64;
+            }
+        }
+        prop_assert_eq!(plan.ranks.iter().map(|r| r.weight_bytes).collect::<Vec<_>>(), bytes);
+        // A tied model has one table, not two; a biased row-parallel layer has its bias everywhere.
+        prop_assert_eq!(plan.tensor("lm_head.weight", 0).is_some(), spec.architecture.is_decoder() && !spec.tie_word_embeddings);
+        plan.check(&spec).unwrap();
+    }
+
+    #[test]
+    fn shares_are_as_even_as_can_be_and_every_unevenness_is_noted((spec, world) in models()) {
+        let plan = Planner::new(&spec).plan(world).unwrap();
+        let noted = |words: &str| plan.notes.iter().any(|n| n.contains(words));
+        for layer in &plan.layers {
+            let q = lengths(&layer.attention.q_heads);
+            prop_assert_eq!(q.iter().max(), Some(&spec.num_attention_heads.div_ceil(world)));
+            prop_assert_eq!(q.iter().min() != q.iter().max(), noted("query heads don't divide"));
+            let ffn = lengths(&layer.mlp.ffn);
+            prop_assert_eq!(ffn.iter().max(), Some(&spec.intermediate_size.div_ceil(world)));
+            prop_assert_eq!(ffn.iter().min() != ffn.iter().max(), noted("columns don't divide"));
+            let kv: usize = lengths(&layer.attention.kv_heads).iter().sum();
+            prop_assert_eq!(kv > spec.num_key_value_heads, noted("key/value heads on more than one rank"));
+            prop_assert_eq!(layer.collectives.len(), if world == 1 { 0 } else { 2 });
+        }
+        prop_assert_eq!(plan.vocab.padded > spec.vocab_size, noted("vocabulary padded"));
+        let rows = lengths(&plan.vocab.ranges);
+        prop_assert_eq!(rows.iter().min() != rows.iter().max(), noted("vocabulary padded") || noted("vocabulary rows don't"));
+        prop_assert_eq!(world > 1, noted("whole on every rank: norms"));
+        prop_assert!(plan.predicted.decode_us_per_token >= plan.predicted.comm_us_per_token);
+        prop_assert!((plan.predicted.comm_us_per_token > 0.0) == (world > 1));
+    }
+
+    #[test]
+    fn plans_are_the_same_each_time_and_survive_json((spec, world) in models()) {
+        let plan = Planner::new(&spec).plan(world).unwrap();
+        let json = plan.to_json();
+        prop_assert_eq!(&json, &Planner::new(&spec).plan(world).unwrap().to_json());
+        let read = Plan::from_json(&json).unwrap();
+        prop_assert_eq!(&read, &plan);
+        prop_assert_eq!(read.to_json(), json);
+        prop_assert!(!plan.summary().is_empty());
+    }
+}
