@@ -333,7 +333,7 @@ fn reduce<'a>(
     let dst = out.as_mut_ptr();
     for (who, source) in sources.0.iter_mut().enumerate() {
         *source = if who == rank { dst.cast_const() } else { theirs(who, len)[..len].as_ptr() };
-        debug_assert!(source.addr() % dtype.size() == 0);
+        debug_assert!(source.addr().is_multiple_of(dtype.size()));
     }
     // SAFETY: (1) each source has `len` bytes, sliced above, and so has `dst`; slots and flags are aligned to
     // 16 bytes and more and are cut at whole elements, and `out` was a slice of elements; (2) `dst` is the

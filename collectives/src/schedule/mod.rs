@@ -59,7 +59,7 @@ mod tests {
                 let p = part(len, size, world, rank);
                 prop_assert_eq!(p.start, next);
                 prop_assert!(p.len() <= len.div_ceil(world).next_multiple_of(LINE / size) + LINE / size);
-                prop_assert!(p.is_empty() || p.start * size % LINE == 0);
+                prop_assert!(p.is_empty() || (p.start * size).is_multiple_of(LINE));
                 next = p.end;
             }
             prop_assert_eq!(next, len);

@@ -164,8 +164,10 @@ pub(super) fn take(
         send_fds(&stream, &[own.as_fd()])?;
         local_socket::read_frame(&mut stream)
     };
-    let reply = ask()
-        .map_err(|e| rendezvous(format!("rank 0 did not answer within {:?}: {e}", deadline.budget())))?;
+    let reply = ask().map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => rendezvous("rank 0 ended, or gave up, before all ranks had come".into()),
+        _ => rendezvous(format!("rank 0 did not answer within {:?}: {e}", deadline.budget())),
+    })?;
     let layout = match reply.split_first() {
         Some((0, body)) => parse_accepted(body, world),
         Some((_, why)) => {

@@ -2,9 +2,7 @@
 //! around every boundary, and every type and operation. Ranks are threads over the same shared memory that
 //! processes use.
 
-mod common;
-
-use common::{Value, buffer, threads, value};
+use crate::common::{Value, buffer, threads, value};
 use half::{bf16, f16};
 use tensorwire::{Algorithm, Communicator, Options, ReduceOp};
 

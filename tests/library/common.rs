@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use tensorwire::{Communicator, Element, Options};
 
 /// An element type with conversions, for making and checking values.
-pub trait Value: Element + PartialEq + Debug {
+pub(crate) trait Value: Element + PartialEq + Debug {
     fn of(x: f32) -> Self;
     fn to_f32(self) -> f32;
 }
@@ -39,18 +39,18 @@ impl Value for bf16 {
 }
 
 /// Rank `rank`'s element `i`: fractions that don't add up exactly, so that the order of the sum shows.
-pub fn value(rank: usize, i: usize) -> f32 {
+pub(crate) fn value(rank: usize, i: usize) -> f32 {
     let h = (i as u32).wrapping_mul(0x9E37_79B9) ^ (rank as u32 + 1).wrapping_mul(0x85EB_CA6B);
     let h = (h ^ (h >> 15)).wrapping_mul(0x2C1B_3C6D);
     (h >> 8) as f32 / (1 << 22) as f32 - 2.0
 }
 
-pub fn buffer<T: Value>(rank: usize, len: usize) -> Vec<T> {
+pub(crate) fn buffer<T: Value>(rank: usize, len: usize) -> Vec<T> {
     (0..len).map(|i| T::of(value(rank, i))).collect()
 }
 
 /// Runs `body` once a rank, each in a thread of its own.
-pub fn threads(world: usize, options: &Options, body: impl Fn(Communicator) + Sync) {
+pub(crate) fn threads(world: usize, options: &Options, body: impl Fn(Communicator) + Sync) {
     std::thread::scope(|s| {
         let body = &body;
         let ranks: Vec<_> = Communicator::in_process_with(world, options)

@@ -1,0 +1,7 @@
+//! The library as its users see it: one binary, so that it links once.
+
+mod common;
+mod conformance;
+mod job;
+mod mismatch;
+mod processes;
