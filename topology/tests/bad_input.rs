@@ -270,8 +270,8 @@ fn impossible_worlds_are_refused_with_the_nearest_possible() {
     }
     plan(&minilm, 12);
     // The binding constraint isn't always the heads.
-    let narrow = r#"{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
-                     "intermediate_size": 3, "vocab_size": 100}"#;
+    let narrow = r#"{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1,
+                     "num_attention_heads": 8, "intermediate_size": 3, "vocab_size": 100}"#;
     let narrow = ModelSpec::from_config(narrow).unwrap();
     let error = Planner::new(&narrow).plan(4).unwrap_err();
     assert!(

@@ -115,8 +115,8 @@ fn llama_70b_at_3_and_6() {
     // 21/8 = 2; 22/8 = 2, 42/8 = 5; 43/8 = 5.
     assert_eq!(kv(&three), [[0, 3], [2, 6], [5, 8]]);
 
-    // At 6, ceil is 11 and cut i is at 11i - 2 to 11i: 9-11, 20-22, 31-33, 42-44, 53-55. Only the third can be
-    // on a multiple of 8, at 32, and costs nothing there: two of six ranks have 10 heads in any case.
+    // At 6, ceil is 11 and cut i is at 11i - 2 to 11i: 9-11, 20-22, 31-33, 42-44, 53-55. Only the third can
+    // be on a multiple of 8, at 32, and costs nothing there: two of six ranks have 10 heads in any case.
     let six = plan(&spec, 6);
     assert_eq!(q(&six), [11, 11, 10, 11, 11, 10]);
     // 10/8 = 1; 11/8 = 1, 21/8 = 2; 22/8 = 2, 31/8 = 3; then the same four heads further on.
@@ -170,15 +170,15 @@ fn smollm_at_2_with_every_byte_counted() {
     assert_eq!(kv(&plan), [[0, 2], [1, 3]]);
     // A layer of rank 0, H = 576: q and o 5 * 64 * 576 = 184320 each; k and v 2 * 64 * 576 = 73728 each; two
     // norms 1152; gate, up and down 768 * 576 = 442368 each: 1844352. Rank 1 has a head less in q and o:
-    // 2 * 36864 fewer = 1770624. 30 layers; the tied embedding's half, 24576 * 576 = 14155776; the last norm's
-    // 576. Two bytes each.
+    // 2 * 36864 fewer = 1770624. 30 layers; the tied embedding's half, 24576 * 576 = 14155776; the last
+    // norm's 576. Two bytes each.
     let bytes = |layer: u64| 2 * (30 * layer + 14_155_776 + 576);
     assert_eq!(plan.ranks[0].weight_bytes, bytes(1_844_352));
     assert_eq!(plan.ranks[1].weight_bytes, bytes(1_770_624));
     // Two heads of K and V, 64 elements of 2 bytes, 30 layers.
     assert_eq!(plan.ranks[0].kv_bytes_per_token, 2 * 2 * 64 * 2 * 30);
-    // At the peak, its largest tensor is the embedding. One token's activations, of 2 bytes each: 3 * 576, twice
-    // 5 heads of 64, K and V of 2 heads, twice 768 columns, and 49152 logits.
+    // At the peak, its largest tensor is the embedding. One token's activations, of 2 bytes each: 3 * 576,
+    // twice 5 heads of 64, K and V of 2 heads, twice 768 columns, and 49152 logits.
     let activations = 3 * 576 + 2 * 5 * 64 + 2 * 2 * 64 + 2 * 768 + 49_152;
     assert_eq!(plan.ranks[0].peak_bytes, bytes(1_844_352) + 2 * 14_155_776 + 2 * activations);
 
@@ -207,7 +207,8 @@ fn smollm_at_2_with_every_byte_counted() {
 fn minilm_at_1_to_12() {
     let spec = model("all-minilm-l6-v2");
     // 12 heads, each its own group, so every cut is free. F = 1536. V = 30522.
-    let expected: [(usize, &[usize], &[usize], usize, &[usize]); 6] = [
+    type Case<'a> = (usize, &'a [usize], &'a [usize], usize, &'a [usize]);
+    let expected: [Case; 6] = [
         (1, &[12], &[1536], 30_522, &[30_522]),
         // 477 * 64 = 30528 = 2 * 15264.
         (2, &[6, 6], &[768, 768], 30_528, &[15_264, 15_258]),

@@ -52,8 +52,8 @@ fn heads_are_the_best_of_all_partitions() {
     for q_heads in 1..=12usize {
         for kv in (1..=q_heads).filter(|k| q_heads.is_multiple_of(*k)) {
             for world in 1..=q_heads {
-                // The rule, word for word, over every partition there is. A key/value head is counted on a rank
-                // by asking each of its query heads which one it reads.
+                // The rule, word for word, over every partition there is. A rank's key/value heads are those
+                // that one of its query heads reads.
                 let rank_of = |cuts: &Vec<Range<usize>>| {
                     let largest = cuts.iter().map(|r| r.len()).max();
                     let held: usize = cuts
@@ -139,7 +139,7 @@ proptest! {
     #![proptest_config(cases(256))]
 
     #[test]
-    fn heads_are_balanced_and_their_kv_heads_are_those_they_read(k in 1usize..40, g in 1usize..20, n in 1usize..300) {
+    fn heads_are_balanced_with_the_kv_heads_they_read(k in 1usize..40, g in 1usize..20, n in 1usize..300) {
         let h = k * g;
         prop_assume!(n <= h);
         let shares = heads(h, k, n).unwrap();
@@ -148,7 +148,8 @@ proptest! {
         for (rank, (q, kv)) in shares.q.iter().zip(&shares.kv).enumerate() {
             // Head by head: exactly the key/value heads of the query heads that are there.
             prop_assert_eq!((q.start / g, (q.end - 1) / g + 1), (kv.start, kv.end));
-            let elsewhere = |head: usize| (0..n).any(|r| r != rank && shares.kv[r].start <= head && head < shares.kv[r].end);
+            let holds = |r: usize, head: usize| (shares.kv[r].start..shares.kv[r].end).contains(&head);
+            let elsewhere = |head: usize| (0..n).any(|r| r != rank && holds(r, head));
             prop_assert_eq!(shares.shares_kv(rank), (kv.start..kv.end).any(elsewhere));
         }
         let held: usize = lengths(&shares.kv).iter().sum();
@@ -157,9 +158,9 @@ proptest! {
     }
 
     #[test]
-    fn the_kv_rule_holds_for_any_range(k in 1usize..64, g in 1usize..64, a in 0usize..4096, len in 1usize..64) {
+    fn the_kv_rule_holds_for_any_range(k in 1usize..64, g in 1usize..64, a in 0usize..4096, l in 1usize..64) {
         let h = k * g;
-        let (a, b) = (a % h, (a % h + len).min(h));
+        let (a, b) = (a % h, (a % h + l).min(h));
         prop_assert_eq!(kv_heads(h, k, Span::new(a, b)), Span::new(a * k / h, (b - 1) * k / h + 1));
     }
 
@@ -182,7 +183,8 @@ proptest! {
         if found.padded == size {
             prop_assert_eq!(largest, size.div_ceil(n));
         } else {
-            prop_assert!(found.padded > size && found.padded.is_multiple_of(64) && found.padded.is_multiple_of(n));
+            prop_assert!(found.padded > size);
+            prop_assert!(found.padded.is_multiple_of(64) && found.padded.is_multiple_of(n));
             prop_assert_eq!(largest, found.padded / n);
             prop_assert!(largest as f64 * n as f64 <= 1.03 * size as f64 + 1e-6);
         }
@@ -199,9 +201,9 @@ fn models() -> impl Strategy<Value = (ModelSpec, usize)> {
             let dtype = ["float32", "float16", "bfloat16"][n % 3];
             let json = serde_json::json!({
                 "model_type": model_type, "num_hidden_layers": layers, "hidden_size": h * d,
-                "num_attention_heads": h, "num_key_value_heads": k, "intermediate_size": ffn, "vocab_size": vocab,
-                "tie_word_embeddings": tied, "attention_bias": attention_bias, "mlp_bias": mlp_bias,
-                "max_position_embeddings": 7, "torch_dtype": dtype,
+                "num_attention_heads": h, "num_key_value_heads": k, "intermediate_size": ffn,
+                "vocab_size": vocab, "tie_word_embeddings": tied, "attention_bias": attention_bias,
+                "mlp_bias": mlp_bias, "max_position_embeddings": 7, "torch_dtype": dtype,
             });
             let spec = ModelSpec::from_config(&json.to_string()).unwrap();
             let most = h.min(ffn).min(vocab);
@@ -244,14 +246,16 @@ proptest! {
             prop_assert!(count.iter().all(|c| *c > 0), "{}: {:?}", tensor.name, count);
             for (rank, range) in ranges.iter().enumerate() {
                 let shared = range.clone().any(|i| count[i] > 1);
-                prop_assert_eq!(plan.tensor(&tensor.name, rank).unwrap().replicated, shared, "{}", &tensor.name);
+                let declared = plan.tensor(&tensor.name, rank).unwrap().replicated;
+                prop_assert_eq!(declared, shared, "{}", &tensor.name);
                 let along = count.len();
                 bytes[rank] += tensor.bytes() / along as u64 * range.len() as u64;
             }
         }
         prop_assert_eq!(plan.ranks.iter().map(|r| r.weight_bytes).collect::<Vec<_>>(), bytes);
-        // A tied model has one table, not two; a biased row-parallel layer has its bias everywhere.
-        prop_assert_eq!(plan.tensor("lm_head.weight", 0).is_some(), spec.architecture.is_decoder() && !spec.tie_word_embeddings);
+        // A tied model has one table, not two.
+        let has_head = spec.architecture.is_decoder() && !spec.tie_word_embeddings;
+        prop_assert_eq!(plan.tensor("lm_head.weight", 0).is_some(), has_head);
         plan.check(&spec).unwrap();
     }
 
@@ -272,7 +276,8 @@ proptest! {
         }
         prop_assert_eq!(plan.vocab.padded > spec.vocab_size, noted("vocabulary padded"));
         let rows = lengths(&plan.vocab.ranges);
-        prop_assert_eq!(rows.iter().min() != rows.iter().max(), noted("vocabulary padded") || noted("vocabulary rows don't"));
+        let uneven = rows.iter().min() != rows.iter().max();
+        prop_assert_eq!(uneven, noted("vocabulary padded") || noted("vocabulary rows don't"));
         prop_assert_eq!(world > 1, noted("whole on every rank: norms"));
         prop_assert!(plan.predicted.decode_us_per_token >= plan.predicted.comm_us_per_token);
         prop_assert!((plan.predicted.comm_us_per_token > 0.0) == (world > 1));

@@ -1,14 +1,14 @@
 //! What an exchange and a decode step are expected to take: the alpha-beta model.
 //!
-//! A step of an exchange costs `alpha + bytes / bandwidth`: a fixed latency, and the bytes a rank moves in it.
+//! A step of an exchange costs `alpha + bytes / bandwidth`: a fixed latency, and the bytes a rank moves.
 //! This is the model of Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations
 //! in MPICH", 2005; NCCL's tuner chooses algorithms by the same formula. With `n` ranks and a payload of
 //! `B` bytes (of the whole result), in shared memory, where a rank reads what each other rank has written:
 //!
 //! | exchange | steps | bytes a rank reads | time |
 //! | --- | --- | --- | --- |
-//! | all-reduce, one step (each rank reads everything) | 1 | `(n-1) B` | `alpha + (n-1) B / bandwidth` |
-//! | all-reduce, two steps (reduce-scatter, all-gather) | 2 | `2 (n-1)/n B` | `2 alpha + 2 (n-1)/n B / bandwidth` |
+//! | all-reduce, each rank reads all | 1 | `(n-1) B` | `alpha + (n-1) B / bandwidth` |
+//! | all-reduce as reduce-scatter and all-gather | 2 | `2 (n-1)/n B` | `2 alpha + 2 (n-1)/n B / bandwidth` |
 //! | all-gather | 1 | `(n-1)/n B` | `alpha + (n-1)/n B / bandwidth` |
 //!
 //! An all-reduce takes the cheaper of its two forms: at the payloads of a decode step the first, as latency

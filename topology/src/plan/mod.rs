@@ -1,8 +1,8 @@
 //! The plan: which rank holds what, which collectives follow, and what that costs.
 //!
-//! [`Planner`] applies the [rules](crate::shard) and the [cost model](crate::cost) to a model. The [`Plan`] it
-//! makes is plain data with a stable JSON form, so that a runtime needs nothing else: for every tensor and
-//! rank it says which slice to read, and for every layer which heads and columns to compute and what to
+//! [`Planner`] applies the [rules](crate::shard) and the [cost model](crate::cost) to a model. The [`Plan`]
+//! it makes is plain data with a stable JSON form, so that a runtime needs nothing else: for every tensor
+//! and rank it says which slice to read, and for every layer which heads and columns to compute and what to
 //! exchange. [`Plan::check`] proves that the slices cover the model.
 
 mod check;

@@ -73,8 +73,8 @@ impl About<'_> {
         let bytes: u64 = self.spec.tensors.iter().filter(cut_by).map(TensorSpec::bytes).sum();
         let excess = (bytes as f64 / total as f64 * (largest as f64 - mean)) as u64;
         Some(format!(
-            "{total} {things} don't divide by {} ranks: shares from {largest} down to {smallest}; the largest is \
-             {:.1}% above the mean, {} more to read, about {} a token",
+            "{total} {things} don't divide by {} ranks: shares from {largest} down to {smallest}; the \
+             largest is {:.1}% above the mean, {} more to read, about {} a token",
             self.world,
             (largest as f64 / mean - 1.0) * 100.0,
             size(excess),

@@ -14,7 +14,8 @@ impl Plan {
         // Writing to a string can't fail, so these results say nothing.
         let _ = writeln!(
             out,
-            "{}: {} layers, hidden {}, {} query and {} key/value heads of {}, ffn {}, vocabulary {}, {}, {:.1} M parameters",
+            "{}: {} layers, hidden {}, {} query and {} key/value heads of {}, ffn {}, vocabulary {}, {}, \
+             {:.1} M parameters",
             m.model_type,
             m.num_layers,
             m.hidden_size,

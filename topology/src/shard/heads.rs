@@ -86,7 +86,7 @@ type Cost = (u32, u64);
 /// The best partition of `heads` into `world` ranges; 0 < world <= heads, and `group` divides `heads`.
 fn best_cuts(heads: usize, group: usize, world: usize) -> Vec<Span> {
     let largest = heads.div_ceil(world);
-    // Where rank r may start: every rank before it has 1 to `largest` heads, and so has every rank from it on.
+    // Where rank r may start: the ranks before it have 1 to `largest` heads each, and so do those from it on.
     let first = |r: usize| r.max(heads.saturating_sub(largest * (world - r)));
     let last = |r: usize| (largest * r).min(heads - (world - r));
     // Of a range [start, end): its share, and its right cut if that is inside a group.

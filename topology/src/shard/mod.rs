@@ -2,17 +2,18 @@
 //!
 //! With `n` ranks, `h` query heads, `k` key/value heads, `F` feed-forward columns and `V` vocabulary rows:
 //!
-//! | axis | rule | function |
-//! | --- | --- | --- |
-//! | query heads | `n` ranges of at most `ceil(h/n)`; cuts on key/value group boundaries where that costs nothing | [`heads`] |
-//! | key/value heads | a rank with query heads `[a, b)` needs `floor(a*k/h) ..= floor((b-1)*k/h)` | [`kv_heads`] |
-//! | feed-forward | `n` ranges of `ceil(F/n)` or `floor(F/n)`, larger first | [`even`] |
-//! | vocabulary | padded to a multiple of `lcm(64, n)` and cut evenly; unpadded where that would unbalance it | [`vocab`] |
+//! * [`heads`]: query heads, in `n` ranges of at most `ceil(h/n)`, cut between key/value groups where that
+//!   costs nothing.
+//! * [`kv_heads`]: a rank with query heads `[a, b)` needs key/value heads
+//!   `floor(a*k/h) ..= floor((b-1)*k/h)`, which other ranks may need too.
+//! * [`even`]: feed-forward columns, in `n` ranges of `ceil(F/n)` or `floor(F/n)`, larger first.
+//! * [`vocab`]: vocabulary rows, padded to a multiple of `lcm(64, n)` and cut evenly; unpadded where that
+//!   would unbalance them.
 //!
 //! Everything else (norms, position embeddings, biases of row-parallel layers) is whole on every rank.
-//! Column- and row-parallel layers are those of Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter
-//! Language Models Using Model Parallelism", 2019: with `Y = X A` cut by A's columns and `Z = Y B` by B's
-//! rows, the two need one all-reduce, of `Z`.
+//! Column- and row-parallel layers are those of Shoeybi et al., "Megatron-LM: Training Multi-Billion
+//! Parameter Language Models Using Model Parallelism", 2019: with `Y = X A` cut by A's columns and `Z = Y B`
+//! by B's rows, the two need one all-reduce, of `Z`.
 
 mod even;
 mod heads;
