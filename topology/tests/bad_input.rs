@@ -103,6 +103,10 @@ fn newer_and_older_spellings_mean_the_same() {
     assert_eq!(scaling(json!({"type": "yarn", "factor": 4})).unwrap(), RopeScaling::Other("yarn".to_owned()));
     let text = scaling(json!({"rope_type": "llama3", "factor": 8.0})).unwrap_err().to_string();
     assert_eq!(text, "config.json: `rope_scaling.low_freq_factor` is missing");
+    let swapped = json!({"factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"});
+    let text = scaling(swapped).unwrap_err().to_string();
+    assert!(text.contains("`rope_scaling.low_freq_factor` = 4 must be below high_freq_factor = 1"), "{text}");
 
     assert_eq!(with("torch_dtype", None).unwrap().dtype, DType::F32);
     assert_eq!(with("torch_dtype", Some(json!("torch.float16"))).unwrap().dtype, DType::F16);
@@ -273,11 +277,14 @@ fn impossible_worlds_are_refused_with_the_nearest_possible() {
     let narrow = r#"{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1,
                      "num_attention_heads": 8, "intermediate_size": 3, "vocab_size": 100}"#;
     let narrow = ModelSpec::from_config(narrow).unwrap();
-    let error = Planner::new(&narrow).plan(4).unwrap_err();
-    assert!(
-        matches!(error, Error::TooManyRanks { constraint: "intermediate_size", nearest: 3, .. }),
-        "{error}"
-    );
+    for world in [4, 9] {
+        let error = Planner::new(&narrow).plan(world).unwrap_err();
+        let of_columns = |e: &Error| matches!(e, Error::TooManyRanks { constraint: "intermediate_size", .. });
+        assert!(
+            of_columns(&error) && error.to_string().contains("nearest legal number of ranks is 3"),
+            "{error}"
+        );
+    }
     plan(&narrow, 3);
 }
 

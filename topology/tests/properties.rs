@@ -108,6 +108,16 @@ fn many_heads_and_ranks_are_no_work() {
 }
 
 #[test]
+fn a_vocabulary_is_padded_up_to_a_share_of_1_03_times_the_mean() {
+    // Both round up to 2048 = 32 * 64: 2048 / 1990 = 1.0291, 2048 / 1985 = 1.0317.
+    assert_eq!(vocab(1990, 2).unwrap().padded, 2048);
+    assert_eq!(vocab(1985, 2).unwrap().padded, 1985);
+    // lcm(64, 127) = 8128, and 41 * 8128 is only 1.025 times 40 * 8128 + 1. But in shares of 41 * 64 the last
+    // three ranks would have no row.
+    assert_eq!(vocab(40 * 8128 + 1, 127).unwrap().padded, 40 * 8128 + 1);
+}
+
+#[test]
 fn what_cannot_be_shared_is_refused_with_a_way_out() {
     assert!(matches!(heads(12, 12, 0), Err(Error::NoRanks)));
     assert!(matches!(heads(14, 4, 2), Err(Error::HeadGroups { q_heads: 14, kv_heads: 4 })));

@@ -15,6 +15,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
+use tensorwire_core::DType;
 
 use super::tensors::Location;
 use crate::{Error, Result};
@@ -27,25 +28,30 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 pub struct StoredType {
     name: &'static str,
     size: u64,
+    dtype: Option<DType>,
 }
 
-/// The types of whole bytes that the format defines.
+const fn stored(name: &'static str, size: u64, dtype: Option<DType>) -> StoredType {
+    StoredType { name, size, dtype }
+}
+
+/// The types of whole bytes that the format defines; those that a model can be computed with have a dtype.
 const TYPES: [StoredType; 15] = [
-    StoredType { name: "BOOL", size: 1 },
-    StoredType { name: "U8", size: 1 },
-    StoredType { name: "I8", size: 1 },
-    StoredType { name: "F8_E5M2", size: 1 },
-    StoredType { name: "F8_E4M3", size: 1 },
-    StoredType { name: "U16", size: 2 },
-    StoredType { name: "I16", size: 2 },
-    StoredType { name: "F16", size: 2 },
-    StoredType { name: "BF16", size: 2 },
-    StoredType { name: "U32", size: 4 },
-    StoredType { name: "I32", size: 4 },
-    StoredType { name: "F32", size: 4 },
-    StoredType { name: "U64", size: 8 },
-    StoredType { name: "I64", size: 8 },
-    StoredType { name: "F64", size: 8 },
+    stored("F32", 4, Some(DType::F32)),
+    stored("F16", 2, Some(DType::F16)),
+    stored("BF16", 2, Some(DType::BF16)),
+    stored("BOOL", 1, None),
+    stored("U8", 1, None),
+    stored("I8", 1, None),
+    stored("F8_E5M2", 1, None),
+    stored("F8_E4M3", 1, None),
+    stored("U16", 2, None),
+    stored("I16", 2, None),
+    stored("U32", 4, None),
+    stored("I32", 4, None),
+    stored("U64", 8, None),
+    stored("I64", 8, None),
+    stored("F64", 8, None),
 ];
 
 impl StoredType {
@@ -59,26 +65,18 @@ impl StoredType {
         self.size
     }
 
-    /// The type that tensorwire computes with, if it is one: `F32`, `F16` or `BF16`.
-    pub fn dtype(self) -> Option<tensorwire_core::DType> {
-        tensorwire_core::DType::ALL.into_iter().find(|d| d.name().eq_ignore_ascii_case(self.name))
+    /// The type that the model's weights then have, if they can: F32, F16 or BF16.
+    pub const fn dtype(self) -> Option<DType> {
+        self.dtype
+    }
+
+    /// How weights of that type are stored.
+    pub(super) fn of(dtype: DType) -> Option<StoredType> {
+        TYPES.into_iter().find(|t| t.dtype == Some(dtype))
     }
 
     fn named(name: &str) -> Option<StoredType> {
         TYPES.into_iter().find(|t| t.name == name)
-    }
-}
-
-impl From<tensorwire_core::DType> for StoredType {
-    fn from(dtype: tensorwire_core::DType) -> StoredType {
-        StoredType {
-            name: match dtype {
-                tensorwire_core::DType::F32 => "F32",
-                tensorwire_core::DType::F16 => "F16",
-                tensorwire_core::DType::BF16 => "BF16",
-            },
-            size: dtype.size() as u64,
-        }
     }
 }
 

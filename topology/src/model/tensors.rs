@@ -59,7 +59,10 @@ impl TensorSpec {
 impl ModelSpec {
     /// Fills `tensors` with those the architecture implies.
     pub(super) fn derive_tensors(&mut self) -> Result<()> {
-        let stored = StoredType::from(self.dtype);
+        let Some(stored) = StoredType::of(self.dtype) else {
+            let what = format!("{} weights are not supported: use F32, F16 or BF16", self.dtype);
+            return Err(Error::Unsupported { file: self.source.display().to_string(), what });
+        };
         let mut tensors = Vec::new();
         for (name, rule) in self.expected(&self.prefix) {
             if self.requires(rule.when) {
