@@ -148,9 +148,12 @@ impl Communicator {
     pub fn all_reduce<T: Element>(&self, buf: &mut [T], op: ReduceOp) -> Result<()> {
         let call = Call { reduce: Some(op), ..self.call::<T>(Op::AllReduce, buf.len()) };
         let bytes = bytemuck::cast_slice_mut::<T, u8>(buf);
+        let reduction = Reduction::new(T::DTYPE, op).map_err(|e| *e)?;
+        if self.world == 1 {
+            reduction.alone(bytes);
+        }
         self.run(|state| {
             let algorithm = state.choose(bytes.len(), self.world)?;
-            let reduction = Reduction { dtype: T::DTYPE, op };
             state.engine.run(call, |engine| engine.all_reduce(bytes, &reduction, algorithm))
         })
     }
@@ -215,11 +218,12 @@ impl Communicator {
             input.len(),
         )?;
         let call = Call { reduce: Some(op), ..self.call::<T>(Op::ReduceScatter, input.len()) };
+        let reduction = Reduction::new(T::DTYPE, op).map_err(|e| *e)?;
+        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
         if self.world == 1 {
             output.copy_from_slice(input);
+            reduction.alone(output);
         }
-        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
-        let reduction = Reduction { dtype: T::DTYPE, op };
         self.run(|state| state.engine.run(call, |engine| engine.reduce_scatter(input, output, &reduction)))
     }
 

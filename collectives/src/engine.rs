@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use tensorwire_core::{Call, DType, ReduceOp};
+use tensorwire_core::{Call, DType, Error, ReduceOp};
 use tensorwire_transports::shm::{Failure, Group, INLINE};
 
 use crate::reduce::{Kernel, Kernels};
@@ -23,15 +23,35 @@ const REDUCE_BLOCK: usize = 8 << 10;
 #[derive(Debug)]
 pub(crate) struct Engine {
     group: Group,
-    kernels: &'static Kernels,
     /// Room for one pointer a rank, so that a call need not allocate.
     sources: Sources,
 }
 
-/// A buffer whose elements are reduced: bytes, their type and the operation.
+/// How elements are reduced: their type, the operation, and the kernel for both.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Reduction {
-    pub(crate) dtype: DType,
-    pub(crate) op: ReduceOp,
+    dtype: DType,
+    kernel: Kernel,
+    factor: f64,
+}
+
+impl Reduction {
+    /// # Errors
+    /// [`Error::InvalidArgument`] where the operation isn't defined for the type.
+    #[inline]
+    pub(crate) fn new(dtype: DType, op: ReduceOp) -> Result<Reduction, Failure> {
+        match Kernels::best().get(dtype, op) {
+            Some(kernel) => Ok(Reduction { dtype, kernel, factor: op.factor() }),
+            None => Err(Box::new(Error::invalid(format!("{op} is not defined for {dtype}")))),
+        }
+    }
+
+    /// The reduction of one rank's buffer alone: its elements themselves, but for a factor.
+    pub(crate) fn alone(&self, buf: &mut [u8]) {
+        if self.factor != 1.0 {
+            reduce(self, buf, 0, &mut Sources(vec![std::ptr::null()]), |_, _| &[]);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -43,7 +63,7 @@ unsafe impl Send for Sources {}
 impl Engine {
     pub(crate) fn new(group: Group) -> Engine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
-        Engine { group, kernels: Kernels::best(), sources }
+        Engine { group, sources }
     }
 
     pub(crate) fn slot_bytes(&self) -> usize {
@@ -82,9 +102,8 @@ impl Engine {
         let step = self.group.next_step()?;
         self.group.publish_inline(buf);
         self.group.wait_all(step)?;
-        let kernel = self.kernels.get(r.dtype, r.op);
         let Engine { group, sources, .. } = self;
-        reduce(kernel, r.dtype, buf, group.rank(), sources, |peer, _| &group.peer_inline(peer, step)[..]);
+        reduce(r, buf, group.rank(), sources, |peer, _| &group.peer_inline(peer, step)[..]);
         Ok(())
     }
 
@@ -93,9 +112,8 @@ impl Engine {
         self.group.slot()[..buf.len()].copy_from_slice(buf);
         self.group.publish();
         self.group.wait_all(step)?;
-        let kernel = self.kernels.get(r.dtype, r.op);
         let Engine { group, sources, .. } = self;
-        reduce(kernel, r.dtype, buf, group.rank(), sources, |peer, _| group.peer_slot(peer, step));
+        reduce(r, buf, group.rank(), sources, |peer, _| group.peer_slot(peer, step));
         Ok(())
     }
 
@@ -103,7 +121,6 @@ impl Engine {
     /// its reduced part of chunk `t - 1`, and gathers the peers' reduced parts of chunk `t - 2`.
     fn all_reduce_two_shot(&mut self, buf: &mut [u8], r: &Reduction) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
-        let kernel = self.kernels.get(r.dtype, r.op);
         // A slot holds a chunk and, behind it, a reduced part, which is at most half a chunk and a line.
         let chunk_bytes = CHUNK.min(self.group.slot_bytes() / 2) / 64 * 64;
         let chunks = Pieces::new(buf.len() / size, size, chunk_bytes);
@@ -132,15 +149,8 @@ impl Engine {
                 self.group.wait_all(before)?;
             }
             if t > 0 && t <= count {
-                self.reduce_part(
-                    buf,
-                    kernel,
-                    r.dtype,
-                    part_of(t - 1, rank),
-                    chunks.range(t - 1).start * size,
-                    before,
-                    chunk_bytes,
-                );
+                let start = chunks.range(t - 1).start * size;
+                self.reduce_part(buf, r, part_of(t - 1, rank), start, before, chunk_bytes);
             }
             if t > 1 {
                 for who in (0..world).filter(|who| *who != rank) {
@@ -158,12 +168,10 @@ impl Engine {
 
     /// Reduces this rank's part of the chunk at byte `start`, which the peers published in step `before`, into
     /// `buf` and into this rank's slot at `result`.
-    #[expect(clippy::too_many_arguments, reason = "one step of the loop above, which is long enough")]
     fn reduce_part(
         &mut self,
         buf: &mut [u8],
-        kernel: Kernel,
-        dtype: DType,
+        r: &Reduction,
         part: Range<usize>,
         start: usize,
         before: u64,
@@ -173,7 +181,7 @@ impl Engine {
         for at in part.clone().step_by(REDUCE_BLOCK) {
             let block = at..(at + REDUCE_BLOCK).min(part.end);
             let out = &mut buf[block.clone()];
-            reduce(kernel, dtype, out, group.rank(), sources, |peer, len| {
+            reduce(r, out, group.rank(), sources, |peer, len| {
                 &group.peer_slot(peer, before)[block.start - start..][..len]
             });
             let to = result + block.start - part.start;
@@ -228,7 +236,6 @@ impl Engine {
         r: &Reduction,
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
-        let kernel = self.kernels.get(r.dtype, r.op);
         let block = output.len();
         output.copy_from_slice(&input[rank * block..][..block]);
         // A slot holds a piece for each rank, each from a cache line of its own.
@@ -247,9 +254,7 @@ impl Engine {
             |engine, read, step| {
                 let Engine { group, sources, .. } = engine;
                 let out = &mut output[bytes(read)];
-                reduce(kernel, r.dtype, out, rank, sources, |peer, len| {
-                    &group.peer_slot(peer, step)[rank * room..][..len]
-                });
+                reduce(r, out, rank, sources, |peer, len| &group.peer_slot(peer, step)[rank * room..][..len]);
             },
         )
     }
@@ -322,8 +327,7 @@ impl Engine {
 /// is at least `len` bytes, aligned for the type.
 #[inline]
 fn reduce<'a>(
-    kernel: Kernel,
-    dtype: DType,
+    r: &Reduction,
     out: &mut [u8],
     rank: usize,
     sources: &mut Sources,
@@ -333,10 +337,10 @@ fn reduce<'a>(
     let dst = out.as_mut_ptr();
     for (who, source) in sources.0.iter_mut().enumerate() {
         *source = if who == rank { dst.cast_const() } else { theirs(who, len)[..len].as_ptr() };
-        debug_assert!(source.addr().is_multiple_of(dtype.size()));
+        debug_assert!(source.addr().is_multiple_of(r.dtype.size()));
     }
     // SAFETY: (1) each source has `len` bytes, sliced above, and so has `dst`; slots and flags are aligned to
     // 16 bytes and more and are cut at whole elements, and `out` was a slice of elements; (2) `dst` is the
     // source of this rank and no peer's; (3) the kernels were chosen for this processor.
-    unsafe { kernel(dst, sources.0.as_ptr(), sources.0.len(), len / dtype.size()) }
+    unsafe { (r.kernel)(dst, sources.0.as_ptr(), sources.0.len(), len / r.dtype.size(), r.factor) }
 }

@@ -48,7 +48,7 @@ impl fmt::Display for Op {
 }
 
 /// One call of a collective, as every rank must make it alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Call {
     /// Which collective.
     pub op: Op,
@@ -66,22 +66,27 @@ pub struct Call {
 }
 
 impl Call {
-    /// The call in three words, for memory that ranks share.
-    pub fn to_words(&self) -> [u64; 3] {
+    /// The call in four words, for memory that ranks share.
+    pub fn to_words(&self) -> [u64; 4] {
         let head = self.op as u64
             | (self.dtype.map_or(0, |d| d as u64) << 8)
-            | (self.reduce.map_or(0, |r| r as u64) << 16)
+            | (self.reduce.map_or(0, |r| u64::from(r.code())) << 16)
             | (u64::from(self.layout) << 32);
-        [head, self.count, self.root.map_or(0, |r| u64::from(r) + 1)]
+        let factor = self.reduce.map_or(1.0, ReduceOp::factor).to_bits();
+        [head, self.count, self.root.map_or(0, |r| u64::from(r) + 1), factor]
     }
 
     /// The call that [`to_words`](Call::to_words) wrote; `None` where the words are no call.
-    pub fn from_words([head, count, root]: [u64; 3]) -> Option<Call> {
+    pub fn from_words([head, count, root, factor]: [u64; 4]) -> Option<Call> {
         let byte = |shift: u32| (head >> shift) as u8;
         Some(Call {
             op: Op::from_code(byte(0))?,
             dtype: if byte(8) == 0 { None } else { Some(DType::from_code(byte(8))?) },
-            reduce: if byte(16) == 0 { None } else { Some(ReduceOp::from_code(byte(16))?) },
+            reduce: if byte(16) == 0 {
+                None
+            } else {
+                Some(ReduceOp::from_code(byte(16), f64::from_bits(factor))?)
+            },
             count,
             root: root.checked_sub(1).map(|r| r as u32),
             layout: (head >> 32) as u32,
@@ -90,12 +95,12 @@ impl Call {
 
     /// A digest that differs, but for a 1 in 2^32 chance, when two ranks' calls differ.
     pub fn fingerprint(&self) -> u32 {
-        let [head, count, root] = self.to_words();
+        let [head, count, root, factor] = self.to_words();
         let mut h = head.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         h ^= h >> 29;
         h = (h ^ count).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         h ^= h >> 32;
-        h = (h ^ root).wrapping_mul(0x94D0_49BB_1331_11EB);
+        h = (h ^ root ^ factor.rotate_left(7)).wrapping_mul(0x94D0_49BB_1331_11EB);
         (h ^ (h >> 32)) as u32
     }
 }
@@ -146,6 +151,8 @@ mod tests {
             Call { dtype: Some(DType::BF16), ..base },
             Call { dtype: None, ..base },
             Call { reduce: Some(ReduceOp::Max), ..base },
+            Call { reduce: Some(ReduceOp::PreScaledSum(1.0)), ..base },
+            Call { reduce: Some(ReduceOp::PreScaledSum(0.5)), ..base },
             Call { count: 4097, ..base },
             Call { root: Some(0), ..base },
             Call { root: Some(1), ..base },
@@ -161,7 +168,7 @@ mod tests {
 
     #[test]
     fn words_that_are_no_call_are_refused() {
-        for words in [[0; 3], [99, 0, 0], [1 | 99 << 8, 0, 0], [1 | 1 << 8 | 99 << 16, 0, 0]] {
+        for words in [[0; 4], [99, 0, 0, 0], [1 | 99 << 8, 0, 0, 0], [1 | 1 << 8 | 99 << 16, 0, 0, 0]] {
             assert_eq!(Call::from_words(words), None);
         }
     }

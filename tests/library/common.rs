@@ -1,52 +1,61 @@
-//! What the integration tests share: values whose reduction is known, and ranks as threads or processes.
+//! What the tests share: values whose reduction is known, and ranks as threads.
 
-use std::fmt::Debug;
+use tensorwire::collectives::reduce::Kernels;
+use tensorwire::{Communicator, DType, Element, Options, ReduceOp};
 
-use half::{bf16, f16};
-use tensorwire::{Communicator, Element, Options};
-
-/// An element type with conversions, for making and checking values.
-pub(crate) trait Value: Element + PartialEq + Debug {
-    fn of(x: f32) -> Self;
-    fn to_f32(self) -> f32;
+/// Rank `rank`'s element `i`: any integer, or a number of magnitude 1 to 4 of either sign, with all mantissa
+/// bits in use, so that sums round and their order shows.
+pub(crate) fn value<T: Element>(rank: usize, i: usize) -> T {
+    let h = (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        ^ (rank as u64 + 1).wrapping_mul(0x85EB_CA6B_2545_F491);
+    let h = (h ^ (h >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let h = h ^ (h >> 32);
+    // The exponents of 1 and 2 in the type's own format, random sign and mantissa.
+    let float = |exponent: u32, mantissa: u32| {
+        let one = ((1u64 << (exponent - 1)) - 1) << mantissa;
+        let sign = (h >> 63) << (exponent + mantissa);
+        one + (h & ((2 << mantissa) - 1)) | sign
+    };
+    let bits = match T::DTYPE {
+        DType::F64 => float(11, 52),
+        DType::F32 => float(8, 23),
+        DType::F16 => float(5, 10),
+        DType::BF16 => float(8, 7),
+        DType::F8E4M3 => float(4, 3),
+        DType::F8E5M2 => float(5, 2),
+        _ => h,
+    };
+    bytemuck::pod_read_unaligned(&bits.to_le_bytes()[..size_of::<T>()])
 }
 
-impl Value for f32 {
-    fn of(x: f32) -> f32 {
-        x
-    }
-    fn to_f32(self) -> f32 {
-        self
-    }
+/// `len` elements of rank `rank`.
+pub(crate) fn buffer<T: Element>(rank: usize, len: usize) -> Vec<T> {
+    (0..len).map(|i| value(rank, i)).collect()
 }
 
-impl Value for f16 {
-    fn of(x: f32) -> f16 {
-        f16::from_f32(x)
-    }
-    fn to_f32(self) -> f32 {
-        f16::to_f32(self)
-    }
+/// The reduction of `len` elements over `world` ranks by the portable kernel, which is tested against the
+/// definition where it lives.
+pub(crate) fn reduced<T: Element>(op: ReduceOp, world: usize, len: usize) -> Vec<T> {
+    let buffers: Vec<Vec<T>> = (0..world).map(|r| buffer(r, len)).collect();
+    let sources: Vec<*const u8> = buffers.iter().map(|b| b.as_ptr().cast()).collect();
+    let mut out = vec![T::zeroed(); len];
+    let kernel = Kernels::available()[0].get(T::DTYPE, op).expect("an operation that the type supports");
+    // SAFETY: (1) every buffer has `len` elements of `T`; (2) the output is none of them; (3) the portable
+    // kernels run anywhere.
+    unsafe { kernel(out.as_mut_ptr().cast(), sources.as_ptr(), world, len, op.factor()) };
+    out
 }
 
-impl Value for bf16 {
-    fn of(x: f32) -> bf16 {
-        bf16::from_f32(x)
+/// Fails unless both hold the same bits.
+#[track_caller]
+pub(crate) fn assert_same<T: Element>(got: &[T], expected: &[T], what: impl std::fmt::Display) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let size = size_of::<T>();
+    let (got, expected) = (bytemuck::cast_slice::<T, u8>(got), bytemuck::cast_slice::<T, u8>(expected));
+    if let Some(i) = got.chunks(size).zip(expected.chunks(size)).position(|(g, e)| g != e) {
+        let at = i * size..(i + 1) * size;
+        panic!("{} {what}: element {i} is {:?}, not {:?}", T::DTYPE, &got[at.clone()], &expected[at]);
     }
-    fn to_f32(self) -> f32 {
-        bf16::to_f32(self)
-    }
-}
-
-/// Rank `rank`'s element `i`: fractions that don't add up exactly, so that the order of the sum shows.
-pub(crate) fn value(rank: usize, i: usize) -> f32 {
-    let h = (i as u32).wrapping_mul(0x9E37_79B9) ^ (rank as u32 + 1).wrapping_mul(0x85EB_CA6B);
-    let h = (h ^ (h >> 15)).wrapping_mul(0x2C1B_3C6D);
-    (h >> 8) as f32 / (1 << 22) as f32 - 2.0
-}
-
-pub(crate) fn buffer<T: Value>(rank: usize, len: usize) -> Vec<T> {
-    (0..len).map(|i| T::of(value(rank, i))).collect()
 }
 
 /// Runs `body` once a rank, each in a thread of its own.

@@ -2,9 +2,11 @@
 //! around every boundary, and every type and operation. Ranks are threads over the same shared memory that
 //! processes use.
 
-use crate::common::{Value, buffer, threads, value};
+use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
-use tensorwire::{Algorithm, Communicator, Options, ReduceOp};
+use tensorwire::{Algorithm, Communicator, Element, Options, ReduceOp};
+
+use crate::common::{assert_same, buffer, reduced, threads};
 
 /// Lengths around the inline limit, cache lines, small slots and chunk boundaries, for the small slots below.
 const LENGTHS: [usize; 12] = [0, 1, 2, 3, 12, 13, 24, 25, 1000, 1025, 4099, 20_011];
@@ -14,64 +16,47 @@ fn small_slots() -> Options {
     Options { slot_bytes: 4 * 4096, ..Options::default() }
 }
 
-fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
-    match op {
-        ReduceOp::Sum => a + b,
-        ReduceOp::Product => a * b,
-        ReduceOp::Min => a.min(b),
-        ReduceOp::Max => a.max(b),
-    }
-}
-
-/// Element `i` of the reduction over `world` ranks: in rank order, in f32, rounded once.
-fn reduced<T: Value>(op: ReduceOp, world: usize, i: usize) -> T {
-    let widened = |r: usize| T::of(value(r, i)).to_f32();
-    T::of((1..world).fold(widened(0), |acc, r| combine(op, acc, widened(r))))
-}
-
-fn all_reduce<T: Value>(comm: &Communicator, len: usize, op: ReduceOp) {
+fn all_reduce<T: Element>(comm: &Communicator, len: usize, op: ReduceOp) {
     let mut x = buffer::<T>(comm.rank(), len);
     comm.all_reduce(&mut x, op).unwrap();
-    for (i, x) in x.iter().enumerate() {
-        assert_eq!(*x, reduced::<T>(op, comm.world(), i), "{op} of {len}, element {i}");
-    }
+    assert_same(&x, &reduced(op, comm.world(), len), format_args!("all_reduce {op} of {len}"));
 }
 
-fn all_gather<T: Value>(comm: &Communicator, len: usize) {
-    let mut out = vec![T::of(0.0); len * comm.world()];
+fn all_gather<T: Element>(comm: &Communicator, len: usize) {
+    let mut out = vec![T::zeroed(); len * comm.world()];
     comm.all_gather(&buffer::<T>(comm.rank(), len), &mut out).unwrap();
     let expected: Vec<T> = (0..comm.world()).flat_map(|r| buffer::<T>(r, len)).collect();
-    assert_eq!(out, expected);
+    assert_same(&out, &expected, "all_gather");
 }
 
-fn all_gather_v<T: Value>(comm: &Communicator, len: usize) {
+fn all_gather_v<T: Element>(comm: &Communicator, len: usize) {
     // Uneven on purpose, with an empty block for every third rank.
     let counts: Vec<usize> = (0..comm.world()).map(|r| if r % 3 == 1 { 0 } else { len + r * 7 }).collect();
-    let mut out = vec![T::of(0.0); counts.iter().sum()];
+    let mut out = vec![T::zeroed(); counts.iter().sum()];
     comm.all_gather_v(&buffer::<T>(comm.rank(), counts[comm.rank()]), &mut out, &counts).unwrap();
     let expected: Vec<T> = counts.iter().enumerate().flat_map(|(r, c)| buffer::<T>(r, *c)).collect();
-    assert_eq!(out, expected);
+    assert_same(&out, &expected, "all_gather_v");
 }
 
-fn reduce_scatter<T: Value>(comm: &Communicator, len: usize, op: ReduceOp) {
-    let mut out = vec![T::of(0.0); len];
+fn reduce_scatter<T: Element>(comm: &Communicator, len: usize, op: ReduceOp) {
+    let mut out = vec![T::zeroed(); len];
     comm.reduce_scatter(&buffer::<T>(comm.rank(), len * comm.world()), &mut out, op).unwrap();
-    for (i, x) in out.iter().enumerate() {
-        assert_eq!(*x, reduced::<T>(op, comm.world(), comm.rank() * len + i));
-    }
+    let expected = reduced(op, comm.world(), len * comm.world());
+    assert_same(&out, &expected[comm.rank() * len..][..len], format_args!("reduce_scatter {op} of {len}"));
 }
 
-fn broadcast<T: Value>(comm: &Communicator, len: usize) {
+fn broadcast<T: Element>(comm: &Communicator, len: usize) {
     for root in 0..comm.world() {
         let mut x = buffer::<T>(comm.rank(), len);
         comm.broadcast(&mut x, root).unwrap();
-        assert_eq!(x, buffer::<T>(root, len));
+        assert_same(&x, &buffer::<T>(root, len), "broadcast");
     }
 }
 
-fn everything<T: Value>(comm: &Communicator) {
+fn everything<T: Element>(comm: &Communicator) {
     for len in LENGTHS {
-        for op in ReduceOp::ALL {
+        for op in ReduceOp::ALL.into_iter().filter(|op| op.supports(T::DTYPE)) {
+            let op = if let ReduceOp::PreScaledSum(_) = op { ReduceOp::PreScaledSum(0.3) } else { op };
             all_reduce::<T>(comm, len, op);
             reduce_scatter::<T>(comm, len, op);
         }
@@ -83,14 +68,45 @@ fn everything<T: Value>(comm: &Communicator) {
 }
 
 #[test]
-fn every_collective_type_and_length_at_1_to_9_ranks() {
+fn every_collective_and_length_at_1_to_9_ranks() {
     for world in 1..=9 {
         threads(world, &small_slots(), |comm| {
             everything::<f32>(&comm);
-            everything::<f16>(&comm);
             everything::<bf16>(&comm);
         });
     }
+}
+
+#[test]
+fn every_type_and_operation() {
+    for world in [1, 2, 3] {
+        threads(world, &small_slots(), |comm| {
+            everything::<f64>(&comm);
+            everything::<f16>(&comm);
+            everything::<F8E4M3>(&comm);
+            everything::<F8E5M2>(&comm);
+            everything::<i8>(&comm);
+            everything::<u8>(&comm);
+            everything::<i32>(&comm);
+            everything::<u32>(&comm);
+            everything::<i64>(&comm);
+            everything::<u64>(&comm);
+        });
+    }
+}
+
+#[test]
+fn an_operation_that_a_type_lacks_is_refused_before_anything_is_sent() {
+    threads(2, &small_slots(), |comm| {
+        for error in [
+            comm.all_reduce(&mut [1i32], ReduceOp::Average).unwrap_err(),
+            comm.all_reduce(&mut [1f32], ReduceOp::BitAnd).unwrap_err(),
+            comm.reduce_scatter(&[1u8; 2], &mut [0u8], ReduceOp::PreScaledSum(2.0)).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("is not defined for"), "{error}");
+        }
+        all_reduce::<i32>(&comm, 5, ReduceOp::Sum);
+    });
 }
 
 #[test]

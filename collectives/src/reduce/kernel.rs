@@ -1,46 +1,47 @@
 //! The kernel and its compilations.
 
+use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
-use super::Kernels;
-use super::float::{Combine, Float, Max, Min, Product, Sum};
+use super::number::Number;
+use super::op::{Average, BitAnd, BitOr, BitXor, Combine, Max, Min, PreScaledSum, Product, Sum};
+use super::{Kernel, Kernels, OPS};
 
 /// Elements that are accumulated at once: a few vector registers on any instruction set. All sources of a
 /// block are read before it is written, so the destination may be a source.
 const BLOCK: usize = 64;
 
 /// # Safety
-/// As for [`Kernel`](super::Kernel), for elements of type `T`.
+/// As for [`Kernel`], for elements of type `T`.
 #[inline(always)]
-unsafe fn body<T: Float, C: Combine>(dst: *mut T, sources: &[*const T], count: usize) {
+unsafe fn body<T: Number, C: Combine<T::Wide>>(dst: *mut T, sources: &[*const T], count: usize, factor: f64) {
     let (first, rest) = (sources[0], &sources[1..]);
+    let n = sources.len();
     let blocks = count / BLOCK;
     for block in 0..blocks {
         let at = block * BLOCK;
-        let mut sum = [0f32; BLOCK];
         // SAFETY: `at + BLOCK <= count`, and the caller vouches for `count` elements of each pointer.
         unsafe {
-            for (j, s) in sum.iter_mut().enumerate() {
-                *s = first.add(at + j).read().widen();
-            }
+            let mut sum: [T::Wide; BLOCK] =
+                std::array::from_fn(|j| C::load(first.add(at + j).read().widen(), factor));
             for source in rest {
                 for (j, s) in sum.iter_mut().enumerate() {
-                    *s = C::combine(*s, source.add(at + j).read().widen());
+                    *s = C::combine(*s, C::load(source.add(at + j).read().widen(), factor));
                 }
             }
             for (j, s) in sum.iter().enumerate() {
-                dst.add(at + j).write(T::narrow(*s));
+                dst.add(at + j).write(T::narrow(C::finish(*s, n)));
             }
         }
     }
     for i in blocks * BLOCK..count {
         // SAFETY: `i < count`, as above.
         unsafe {
-            let mut sum = first.add(i).read().widen();
+            let mut sum = C::load(first.add(i).read().widen(), factor);
             for source in rest {
-                sum = C::combine(sum, source.add(i).read().widen());
+                sum = C::combine(sum, C::load(source.add(i).read().widen(), factor));
             }
-            dst.add(i).write(T::narrow(sum));
+            dst.add(i).write(T::narrow(C::finish(sum, n)));
         }
     }
 }
@@ -50,22 +51,67 @@ unsafe fn body<T: Float, C: Combine>(dst: *mut T, sources: &[*const T], count: u
 macro_rules! kernels {
     ($table:ident, $entry:ident, $name:literal $(, #[$feature:meta])?) => {
         /// # Safety
-        /// As for [`Kernel`](super::Kernel).
+        /// As for [`Kernel`].
         $(#[$feature])?
-        unsafe fn $entry<T: Float, C: Combine>(dst: *mut u8, sources: *const *const u8, n: usize, count: usize) {
+        unsafe fn $entry<T: Number, C: Combine<T::Wide>>(
+            dst: *mut u8,
+            sources: *const *const u8,
+            n: usize,
+            count: usize,
+            factor: f64,
+        ) {
             // SAFETY: the caller vouches for `n` pointers, whose type has the layout of `*const T`.
             let sources = unsafe { std::slice::from_raw_parts(sources.cast::<*const T>(), n) };
             // SAFETY: the caller vouches for the pointers.
-            unsafe { body::<T, C>(dst.cast(), sources, count) }
+            unsafe { body::<T, C>(dst.cast(), sources, count, factor) }
         }
 
-        pub(super) static $table: Kernels = Kernels {
-            name: $name,
-            table: [
-                [$entry::<f32, Sum>, $entry::<f32, Product>, $entry::<f32, Min>, $entry::<f32, Max>],
-                [$entry::<f16, Sum>, $entry::<f16, Product>, $entry::<f16, Min>, $entry::<f16, Max>],
-                [$entry::<bf16, Sum>, $entry::<bf16, Product>, $entry::<bf16, Min>, $entry::<bf16, Max>],
-            ],
+        pub(super) static $table: Kernels = {
+            macro_rules! float {
+                ($t:ty) => {
+                    [
+                        Some($entry::<$t, Sum> as Kernel),
+                        Some($entry::<$t, Product>),
+                        Some($entry::<$t, Min>),
+                        Some($entry::<$t, Max>),
+                        Some($entry::<$t, Average>),
+                        Some($entry::<$t, PreScaledSum>),
+                        None,
+                        None,
+                        None,
+                    ]
+                };
+            }
+            macro_rules! integer {
+                ($t:ty) => {
+                    [
+                        Some($entry::<$t, Sum> as Kernel),
+                        Some($entry::<$t, Product>),
+                        Some($entry::<$t, Min>),
+                        Some($entry::<$t, Max>),
+                        None,
+                        None,
+                        Some($entry::<$t, BitAnd>),
+                        Some($entry::<$t, BitOr>),
+                        Some($entry::<$t, BitXor>),
+                    ]
+                };
+            }
+            const ROW: [Option<Kernel>; OPS] = [None; OPS];
+            let mut table = [ROW; tensorwire_core::DType::ALL.len()];
+            table[0] = float!(f32);
+            table[1] = float!(f16);
+            table[2] = float!(bf16);
+            table[3] = float!(f64);
+            table[4] = float!(F8E4M3);
+            table[5] = float!(F8E5M2);
+            table[6] = integer!(i8);
+            table[7] = integer!(u8);
+            table[8] = integer!(i32);
+            table[9] = integer!(u32);
+            table[10] = integer!(i64);
+            table[11] = integer!(u64);
+            Kernels { name: $name, table }
         };
     };
 }

@@ -46,7 +46,7 @@ pub(super) struct Line<T>(pub(super) T);
 #[repr(C)]
 struct CallRecord {
     seq: AtomicU64,
-    words: [AtomicU64; 3],
+    words: [AtomicU64; 4],
 }
 
 /// One rank's word to its peers about one step, with the payload of small messages in the same cache line.

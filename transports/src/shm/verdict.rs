@@ -20,7 +20,7 @@ pub(super) struct Verdict {
     by: u32,
     /// The two ranks of a mismatch, or the lost one.
     ranks: [u32; 2],
-    calls: [[u64; 3]; 2],
+    calls: [[u64; 4]; 2],
     waiting: [u16; WAITING],
     waiting_len: u32,
     text_len: u32,
@@ -35,7 +35,7 @@ impl Verdict {
             kind: ABORTED,
             by: by as u32,
             ranks: [0; 2],
-            calls: [[0; 3]; 2],
+            calls: [[0; 4]; 2],
             waiting: [0; WAITING],
             waiting_len: 0,
             text_len: 0,
