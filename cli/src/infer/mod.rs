@@ -1,0 +1,104 @@
+//! `tensorwire infer`: the main job. Runs a model over several rank processes and checks the result against
+//! the same model unsharded.
+//!
+//! The parent process reads the model's configuration and plans, so that bad input fails before anything is
+//! started. Then it starts itself as the ranks ([`rank`]), which load and run their shares; rank 0 reports what
+//! comes out as [`event`]s on its standard output and puts the numbers that are compared into a memory file.
+
+mod event;
+mod group;
+mod input;
+mod progress;
+mod rank;
+mod report;
+mod verify;
+
+use std::path::PathBuf;
+
+use tensorwire::topology::Planner;
+
+use crate::failure::{Failure, print, ranks};
+use group::Group;
+use input::Input;
+use progress::{Progress, Style};
+use report::{Report, count};
+
+pub(crate) use rank::main as rank_main;
+
+/// The hidden subcommand that a rank of `infer` runs.
+pub(crate) const RANK_COMMAND: &str = "__infer-rank";
+
+const EXAMPLES: &str = "\
+Without --model, a built-in Llama-shaped model of 100 million parameters runs: its weights come from a seed, it
+has no tokenizer, and its prompt and output are token ids.
+
+The same model then runs unsharded, in one process with all processors, and the results are compared: tokens
+must be equal. --no-verify leaves that out.
+
+Examples:
+  tensorwire infer --ranks 2
+  tensorwire infer --model ./SmolLM2-135M --ranks 3 --prompt 'The sea is' --max-tokens 40
+  tensorwire infer --model ./all-MiniLM-L6-v2 --ranks 2 --text 'a cat' --text 'a kitten' --text 'a train'";
+
+/// Run a model over several ranks, checked against the unsharded run
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// A model directory: config.json, model.safetensors (or its index), tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// Ranks to shard the model over
+    #[arg(long, short = 'n', value_name = "N", default_value = "2", value_parser = ranks)]
+    ranks: usize,
+
+    /// A text to embed (encoders); give it several times to compare texts
+    #[arg(long = "text", value_name = "TEXT", allow_hyphen_values = true)]
+    texts: Vec<String>,
+
+    /// A text to continue (decoders)
+    #[arg(long, value_name = "TEXT", conflicts_with = "texts", allow_hyphen_values = true)]
+    prompt: Option<String>,
+
+    /// Tokens to generate at most (decoders)
+    #[arg(long, value_name = "N", conflicts_with = "texts", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
+
+    /// Don't run the model unsharded, don't compare
+    #[arg(long)]
+    no_verify: bool,
+
+    /// Print one JSON object and nothing else
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    let input = Input::of(args)?;
+    let plan = Planner::new(input.model.spec()).plan(args.ranks).map_err(Failure::usage)?;
+    if !args.json {
+        print(format_args!("{}{}\n\n", input.heading(), plan.summary().trim_end()))?;
+    }
+
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let style = Style::new(args.json);
+    let sharded = Group { args, ranks: args.ranks, threads: (processors / args.ranks).max(1) };
+    let run = sharded.run(Progress::new(style, &count(args.ranks, "rank"), &input, true))?;
+
+    let unsharded = Group { args, ranks: 1, threads: processors };
+    let reference = match args.no_verify {
+        true => None,
+        false => Some(unsharded.run(Progress::new(style, "unsharded", &input, false))?),
+    };
+    let verified = reference.as_ref().map(|reference| verify::compare(&run, reference)).transpose()?;
+
+    let report = Report {
+        input: &input,
+        group: &sharded,
+        run: &run,
+        reference: reference.as_ref().zip(verified.as_ref()),
+        processors,
+    };
+    print(if args.json { report.json()? } else { report.text()? })?;
+    verified.map_or(Ok(()), |verified| verified.verdict())
+}

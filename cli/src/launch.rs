@@ -1,0 +1,70 @@
+//! `tensorwire launch`: ranks of any program on this host.
+
+use std::ffi::OsString;
+use std::io::ErrorKind::{NotFound, PermissionDenied};
+
+use tensorwire::Error;
+use tensorwire::transports::launch::{Launcher, Outcome};
+use tensorwire::transports::store::StoreServer;
+
+use crate::failure::{Failure, ranks};
+
+const EXAMPLES: &str = "\
+Each rank finds its place in TENSORWIRE_RANK, TENSORWIRE_WORLD, TENSORWIRE_LOCAL_WORLD and TENSORWIRE_STORE;
+its output is printed line by line behind `[rank N]`. SIGINT, SIGTERM and SIGHUP are passed on; a second
+SIGINT kills. When a rank fails, the others are ended within a second, and the exit status is that rank's
+(128 and the signal's number, if a signal killed it).
+
+Examples:
+  tensorwire launch --ranks 4 -- ./my-program --fast
+  tensorwire launch --ranks 2 -- sh -c 'echo rank $TENSORWIRE_RANK of $TENSORWIRE_WORLD'";
+
+/// Start ranks of a program and watch over them
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// How many ranks to start
+    #[arg(long, short = 'n', value_name = "N", value_parser = ranks)]
+    ranks: usize,
+
+    /// The program and its arguments
+    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    let Some((program, rest)) = args.command.split_first() else {
+        return Err(Failure::usage("launch: no command given after --"));
+    };
+    let store = StoreServer::start().map_err(Failure::run)?;
+    let launcher = Launcher::new(program, args.ranks, store.address()).args(rest).forward_signals();
+    let outcome = launcher.run().map_err(|e| match &e {
+        Error::Os { source, .. } if matches!(source.kind(), NotFound | PermissionDenied) => Failure::usage(e),
+        _ => Failure::run(e),
+    })?;
+    match describe(&outcome, args.ranks) {
+        Some(why) => Err(Failure::with_status(outcome.exit_code(), why)),
+        None if outcome.output_closed => Err(Failure::output_closed()),
+        None => Ok(()),
+    }
+}
+
+/// What went wrong in a run, if anything that is worth a line did.
+pub(crate) fn describe(outcome: &Outcome, ranks: usize) -> Option<String> {
+    let failure = outcome.failure.as_ref().filter(|_| !outcome.output_closed)?;
+    Some(match outcome.forwarded {
+        Some(signal) => format!("interrupted by {}: all ranks have ended", signal_name(signal)),
+        None if ranks > 1 => format!("{failure} (the other ranks were ended)"),
+        None => failure.to_string(),
+    })
+}
+
+fn signal_name(signal: i32) -> String {
+    use rustix::process::Signal;
+    match Signal::from_named_raw(signal) {
+        Some(Signal::INT) => "SIGINT".into(),
+        Some(Signal::TERM) => "SIGTERM".into(),
+        Some(Signal::HUP) => "SIGHUP".into(),
+        _ => format!("signal {signal}"),
+    }
+}

@@ -1,0 +1,36 @@
+//! `tensorwire plan`: how a model is sharded.
+
+use std::path::PathBuf;
+
+use tensorwire::topology::{ModelSpec, Planner};
+
+use crate::failure::{Failure, print, ranks};
+
+const EXAMPLES: &str = "\
+Examples:
+  tensorwire plan --model ./Llama-3.2-1B --tp 4
+  tensorwire plan --model ./config.json --tp 7 --json > plan.json";
+
+/// Show how a model is sharded over ranks
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// A model directory, or a config.json alone
+    #[arg(long, value_name = "DIR|config.json")]
+    model: PathBuf,
+
+    /// Tensor-parallel ranks
+    #[arg(long, value_name = "N", value_parser = ranks)]
+    tp: usize,
+
+    /// Print the whole plan as JSON, schema tensorwire.plan/v1
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    let spec = ModelSpec::load(&args.model).map_err(Failure::usage)?;
+    let plan = Planner::new(&spec).plan(args.tp).map_err(Failure::usage)?;
+    let text = if args.json { plan.to_json() } else { plan.summary() };
+    print(format_args!("{}\n", text.trim_end()))
+}
