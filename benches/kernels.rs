@@ -1,0 +1,80 @@
+//! How fast the reduction kernels are, alone and on one thread: every instruction set that this processor has,
+//! at 2 and at 8 sources, with data in the first-level cache, in the second-level one and in memory.
+//!
+//! ```text
+//! cargo bench --bench kernels                            # all, in about a minute
+//! cargo bench --bench kernels -- 'bf16.*/avx512'         # some
+//! ```
+//!
+//! A benchmark's name is `dtype x sources/bytes of a source/instruction set`; its throughput counts the bytes
+//! read from all sources and those written.
+
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use tensorwire::collectives::reduce::Kernels;
+use tensorwire::{DType, ReduceOp};
+
+const DTYPES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::F8E4M3, DType::I32];
+
+/// Bytes of one source: with up to 8 sources and the destination, within 36 KiB, within 576 KiB, and, at 2 sources
+/// already, beyond most last-level caches.
+const SIZES: [(&str, usize); 3] = [("4K", 4 << 10), ("64K", 64 << 10), ("16M", 16 << 20)];
+
+fn kernels(criterion: &mut Criterion) {
+    for dtype in DTYPES {
+        for sources in [2, 8] {
+            let mut group = criterion.benchmark_group(format!("{dtype} x {sources}"));
+            for (label, bytes) in SIZES {
+                group.throughput(Throughput::Bytes((bytes * (sources + 1)) as u64));
+                group.sampling_mode(if bytes > 1 << 20 { SamplingMode::Flat } else { SamplingMode::Auto });
+                let mut operands = Operands::new(bytes, sources);
+                for kernels in Kernels::available() {
+                    group.bench_function(BenchmarkId::new(label, kernels.name()), |bencher| {
+                        bencher.iter(|| operands.reduce(kernels, dtype));
+                    });
+                }
+            }
+            group.finish();
+        }
+    }
+}
+
+/// The destination and the sources of one reduction: words, and so aligned for every type, but to cache lines
+/// no more than what a caller's allocator gives.
+struct Operands {
+    destination: Vec<u64>,
+    sources: Vec<Vec<u64>>,
+}
+
+impl Operands {
+    fn new(bytes: usize, sources: usize) -> Operands {
+        // Bits that are a normal number in every type, small enough that no sum of 8 overflows.
+        let words = |_| vec![0x3030_3030_3030_3030; bytes / 8];
+        Operands { destination: vec![0; bytes / 8], sources: (0..sources).map(words).collect() }
+    }
+
+    fn reduce(&mut self, kernels: &Kernels, dtype: DType) {
+        let Some(kernel) = kernels.get(dtype, ReduceOp::Sum) else {
+            unreachable!("every table has a sum of every type")
+        };
+        let sources: Vec<*const u8> = self.sources.iter().map(|s| s.as_ptr().cast()).collect();
+        let count = size_of_val(&self.destination[..]) / dtype.size();
+        // SAFETY: (1) every source and the destination are `count` elements long and aligned for any type;
+        // (2) they are allocations of their own; (3) `available` lists only what this processor runs.
+        unsafe {
+            kernel(self.destination.as_mut_ptr().cast(), sources.as_ptr(), sources.len(), count, 1.0);
+        }
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .without_plots()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(50))
+        .measurement_time(Duration::from_millis(200));
+    targets = kernels
+}
+criterion_main!(benches);
