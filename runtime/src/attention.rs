@@ -4,8 +4,7 @@ use candle_core::{D, Device, Tensor};
 use tensorwire::topology::ModelSpec;
 use tensorwire::topology::plan::Attention;
 
-use crate::layers::mine;
-use crate::{Error, Result};
+use crate::Result;
 
 /// Which of its key/value heads each of a rank's query heads reads.
 ///
@@ -20,7 +19,6 @@ pub(crate) struct Heads {
 }
 
 /// Consecutive key/value heads, each read by `size` consecutive query heads.
-#[derive(Debug, PartialEq)]
 struct Batch {
     q_start: usize,
     kv_start: usize,
@@ -28,34 +26,27 @@ struct Batch {
     size: usize,
 }
 
+impl Batch {
+    fn q_heads(&self) -> usize {
+        self.kv_heads * self.size
+    }
+}
+
 impl Heads {
-    pub(crate) fn new(plan: &Attention, rank: usize, spec: &ModelSpec) -> Result<Heads> {
-        let (q_heads, kv_heads) = (spec.num_attention_heads, spec.num_key_value_heads);
-        let q = mine(&plan.q_heads, rank, "query heads")?;
-        let kv = mine(&plan.kv_heads, rank, "key/value heads")?;
-        if q.is_empty() || q.end > q_heads || kv.end > kv_heads {
-            return Err(Error::Plan(format!("rank {rank} has query heads {q:?} and key/value heads {kv:?}")));
-        }
+    /// The heads of one rank, as a checked plan has them.
+    pub(crate) fn new(plan: &Attention, rank: usize, spec: &ModelSpec) -> Heads {
+        let (q, kv) = (plan.q_heads[rank], plan.kv_heads[rank]);
+        let kv_of = |head| head * spec.num_key_value_heads / spec.num_attention_heads;
         let mut batches: Vec<Batch> = Vec::new();
-        let mut head = q.start;
-        while head < q.end {
-            let group = head * kv_heads / q_heads;
-            let size = (head..q.end).take_while(|h| h * kv_heads / q_heads == group).count();
-            let kv_start = match group.checked_sub(kv.start) {
-                Some(local) if group < kv.end => local,
-                _ => {
-                    let why =
-                        format!("rank {rank} computes query head {head} without key/value head {group}");
-                    return Err(Error::Plan(why));
-                }
-            };
+        for kv_head in kv.start..kv.end {
+            let (q_start, kv_start) = (batches.iter().map(Batch::q_heads).sum(), kv_head - kv.start);
+            let size = (q.start..q.end).filter(|&head| kv_of(head) == kv_head).count();
             match batches.last_mut() {
                 Some(batch) if batch.size == size => batch.kv_heads += 1,
-                _ => batches.push(Batch { q_start: head - q.start, kv_start, kv_heads: 1, size }),
+                _ => batches.push(Batch { q_start, kv_start, kv_heads: 1, size }),
             }
-            head += size;
         }
-        Ok(Heads { q: q.len(), kv: kv.len(), batches })
+        Heads { q: q.len(), kv: kv.len(), batches }
     }
 
     /// Softmax(q k^T / sqrt(width)) v.
@@ -71,7 +62,7 @@ impl Heads {
         let mask = if causal && tokens > 1 { Some(causal_mask(tokens, context)?) } else { None };
         let mut out = Vec::with_capacity(self.batches.len());
         for b in &self.batches {
-            let heads = b.kv_heads * b.size;
+            let heads = b.q_heads();
             // The query heads of a group stand below one another, as more rows of one product.
             let q = q.narrow(0, b.q_start, heads)?.reshape((b.kv_heads, b.size * tokens, width))?;
             let k = k.narrow(0, b.kv_start, b.kv_heads)?;
@@ -107,28 +98,22 @@ mod tests {
     use super::*;
     use tensorwire::topology::plan::Span;
 
-    fn heads(q: (usize, usize), kv: (usize, usize)) -> Result<Heads> {
+    fn heads(q: (usize, usize), kv: (usize, usize)) -> Vec<[usize; 4]> {
         let plan = Attention { q_heads: vec![Span::new(q.0, q.1)], kv_heads: vec![Span::new(kv.0, kv.1)] };
         let config = r#"{"model_type": "llama", "hidden_size": 112, "num_hidden_layers": 1, "vocab_size": 10,
             "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 30}"#;
-        Heads::new(&plan, 0, &ModelSpec::from_config(config).unwrap())
+        let heads = Heads::new(&plan, 0, &ModelSpec::from_config(config).unwrap());
+        heads.batches.iter().map(|b| [b.q_start, b.kv_start, b.kv_heads, b.size]).collect()
     }
 
     #[test]
-    fn groups_cut_at_both_ends() {
-        // Query heads 5..23 of groups of 7: 2 of group 0, all of 1 and 2, 2 of group 3.
-        let batches = heads((5, 23), (0, 4)).unwrap().batches;
-        let expected = [(0, 0, 1, 2), (2, 1, 2, 7), (16, 3, 1, 2)];
-        let expected =
-            expected.map(|(q_start, kv_start, kv_heads, size)| Batch { q_start, kv_start, kv_heads, size });
-        assert_eq!(batches, expected);
-    }
-
-    #[test]
-    fn a_plan_without_a_needed_head_is_refused() {
-        assert!(matches!(heads((5, 23), (1, 4)), Err(Error::Plan(_))));
-        assert!(matches!(heads((5, 23), (0, 3)), Err(Error::Plan(_))));
-        assert!(matches!(heads((5, 5), (0, 1)), Err(Error::Plan(_))));
-        assert!(matches!(heads((5, 29), (0, 4)), Err(Error::Plan(_))));
+    fn neighbours_of_one_size_are_one_batch() {
+        assert_eq!(heads((0, 28), (0, 4)), [[0, 0, 4, 7]]);
+        assert_eq!(heads((7, 14), (1, 2)), [[0, 0, 1, 7]]);
+        assert_eq!(heads((8, 10), (1, 2)), [[0, 0, 1, 2]]);
+        // Of groups of 7: two of group 0, all of 1 and 2, two of group 3.
+        assert_eq!(heads((5, 23), (0, 4)), [[0, 0, 1, 2], [2, 1, 2, 7], [16, 3, 1, 2]]);
+        // Groups cut to the same size.
+        assert_eq!(heads((11, 17), (1, 3)), [[0, 0, 2, 3]]);
     }
 }

@@ -31,11 +31,9 @@ struct Layer {
 impl Bert {
     pub(crate) fn load(from: &mut Loader<'_>) -> Result<Bert> {
         let spec = from.spec;
-        let width = spec.hidden_size;
         let name = |part: &str| format!("{}embeddings.{part}", spec.prefix);
-        let positions =
-            from.tensor(&name("position_embeddings.weight"), &[spec.max_position_embeddings, width])?;
-        let types = from.tensor(&name("token_type_embeddings.weight"), &[spec.type_vocab_size, width])?;
+        let positions = from.tensor(&name("position_embeddings.weight"))?;
+        let types = from.tensor(&name("token_type_embeddings.weight"))?;
         Ok(Bert {
             words: Embedding::load(from, &name("word_embeddings"))?,
             positions: positions.broadcast_add(&types.get(0)?)?,
@@ -63,21 +61,18 @@ impl Bert {
 
 impl Layer {
     fn load(from: &mut Loader<'_>, n: usize) -> Result<Layer> {
-        let spec = from.spec;
-        let (layer, ffn) = from.layer(n)?;
-        let name = |part: &str| format!("{}.{part}", spec.layer_name(n));
-        let heads = Heads::new(&layer.attention, from.rank, spec)?;
-        let (all, part) = (spec.hidden_size, heads.q * spec.head_dim);
+        let layer = from.spec.layer_name(n);
+        let name = |part: &str| format!("{layer}.{part}");
         Ok(Layer {
-            query: ColumnLinear::load(from, &name("attention.self.query"), all, part)?,
-            key: ColumnLinear::load(from, &name("attention.self.key"), all, part)?,
-            value: ColumnLinear::load(from, &name("attention.self.value"), all, part)?,
-            output: RowLinear::load(from, &name("attention.output.dense"), part, all)?,
+            heads: Heads::new(&from.plan.layers[n].attention, from.rank, from.spec),
+            query: ColumnLinear::load(from, &name("attention.self.query"))?,
+            key: ColumnLinear::load(from, &name("attention.self.key"))?,
+            value: ColumnLinear::load(from, &name("attention.self.value"))?,
+            output: RowLinear::load(from, &name("attention.output.dense"))?,
             attention_norm: LayerNorm::load(from, &name("attention.output.LayerNorm"))?,
-            up: ColumnLinear::load(from, &name("intermediate.dense"), all, ffn)?,
-            down: RowLinear::load(from, &name("output.dense"), ffn, all)?,
+            up: ColumnLinear::load(from, &name("intermediate.dense"))?,
+            down: RowLinear::load(from, &name("output.dense"))?,
             norm: LayerNorm::load(from, &name("output.LayerNorm"))?,
-            heads,
         })
     }
 

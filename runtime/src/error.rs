@@ -37,8 +37,8 @@ pub enum Error {
         bytes: u64,
     },
 
-    /// No weight file holds the tensor.
-    #[error("no weight file holds tensor {0}: is the plan another model's?")]
+    /// The model lacks a tensor that its architecture needs.
+    #[error("the model has no tensor {0}: are its weights complete?")]
     MissingTensor(String),
 
     /// A tensor's element type can't be computed with.
@@ -61,7 +61,7 @@ pub enum Error {
         supported: &'static str,
     },
 
-    /// The plan doesn't fit the model or the communicator.
+    /// The plan is for another number of ranks, or slices a tensor that can't be sliced so.
     #[error("the plan doesn't fit: {0}")]
     Plan(String),
 

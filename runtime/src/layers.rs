@@ -3,14 +3,15 @@
 //! Activations are `[tokens, width]` in f32.
 
 use candle_core::{Device, Tensor};
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use tensorwire::topology::ModelSpec;
-use tensorwire::topology::plan::{Layer, Plan, Span};
+use tensorwire::topology::plan::{Plan, Span};
 
 use crate::comm::{Comm, with_f32};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
-/// Reads what the plan gives one rank, and counts it.
+/// Reads what the plan gives one rank, and counts it. The plan has been checked against the model.
 pub(crate) struct Loader<'a> {
     pub(crate) spec: &'a ModelSpec,
     pub(crate) weights: &'a Weights,
@@ -20,49 +21,49 @@ pub(crate) struct Loader<'a> {
     pub(crate) bytes: u64,
 }
 
-impl<'a> Loader<'a> {
-    /// This rank's part of a tensor, which must be of the given shape: what the plan reads and what it computes
-    /// with must agree.
-    pub(crate) fn tensor(&mut self, name: &str, part: &[usize]) -> Result<Tensor> {
-        let tensor = self.spec.tensor(name).ok_or_else(|| Error::MissingTensor(name.to_owned()))?;
-        let shard = self.plan.tensor(name, self.rank);
-        let shard =
-            shard.ok_or_else(|| Error::Plan(format!("rank {} gets nothing of tensor {name}", self.rank)))?;
-        let (data, found) = self.weights.read(tensor, &shard.slices)?;
-        if found != part {
-            let why = format!("rank {} gets {found:?} of tensor {name}, its layer needs {part:?}", self.rank);
-            return Err(Error::Plan(why));
-        }
+impl Loader<'_> {
+    /// This rank's part of a tensor.
+    pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor> {
+        let missing = || Error::MissingTensor(name.to_owned());
+        let tensor = self.spec.tensor(name).ok_or_else(missing)?;
+        let shard = self.plan.tensor(name, self.rank).ok_or_else(missing)?;
+        let (data, shape) = self.weights.read(tensor, &shard.slices)?;
         self.bytes += size_of_val(&data[..]) as u64;
-        Ok(Tensor::from_vec(data, found, &Device::Cpu)?)
+        Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
     }
 
-    /// A bias, where the model has one.
-    fn bias(&mut self, name: &str, part: usize) -> Result<Option<Tensor>> {
+    /// `NAME.weight`.
+    fn weight(&mut self, name: &str) -> Result<Tensor> {
+        self.tensor(&format!("{name}.weight"))
+    }
+
+    /// `NAME.bias`, where the model has it.
+    fn bias(&mut self, name: &str) -> Result<Option<Tensor>> {
         let name = format!("{name}.bias");
-        self.spec.tensor(&name).is_some().then(|| self.tensor(&name, &[part])).transpose()
+        self.spec.tensor(&name).is_some().then(|| self.tensor(&name)).transpose()
     }
-
-    /// A layer of the plan, and its share of the feed-forward columns.
-    pub(crate) fn layer(&self, index: usize) -> Result<(&'a Layer, usize)> {
-        let layer = self.plan.layers.get(index);
-        let layer = layer.ok_or_else(|| Error::Plan(format!("it has no layer {index}")))?;
-        Ok((layer, mine(&layer.mlp.ffn, self.rank, "feed-forward columns")?.len()))
-    }
-}
-
-/// This rank's entry of a list that has one a rank.
-pub(crate) fn mine<T: Copy>(list: &[T], rank: usize, what: &str) -> Result<T> {
-    list.get(rank).copied().ok_or_else(|| Error::Plan(format!("it has no {what} for rank {rank}")))
 }
 
 /// A weight matrix `[outputs, inputs]`, as files store it.
 struct Matrix(Tensor);
 
+/// Bytes of weights from which a second thread is worth waking for one token.
+const PARALLEL_FROM: usize = 1 << 20;
+
 impl Matrix {
     /// `x [tokens, inputs]` times the transposed weights: `[tokens, outputs]`. The transpose is a view.
     fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.matmul(&self.0.t()?)?)
+        let (outputs, inputs) = self.0.dims2()?;
+        let threads = rayon::current_num_threads();
+        if x.dim(0)? > 1 || threads == 1 || outputs * inputs * size_of::<f32>() < PARALLEL_FROM {
+            return Ok(x.matmul(&self.0.t()?)?);
+        }
+        // candle multiplies a single row on one thread. It is bound by reading the weights: share them out.
+        let rows = outputs.div_ceil(threads);
+        let part = |start| x.matmul(&self.0.narrow(0, start, rows.min(outputs - start))?.t()?);
+        let parts: candle_core::Result<Vec<Tensor>> =
+            (0..outputs.div_ceil(rows)).into_par_iter().map(|i| part(i * rows)).collect();
+        Ok(Tensor::cat(&parts?, 1)?)
     }
 }
 
@@ -73,15 +74,8 @@ pub(crate) struct ColumnLinear {
 }
 
 impl ColumnLinear {
-    /// From all `inputs` to this rank's `outputs`.
-    pub(crate) fn load(
-        from: &mut Loader<'_>,
-        name: &str,
-        inputs: usize,
-        outputs: usize,
-    ) -> Result<ColumnLinear> {
-        let weight = from.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
-        Ok(ColumnLinear { weight: Matrix(weight), bias: from.bias(name, outputs)? })
+    pub(crate) fn load(from: &mut Loader<'_>, name: &str) -> Result<ColumnLinear> {
+        Ok(ColumnLinear { weight: Matrix(from.weight(name)?), bias: from.bias(name)? })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -96,15 +90,8 @@ pub(crate) struct RowLinear {
 }
 
 impl RowLinear {
-    /// From this rank's `inputs` to all `outputs`.
-    pub(crate) fn load(
-        from: &mut Loader<'_>,
-        name: &str,
-        inputs: usize,
-        outputs: usize,
-    ) -> Result<RowLinear> {
-        let weight = from.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
-        Ok(RowLinear { weight: Matrix(weight), bias: from.bias(name, outputs)? })
+    pub(crate) fn load(from: &mut Loader<'_>, name: &str) -> Result<RowLinear> {
+        Ok(RowLinear { weight: Matrix(from.weight(name)?), bias: from.bias(name)? })
     }
 
     pub(crate) fn forward(&self, x: &Tensor, comm: &Comm) -> Result<Tensor> {
@@ -133,10 +120,9 @@ pub(crate) struct Embedding {
 
 impl Embedding {
     pub(crate) fn load(from: &mut Loader<'_>, name: &str) -> Result<Embedding> {
+        let tokens = from.plan.vocab.ranges[from.rank];
         let (vocab, width) = (from.spec.vocab_size, from.spec.hidden_size);
-        let tokens = mine(&from.plan.vocab.ranges, from.rank, "vocabulary")?;
-        let weight = from.tensor(&format!("{name}.weight"), &[tokens.len(), width])?;
-        Ok(Embedding { weight, tokens, vocab, width })
+        Ok(Embedding { weight: from.weight(name)?, tokens, vocab, width })
     }
 
     /// `[tokens, width]`.
@@ -169,24 +155,17 @@ pub(crate) struct Head {
 
 impl Head {
     pub(crate) fn load(from: &mut Loader<'_>, name: &str) -> Result<Head> {
-        let part = mine(&from.plan.vocab.ranges, from.rank, "vocabulary")?.len();
-        let weight = from.tensor(&format!("{name}.weight"), &[part, from.spec.hidden_size])?;
-        Head::new(from, weight)
+        let weight = from.weight(name)?;
+        Ok(Head::new(weight, from.plan))
     }
 
     /// A head that is the embedding: the memory is shared.
-    pub(crate) fn tied(from: &Loader<'_>, embedding: &Embedding) -> Result<Head> {
-        Head::new(from, embedding.weight.clone())
+    pub(crate) fn tied(embedding: &Embedding, plan: &Plan) -> Head {
+        Head::new(embedding.weight.clone(), plan)
     }
 
-    fn new(from: &Loader<'_>, weight: Tensor) -> Result<Head> {
-        let (ranges, vocab) = (&from.plan.vocab.ranges, from.spec.vocab_size);
-        let in_order = ranges.windows(2).all(|pair| pair[0].end == pair[1].start);
-        let counts: Vec<usize> = ranges.iter().map(Span::len).collect();
-        if !in_order || counts.iter().sum::<usize>() != vocab {
-            return Err(Error::Plan(format!("its vocabulary ranges don't cover 0..{vocab} in order")));
-        }
-        Ok(Head { weight: Matrix(weight), counts })
+    fn new(weight: Tensor, plan: &Plan) -> Head {
+        Head { weight: Matrix(weight), counts: plan.vocab.ranges.iter().map(Span::len).collect() }
     }
 
     /// The logits of one token `[1, width]` over the whole vocabulary.
@@ -203,11 +182,7 @@ pub(crate) struct RmsNorm {
 
 impl RmsNorm {
     pub(crate) fn load(from: &mut Loader<'_>, name: &str) -> Result<RmsNorm> {
-        let width = from.spec.hidden_size;
-        Ok(RmsNorm {
-            weight: from.tensor(&format!("{name}.weight"), &[width])?,
-            eps: from.spec.norm_eps as f32,
-        })
+        Ok(RmsNorm { weight: from.weight(name)?, eps: from.spec.norm_eps as f32 })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -224,9 +199,7 @@ pub(crate) struct LayerNorm {
 
 impl LayerNorm {
     pub(crate) fn load(from: &mut Loader<'_>, name: &str) -> Result<LayerNorm> {
-        let width = from.spec.hidden_size;
-        let weight = from.tensor(&format!("{name}.weight"), &[width])?;
-        let bias = from.tensor(&format!("{name}.bias"), &[width])?;
+        let (weight, bias) = (from.weight(name)?, from.tensor(&format!("{name}.bias"))?);
         Ok(LayerNorm { weight, bias, eps: from.spec.norm_eps as f32 })
     }
 

@@ -52,7 +52,7 @@ impl Llama {
             layers: (0..spec.num_layers).map(|n| Layer::load(from, n)).collect::<Result<_>>()?,
             norm: RmsNorm::load(from, &format!("{}norm", spec.prefix))?,
             head: if spec.tie_word_embeddings {
-                Head::tied(from, &embedding)?
+                Head::tied(&embedding, from.plan)
             } else {
                 Head::load(from, "lm_head")?
             },
@@ -93,22 +93,19 @@ impl Llama {
 
 impl Layer {
     fn load(from: &mut Loader<'_>, n: usize) -> Result<Layer> {
-        let spec = from.spec;
-        let (layer, ffn) = from.layer(n)?;
-        let name = |part: &str| format!("{}.{part}", spec.layer_name(n));
-        let heads = Heads::new(&layer.attention, from.rank, spec)?;
-        let (all, q, kv) = (spec.hidden_size, heads.q * spec.head_dim, heads.kv * spec.head_dim);
+        let layer = from.spec.layer_name(n);
+        let name = |part: &str| format!("{layer}.{part}");
         Ok(Layer {
             attention_norm: RmsNorm::load(from, &name("input_layernorm"))?,
-            q: ColumnLinear::load(from, &name("self_attn.q_proj"), all, q)?,
-            k: ColumnLinear::load(from, &name("self_attn.k_proj"), all, kv)?,
-            v: ColumnLinear::load(from, &name("self_attn.v_proj"), all, kv)?,
-            o: RowLinear::load(from, &name("self_attn.o_proj"), q, all)?,
+            heads: Heads::new(&from.plan.layers[n].attention, from.rank, from.spec),
+            q: ColumnLinear::load(from, &name("self_attn.q_proj"))?,
+            k: ColumnLinear::load(from, &name("self_attn.k_proj"))?,
+            v: ColumnLinear::load(from, &name("self_attn.v_proj"))?,
+            o: RowLinear::load(from, &name("self_attn.o_proj"))?,
             mlp_norm: RmsNorm::load(from, &name("post_attention_layernorm"))?,
-            gate: ColumnLinear::load(from, &name("mlp.gate_proj"), all, ffn)?,
-            up: ColumnLinear::load(from, &name("mlp.up_proj"), all, ffn)?,
-            down: RowLinear::load(from, &name("mlp.down_proj"), ffn, all)?,
-            heads,
+            gate: ColumnLinear::load(from, &name("mlp.gate_proj"))?,
+            up: ColumnLinear::load(from, &name("mlp.up_proj"))?,
+            down: RowLinear::load(from, &name("mlp.down_proj"))?,
         })
     }
 

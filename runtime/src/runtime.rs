@@ -105,7 +105,8 @@ pub struct Embeddings {
 }
 
 impl Runtime {
-    /// Loads the slices that `plan` gives to `comm`'s rank. Nothing is exchanged.
+    /// Loads the slices that `plan` gives to `comm`'s rank. Nothing is exchanged. A plan that isn't right for the
+    /// model is an error.
     pub fn load(model: &Model, plan: &Plan, comm: impl Into<Arc<Communicator>>) -> Result<Runtime> {
         let (start, resident) = (Instant::now(), resident_bytes());
         let comm = Comm::new(comm.into());
@@ -113,6 +114,7 @@ impl Runtime {
             return Err(Error::Plan(format!("it is for {} ranks, there are {}", plan.world, comm.world())));
         }
         let spec = model.spec();
+        plan.check(spec)?;
         let mut loader = Loader { spec, weights: &model.weights, plan, rank: comm.rank(), bytes: 0 };
         let network = match model.kind() {
             Kind::Encoder => Network::Bert(Bert::load(&mut loader)?),

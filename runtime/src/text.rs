@@ -41,3 +41,44 @@ impl Text {
 fn tokenizer_error(e: tokenizers::Error) -> Error {
     Error::Tokenizer(e.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tokenizer with a token for each byte, and settings that would cut and pad.
+    fn bytes() -> Text {
+        // Byte-level tokenizers write a byte as a printable character; these are those of the test's text.
+        let vocab = ["h", "Ã", "©", "l", "o", "Ġ", "ä", "¸", "ĸ", "!"];
+        let vocab: serde_json::Map<_, _> =
+            vocab.iter().enumerate().map(|(i, c)| ((*c).to_owned(), i.into())).collect();
+        let level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+            "use_regex": true});
+        let json = serde_json::json!({
+            "version": "1.0",
+            "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+            "padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "h"},
+            "added_tokens": [], "normalizer": null, "pre_tokenizer": level, "post_processor": null,
+            "decoder": level, "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        });
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), json.to_string()).unwrap();
+        Text::open(file.path()).unwrap()
+    }
+
+    #[test]
+    fn neither_cuts_nor_pads() {
+        assert_eq!(bytes().encode("héllo 世!").unwrap(), [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9]);
+    }
+
+    #[test]
+    fn streams_whole_characters() {
+        let text = bytes();
+        let ids = text.encode("héllo 世!").unwrap();
+        assert_eq!(text.decode(&ids).unwrap(), "héllo 世!");
+        let mut stream = text.stream();
+        let pieces: Vec<String> = ids.iter().map(|&id| stream(id).unwrap()).collect();
+        assert_eq!(pieces, ["h", "", "é", "l", "l", "o", " ", "", "", "世", "!"]);
+    }
+}

@@ -16,6 +16,9 @@ use crate::{Error, Result};
 /// through small ones: at most this much is held beside the copies.
 const WINDOW: usize = 8 << 20;
 
+/// Appends the values that some bytes of a file hold.
+type Decode = fn(&[u8], &mut Vec<f32>);
+
 /// The weight files of a model, in the order in which its tensors' locations count them.
 pub(super) struct Files(Vec<WeightFile>);
 
@@ -26,7 +29,7 @@ impl Files {
 
     /// Appends the region's elements to `out`, as f32.
     pub(super) fn read(&self, tensor: &TensorSpec, region: &Region, out: &mut Vec<f32>) -> Result<()> {
-        let (size, decode): (usize, fn(&[u8], &mut Vec<f32>)) = match tensor.stored.dtype() {
+        let (size, decode): (usize, Decode) = match tensor.stored.dtype() {
             Some(DType::F32) => (4, decode_f32),
             Some(DType::F16) => (2, decode_f16),
             Some(DType::BF16) => (2, decode_bf16),

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use half::bf16;
+use half::{bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tensorwire::Communicator;
 use tensorwire::topology::Planner;
@@ -102,6 +102,7 @@ pub(crate) fn write_model(dir: &Path, config: &str, dtype: Dtype, files: usize) 
             let (data, shape) = Weights::seeded(SEED).read(t, &[]).unwrap();
             let bytes = match dtype {
                 Dtype::F32 => data.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                Dtype::F16 => data.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
                 Dtype::BF16 => data.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
                 other => panic!("{other:?}"),
             };
