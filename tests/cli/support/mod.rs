@@ -10,12 +10,25 @@ use std::time::{Duration, Instant};
 /// Far above what anything here needs, far below what it would take if something hung.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
+/// Ends the test program when something hangs after all: what it has started then sees its output closed.
+fn limit_time() {
+    static STARTED: std::sync::Once = std::sync::Once::new();
+    STARTED.call_once(|| {
+        std::thread::spawn(|| {
+            std::thread::sleep(Duration::from_secs(300));
+            eprintln!("a test of the command line hangs");
+            std::process::abort();
+        });
+    });
+}
+
 /// The binary, with standard streams that can be read.
 pub(crate) fn tensorwire<I>(args: I) -> Command
 where
     I: IntoIterator,
     I::Item: AsRef<OsStr>,
 {
+    limit_time();
     let mut command = Command::new(env!("CARGO_BIN_EXE_tensorwire"));
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command

@@ -95,9 +95,13 @@ enum Output<'a> {
 }
 
 impl Output<'_> {
-    /// Whether ranks should wait with further output.
-    fn is_full(&self) -> bool {
-        matches!(self, Output::Print(sinks) if sinks.out.is_full() || sinks.err.is_full())
+    /// Whether ranks should wait with further output to this stream.
+    fn is_full(&self, stream: Stream) -> bool {
+        match (self, stream) {
+            (Output::Lines(_), _) => false,
+            (Output::Print(sinks), Stream::Stdout) => sinks.out.is_full(),
+            (Output::Print(sinks), Stream::Stderr) => sinks.err.is_full(),
+        }
     }
 
     fn is_flushed(&self) -> bool {
@@ -208,15 +212,12 @@ impl Watch<'_> {
                 polled.push((Source::Err, sinks.err.fd(), PollFlags::OUT));
             }
         }
-        let read = !self.output.is_full();
         for (i, rank) in self.ranks.iter().enumerate() {
             if matches!(rank.state, State::Running) {
                 polled.push((Source::Exit(i), rank.pidfd.as_fd(), PollFlags::IN));
             }
-            for (pipe, stream) in rank.pipes.iter().zip([Stream::Stdout, Stream::Stderr]) {
-                if let Some(pipe) = pipe.as_ref().filter(|_| read) {
-                    polled.push((Source::Pipe(i, stream), pipe.as_fd(), PollFlags::IN));
-                }
+            for (stream, pipe) in rank.open_pipes().filter(|(stream, _)| !self.output.is_full(*stream)) {
+                polled.push((Source::Pipe(i, stream), pipe.as_fd(), PollFlags::IN));
             }
         }
         polled
@@ -368,15 +369,17 @@ impl Watch<'_> {
             self.signal_all(Signal::KILL);
             self.shorten_drains();
         }
-        let held_up = self.output.is_full() && self.kill_at.is_none();
+        let ending = self.kill_at.is_some();
         for i in 0..self.ranks.len() {
             let rank = &mut self.ranks[i];
+            let held_up = rank.open_pipes().any(|(stream, _)| self.output.is_full(stream));
+            let open = rank.open_pipes().next().is_some();
             let State::Ended { status, drain_until } = &mut rank.state else { continue };
-            if held_up {
+            if held_up && !ending {
                 // Its output is still in the pipe because we don't read it, not because somebody keeps it open.
                 *drain_until = now + DRAIN;
             }
-            if rank.pipes.iter().any(Option::is_some) && now < *drain_until {
+            if open && now < *drain_until {
                 continue;
             }
             let status = *status;
@@ -470,6 +473,11 @@ impl Rank {
                 Err(e)
             }
         }
+    }
+
+    fn open_pipes(&self) -> impl Iterator<Item = (Stream, &OwnedFd)> {
+        let streams = [Stream::Stdout, Stream::Stderr].into_iter().zip(&self.pipes);
+        streams.filter_map(|(stream, pipe)| pipe.as_ref().map(|pipe| (stream, pipe)))
     }
 
     /// How the process ended, leaving it to be reaped later.
