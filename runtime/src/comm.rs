@@ -1,7 +1,8 @@
 //! The rank's collectives on candle tensors, and the time they take.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor};
@@ -12,12 +13,12 @@ use crate::{Error, Result};
 /// A communicator that keeps count of the time spent in it. With one rank it does nothing.
 pub(crate) struct Comm {
     inner: Arc<Communicator>,
-    spent: Cell<Duration>,
+    spent_ns: AtomicU64,
 }
 
 impl Comm {
     pub(crate) fn new(inner: Arc<Communicator>) -> Comm {
-        Comm { inner, spent: Cell::default() }
+        Comm { inner, spent_ns: AtomicU64::default() }
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -30,7 +31,7 @@ impl Comm {
 
     /// The time spent in collectives so far, waiting for peers included.
     pub(crate) fn spent(&self) -> Duration {
-        self.spent.get()
+        Duration::from_nanos(self.spent_ns.load(Ordering::Relaxed))
     }
 
     /// Sums `buf` over all ranks, in place.
@@ -70,7 +71,7 @@ impl Comm {
         }
         let start = Instant::now();
         let done = call(&self.inner);
-        self.spent.set(self.spent.get() + start.elapsed());
+        self.spent_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
         done
     }
 }

@@ -133,6 +133,10 @@ pub enum Error {
         bytes: usize,
     },
 
+    /// The system gave no threads to compute on.
+    #[error("can't start threads to compute on: {0}: lower RAYON_NUM_THREADS")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+
     /// A collective failed.
     #[error(transparent)]
     Comm(#[from] tensorwire::Error),

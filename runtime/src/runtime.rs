@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use tensorwire::Communicator;
 use tensorwire::topology::Plan;
 
@@ -24,6 +25,9 @@ pub struct Runtime {
     vocab: usize,
     eos: Vec<u32>,
     comm: Comm,
+    /// Where the network runs. candle and its matrix products share work out by rayon; called on one of its own
+    /// threads, they start at once instead of waking another for each operation.
+    pool: ThreadPool,
     loaded: Loaded,
 }
 
@@ -134,6 +138,7 @@ impl Runtime {
             vocab: spec.vocab_size,
             eos: model.eos.clone(),
             comm,
+            pool: ThreadPoolBuilder::new().build()?,
             loaded,
         })
     }
@@ -172,8 +177,8 @@ impl Runtime {
         let mut finish = Finish::Length;
         let (mut prefill, mut decode) = (Duration::ZERO, Duration::ZERO);
         while tokens.len() < max_tokens {
-            let logits =
-                llama.forward(tokens.last().map_or(prompt, std::slice::from_ref), &mut cache, &self.comm)?;
+            let next = tokens.last().map_or(prompt, std::slice::from_ref);
+            let logits = self.pool.install(|| llama.forward(next, &mut cache, &self.comm))?;
             let id = argmax(&logits)?;
             let text = stream.as_mut().map_or(Ok(String::new()), |next| next(id))?;
             *(if tokens.is_empty() { &mut prefill } else { &mut decode }) += start.elapsed();
@@ -211,7 +216,9 @@ impl Runtime {
             return Err(Error::TextTooLong { index, tokens: ids.len(), limit: self.max_tokens });
         }
         Ok(Embeddings {
-            vectors: ids.iter().map(|ids| bert.embed(ids, &self.comm)).collect::<Result<_>>()?,
+            vectors: self
+                .pool
+                .install(|| ids.iter().map(|ids| bert.embed(ids, &self.comm)).collect::<Result<_>>())?,
             tokens: ids.iter().map(Vec::len).sum(),
             seconds: start.elapsed().as_secs_f64(),
             comm_s: (self.comm.spent() - comm_before).as_secs_f64(),

@@ -87,11 +87,11 @@ impl Reference {
         };
         let (q, k, v) = (project("q"), project("k"), project("v"));
         let mut out = Vec::new();
-        for t in 0..x.len() {
+        for (t, queries) in q.iter().enumerate() {
             let mut row = Vec::new();
             for h in 0..heads {
                 let g = h / (heads / kv_heads);
-                let query = self.rotate(&q[t][h * d..(h + 1) * d], t);
+                let query = self.rotate(&queries[h * d..(h + 1) * d], t);
                 let scores: Row = (0..=t)
                     .map(|s| {
                         let key = self.rotate(&k[s][g * d..(g + 1) * d], s);
