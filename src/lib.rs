@@ -40,6 +40,6 @@ pub use tensorwire_collectives as collectives;
 pub use tensorwire_topology as topology;
 pub use tensorwire_transports as transports;
 
-pub use tensorwire_collectives::{Algorithm, Communicator};
+pub use tensorwire_collectives::{Algorithm, AllReducePlan, Communicator, Symmetric, Work};
 pub use tensorwire_core::{Call, DEFAULT_TIMEOUT, DType, Deadline, Element, Error, Op, ReduceOp, Result};
 pub use tensorwire_transports::shm::Options;

@@ -10,5 +10,5 @@ pub mod reduce;
 mod schedule;
 mod select;
 
-pub use communicator::Communicator;
+pub use communicator::{AllReducePlan, Communicator, Symmetric, Work};
 pub use select::Algorithm;

@@ -18,11 +18,41 @@ pub enum Op {
     Broadcast = 4,
     /// No rank leaves before every rank has arrived.
     Barrier = 5,
+    /// The root gets the reduction of all ranks' buffers.
+    Reduce = 6,
+    /// The root gets the concatenation of all ranks' blocks.
+    Gather = 7,
+    /// Rank `r` gets block `r` of the root's buffer.
+    Scatter = 8,
+    /// Rank `r` gets, from each rank, that rank's block `r`.
+    AllToAll = 9,
+    /// One rank's buffer goes to another's [`Recv`](Op::Recv).
+    Send = 10,
+    /// Takes what another rank sends.
+    Recv = 11,
+    /// The ranks form smaller groups.
+    Split = 12,
+    /// The ranks take memory that all of them map.
+    Symmetric = 13,
 }
 
 impl Op {
     /// Every operation, in the order of its code.
-    pub const ALL: [Op; 5] = [Op::AllReduce, Op::AllGather, Op::ReduceScatter, Op::Broadcast, Op::Barrier];
+    pub const ALL: [Op; 13] = [
+        Op::AllReduce,
+        Op::AllGather,
+        Op::ReduceScatter,
+        Op::Broadcast,
+        Op::Barrier,
+        Op::Reduce,
+        Op::Gather,
+        Op::Scatter,
+        Op::AllToAll,
+        Op::Send,
+        Op::Recv,
+        Op::Split,
+        Op::Symmetric,
+    ];
 
     /// The name used on the command line and in messages, such as `all_reduce`.
     pub const fn name(self) -> &'static str {
@@ -32,6 +62,14 @@ impl Op {
             Op::ReduceScatter => "reduce_scatter",
             Op::Broadcast => "broadcast",
             Op::Barrier => "barrier",
+            Op::Reduce => "reduce",
+            Op::Gather => "gather",
+            Op::Scatter => "scatter",
+            Op::AllToAll => "all_to_all",
+            Op::Send => "send",
+            Op::Recv => "recv",
+            Op::Split => "split",
+            Op::Symmetric => "symmetric",
         }
     }
 
@@ -56,12 +94,12 @@ pub struct Call {
     pub dtype: Option<DType>,
     /// The reduction; `None` where nothing is reduced.
     pub reduce: Option<ReduceOp>,
-    /// Elements over all ranks' outputs that this call defines: the buffer for all_reduce and broadcast, the
-    /// whole output of all_gather, the whole input of reduce_scatter.
+    /// Elements: the buffer of all_reduce, reduce, broadcast, send and recv; the whole output of all_gather and
+    /// gather; the whole input of reduce_scatter, scatter and all_to_all.
     pub count: u64,
-    /// The root rank; `None` where there is none.
+    /// The root rank, or the other rank of send and recv; `None` where there is none.
     pub root: Option<u32>,
-    /// A digest of per-rank counts where they differ (all_gather_v, reduce_scatter_v); 0 otherwise.
+    /// A digest of per-rank counts where they differ (all_gather_v and the like); 0 otherwise.
     pub layout: u32,
 }
 
@@ -118,7 +156,12 @@ impl fmt::Display for Call {
             sep = ", ";
         }
         if let Some(r) = self.root {
-            write!(f, "{sep}root {r}")?;
+            let role = match self.op {
+                Op::Send => "to",
+                Op::Recv => "from",
+                _ => "root",
+            };
+            write!(f, "{sep}{role} {r}")?;
             sep = ", ";
         }
         if self.layout != 0 {

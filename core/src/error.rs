@@ -132,6 +132,12 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the communicator that it came from can't be used any more.
+    pub fn ends_group(&self) -> bool {
+        use Error::{Aborted, Mismatch, PeerLost, Poisoned, Timeout};
+        matches!(self, PeerLost { .. } | Timeout { .. } | Mismatch { .. } | Aborted { .. } | Poisoned { .. })
+    }
+
     /// An [`Error::InvalidArgument`].
     pub fn invalid(what: impl Into<String>) -> Error {
         Error::InvalidArgument(what.into())

@@ -7,6 +7,12 @@
 //! | `Control::doorbell` | ringers, Release | its rank, Acquire, before the last look at the flag; then the kernel, in futex_wait | a ring after that look makes futex_wait return |
 //! | `Control::state` | its rank, Release, once, when it leaves | peers, Acquire, before the last look at the flag | what was published before leaving is seen |
 //! | `Header::verdict_state` | the first rank that fails: CAS to WRITING, then READY, Release | everyone, Acquire | makes the verdict visible |
+//! | `Control::shrinking` | its rank, Release | the decider, Acquire | the rank is out of its call |
+//! | `Header::decider` | CAS by the lowest living rank, AcqRel; a dead decider is replaced | itself | one decides |
+//! | `Header::decided` | the decider, Release, after `decision` | everyone, Acquire | makes the decision visible |
+//! | `Header::left` | each rank once, when it leaves, AcqRel | itself | the last to leave comes after all others |
+//! | `LaneHead::written` | the lane's sender, Release, after the bytes | the receiver, Acquire | makes the bytes visible |
+//! | `LaneHead::read` | the lane's receiver, Release, after copying | the sender, Acquire | the bytes may be overwritten |
 //! | `CallRecord` words | its rank, Relaxed; `seq` Release | peers, after a flag of that call | what the rank called, for error messages |
 
 use std::cell::UnsafeCell;
@@ -14,7 +20,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tensorwire_core::Call;
 
-use super::layout::{FLAG, INLINE, PAGE};
+use super::layout::{FLAG, INLINE, MAX_WORLD, PAGE};
 use super::verdict::Verdict;
 
 /// Calls a rank keeps on record.
@@ -24,6 +30,13 @@ const RECORDS: usize = 32;
 pub(super) struct Header {
     pub(super) verdict_state: AtomicU32,
     pub(super) verdict: UnsafeCell<Verdict>,
+    /// Ranks that have left.
+    pub(super) left: AtomicU32,
+    /// After a failure, the rank that decides who goes on, plus 1.
+    pub(super) decider: AtomicU32,
+    /// 1 once `decision` can be read.
+    pub(super) decided: AtomicU32,
+    pub(super) decision: UnsafeCell<Decision>,
     /// Ranks asleep or about to be; on a cache line that changes only when somebody sleeps.
     pub(super) sleepers: Line<AtomicU32>,
 }
@@ -32,8 +45,31 @@ pub(super) struct Header {
 pub(super) struct Control {
     pub(super) state: AtomicU32,
     pub(super) sleeping: AtomicU32,
+    /// 1 once the rank wants to go on without those that are gone.
+    pub(super) shrinking: AtomicU32,
     pub(super) doorbell: Line<AtomicU32>,
     calls: Line<[CallRecord; RECORDS]>,
+}
+
+/// Who goes on after a failure, and in which part of the memory.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Decision {
+    pub(super) start: u64,
+    /// A bit a rank.
+    members: [u64; MAX_WORLD / 64],
+}
+
+impl Decision {
+    pub(super) fn new(start: u64, ranks: &[usize]) -> Decision {
+        let mut members = [0; MAX_WORLD / 64];
+        ranks.iter().for_each(|r| members[r / 64] |= 1 << (r % 64));
+        Decision { start, members }
+    }
+
+    pub(super) fn ranks(&self) -> Vec<usize> {
+        (0..MAX_WORLD).filter(|r| self.members[r / 64] >> (r % 64) & 1 == 1).collect()
+    }
 }
 
 /// `Control::state` of a rank that has left the group. 0 is a member.
@@ -42,6 +78,15 @@ pub(super) const LEFT: u32 = 1;
 /// A value on cache lines of its own.
 #[repr(C, align(128))]
 pub(super) struct Line<T>(pub(super) T);
+
+/// The two counters of a lane, each on a line of its own; the lane's bytes follow.
+#[repr(C)]
+pub(super) struct LaneHead {
+    /// Bytes that the sender has written since the group began.
+    pub(super) written: Line<AtomicU64>,
+    /// Bytes that the receiver has read.
+    pub(super) read: Line<AtomicU64>,
+}
 
 #[repr(C)]
 struct CallRecord {

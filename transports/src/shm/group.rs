@@ -1,4 +1,4 @@
-//! One rank's view of a group's shared memory, and the one protocol that every collective is made of: steps.
+//! One rank's membership in a group, and the protocol that every collective is made of: steps.
 //!
 //! The ranks of a group count the same **steps** from 1. In a step a rank writes data for its peers into its
 //! own slot (or, if small, into its flag's cache line) and **publishes** the step; a peer **waits** for it
@@ -13,60 +13,99 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
-use rustix::thread::futex;
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
 
-use super::control::{Control, Flag, Header, LEFT};
+use super::control::LEFT;
 use super::layout::{DEPTH, INLINE, Layout};
-use super::segment::Segment;
-use super::verdict::Verdict;
-use super::{Options, wait::Patience};
+use super::memory::Part;
+use super::shared::{NO_VERDICT, Shared, futex_wait};
+use super::{Failure, Options, wait::Patience};
 use crate::liveness::Liveness;
 
 /// How long a sleeping rank goes without looking whether its peers are alive.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(20);
 
-const NO_VERDICT: u32 = 0;
-const WRITING: u32 = 1;
-const READY: u32 = 2;
-
-/// An error on the way up; boxed, so that the result of a wait is one word.
-pub type Failure = Box<Error>;
-
 /// One rank's membership in a group of ranks that share memory. Dropping it leaves the group.
 #[derive(Debug)]
 pub struct Group {
-    segment: Arc<Segment>,
-    rank: usize,
-    liveness: Liveness,
+    pub(super) shared: Arc<Shared>,
+    pub(super) liveness: Liveness,
+    pub(super) options: Options,
     patience: Patience,
-    timeout: Duration,
     /// The step that this rank is in.
     step: u64,
     /// The last step that this rank has published: `step`, or the one before while `step` is being written.
     published: u64,
     /// The highest step seen of each rank.
     seen: Vec<u64>,
-    /// This rank's calls so far.
-    seq: u64,
-    call: Call,
+    /// This rank's collective calls so far.
+    pub(super) seq: u64,
+    pub(super) call: Call,
     fingerprint: u32,
     /// When the current call gives up; set by its first wait that isn't short.
-    deadline: Option<Deadline>,
+    pub(super) deadline: Option<Deadline>,
+}
+
+/// What a rank waits for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Awaited {
+    /// A peer's publication of a step.
+    Step { peer: usize, step: u64 },
+    /// Bytes written to the lane from a peer beyond a position, or read from the lane to a peer beyond one.
+    Lanes { from: Option<(usize, u64)>, to: Option<(usize, u64)> },
+}
+
+impl Awaited {
+    #[inline]
+    fn arrived(&self, shared: &Shared) -> bool {
+        let me = shared.rank;
+        match *self {
+            // Acquire: pairs with the Release store in the peer's `publish`.
+            Awaited::Step { peer, step } => shared.flag(peer, step).step.load(Ordering::Acquire) >= step,
+            // Acquire: pairs with the Release stores of the lane's other end.
+            Awaited::Lanes { from, to } => {
+                from.is_some_and(|(peer, at)| shared.lane(peer, me).written.0.load(Ordering::Acquire) > at)
+                    || to.is_some_and(|(peer, at)| shared.lane(me, peer).read.0.load(Ordering::Acquire) > at)
+            }
+        }
+    }
+
+    /// The peers without whom it can't come.
+    fn peers(&self) -> impl Iterator<Item = usize> + use<> {
+        let (a, b) = match *self {
+            Awaited::Step { peer, .. } => (Some(peer), None),
+            Awaited::Lanes { from, to } => (from.map(|f| f.0), to.map(|t| t.0)),
+        };
+        a.into_iter().chain(b)
+    }
+
+    /// The ranks that a timeout names.
+    fn late(&self, shared: &Shared) -> Vec<usize> {
+        match *self {
+            Awaited::Step { step, .. } => {
+                shared.peers().filter(|p| shared.flag(*p, step).step.load(Ordering::Acquire) < step).collect()
+            }
+            Awaited::Lanes { .. } => self.peers().collect(),
+        }
+    }
 }
 
 impl Group {
-    pub(super) fn new(segment: Arc<Segment>, rank: usize, liveness: Liveness, options: &Options) -> Group {
-        let world = segment.layout().world;
+    pub(super) fn new(
+        part: Part,
+        layout: Layout,
+        rank: usize,
+        liveness: Liveness,
+        options: &Options,
+    ) -> Group {
         Group {
-            segment,
-            rank,
+            shared: Arc::new(Shared { part, layout, rank }),
             liveness,
-            patience: Patience::for_world(world),
-            timeout: options.timeout,
+            patience: Patience::for_world(layout.world),
+            options: options.clone(),
             step: 0,
             published: 0,
-            seen: vec![0; world],
+            seen: vec![0; layout.world],
             seq: 0,
             call: Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 },
             fingerprint: 0,
@@ -77,7 +116,7 @@ impl Group {
     /// This rank.
     #[inline]
     pub fn rank(&self) -> usize {
-        self.rank
+        self.shared.rank
     }
 
     /// The number of ranks.
@@ -89,41 +128,30 @@ impl Group {
     /// Bytes that a slot holds.
     #[inline]
     pub fn slot_bytes(&self) -> usize {
-        self.layout().slot
+        self.shared.layout.slot
     }
 
-    fn layout(&self) -> &Layout {
-        self.segment.layout()
-    }
-
-    fn header(&self) -> &Header {
-        // SAFETY: (1) the layout puts a header here, aligned to a page; (2) all its fields are atomics, or
-        // guarded by one (`verdict`), valid from all zeros; (3) the segment outlives `self`.
-        unsafe { &*self.segment.at(0).cast() }
-    }
-
-    fn control(&self, rank: usize) -> &Control {
-        // SAFETY: as for `header`; `rank` is below the world's size at every caller.
-        unsafe { &*self.segment.at(self.layout().control(rank)).cast() }
-    }
-
-    #[inline]
-    fn flag(&self, rank: usize, step: u64) -> &Flag {
-        debug_assert!(rank < self.world());
-        // SAFETY: as for `header`; `payload` is guarded by `step`.
-        unsafe { &*self.segment.at(self.layout().flag(rank, step)).cast() }
+    /// What another thread of this rank needs to end the group.
+    pub fn aborter(&self) -> Aborter {
+        Aborter { shared: self.shared.clone(), timeout: self.options.timeout }
     }
 
     /// Begins a call: every wait until the next one checks that peers are in the same call.
     #[inline]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
-        self.call = call;
         self.fingerprint = call.fingerprint();
+        self.shared.control(self.rank()).record(self.seq, &call);
+        self.enter(call)
+    }
+
+    /// Notes what this rank is doing, for errors; fails if the group has ended.
+    #[inline]
+    pub(super) fn enter(&mut self, call: Call) -> Result<(), Failure> {
+        self.call = call;
         self.deadline = None;
-        self.control(self.rank).record(self.seq, &call);
-        if self.header().verdict_state.load(Ordering::Relaxed) != NO_VERDICT {
-            self.read_verdict()?;
+        if self.shared.ended() {
+            self.check_verdict()?;
         }
         Ok(())
     }
@@ -131,7 +159,7 @@ impl Group {
     /// Ends a call: wakes peers that sleep on what this rank has published.
     #[inline]
     pub fn end(&self) {
-        self.ring();
+        self.shared.ring();
     }
 
     /// Enters the next step and returns its number. The rank's slot for it may be written from now on: every
@@ -144,7 +172,7 @@ impl Group {
             // Publishing step t - DEPTH + 1, a peer had read step t - DEPTH, whose place this step takes.
             let floor = step - DEPTH + 1;
             for peer in 0..self.world() {
-                if self.seen[peer] < floor && peer != self.rank {
+                if self.seen[peer] < floor && peer != self.rank() {
                     self.wait_any_call(peer, floor)?;
                 }
             }
@@ -156,8 +184,8 @@ impl Group {
     #[inline]
     pub fn slot(&mut self) -> &mut [u8] {
         assert!(self.published < self.step, "the slot of a published step belongs to its readers");
-        let layout = self.layout();
-        let at = self.segment.at(layout.slot(self.rank, self.step));
+        let layout = &self.shared.layout;
+        let at = self.shared.part.at(layout.slot(self.rank(), self.step));
         // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) this rank alone writes it, and
         // `self` is borrowed; (3) peers don't read it: what was there they have read (`next_step`), and what
         // will be there they read only once it is published, which needs `self` again.
@@ -167,7 +195,7 @@ impl Group {
     /// Publishes the step: what was written to the slot before is visible to whoever waits for it.
     #[inline]
     pub fn publish(&mut self) {
-        let flag = self.flag(self.rank, self.step);
+        let flag = self.shared.flag(self.rank(), self.step);
         flag.fingerprint.store(self.fingerprint, Ordering::Relaxed);
         flag.step.store(self.step, Ordering::Release);
         self.published = self.step;
@@ -177,7 +205,7 @@ impl Group {
     #[inline]
     pub fn publish_inline(&mut self, payload: &[u8]) {
         assert!(payload.len() <= INLINE && self.published < self.step);
-        let to = self.flag(self.rank, self.step).payload.get().cast::<u8>();
+        let to = self.shared.flag(self.rank(), self.step).payload.get().cast::<u8>();
         // SAFETY: (1) the payload has room for INLINE bytes; (2) as for `slot`.
         unsafe { std::ptr::copy_nonoverlapping(payload.as_ptr(), to, payload.len()) };
         self.publish();
@@ -188,11 +216,11 @@ impl Group {
     #[inline]
     pub fn peer_slot(&self, peer: usize, step: u64) -> &[u8] {
         self.assert_readable(peer, step);
-        let layout = self.layout();
+        let layout = &self.shared.layout;
         // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) `peer` published `step`, and
         // the Acquire load that showed it makes the slot's bytes visible; (3) `peer` writes there again only
         // when this rank has published a later step, which needs `self` mutably.
-        unsafe { std::slice::from_raw_parts(self.segment.at(layout.slot(peer, step)), layout.slot) }
+        unsafe { std::slice::from_raw_parts(self.shared.part.at(layout.slot(peer, step)), layout.slot) }
     }
 
     /// What `peer` published in its flag's cache line in `step`; the conditions of
@@ -201,7 +229,7 @@ impl Group {
     pub fn peer_inline(&self, peer: usize, step: u64) -> &[u8; INLINE] {
         self.assert_readable(peer, step);
         // SAFETY: as for `peer_slot`.
-        unsafe { &(*self.flag(peer, step).payload.get()).0 }
+        unsafe { &(*self.shared.flag(peer, step).payload.get()).0 }
     }
 
     #[inline]
@@ -216,7 +244,7 @@ impl Group {
     #[inline]
     pub fn wait(&mut self, peer: usize, step: u64) -> Result<(), Failure> {
         self.wait_any_call(peer, step)?;
-        if self.flag(peer, step).fingerprint.load(Ordering::Relaxed) != self.fingerprint {
+        if self.shared.flag(peer, step).fingerprint.load(Ordering::Relaxed) != self.fingerprint {
             return Err(self.mismatch(peer));
         }
         Ok(())
@@ -226,79 +254,100 @@ impl Group {
     #[inline]
     pub fn wait_all(&mut self, step: u64) -> Result<(), Failure> {
         for peer in 0..self.world() {
-            if peer != self.rank {
+            if peer != self.rank() {
                 self.wait(peer, step)?;
             }
         }
         Ok(())
     }
 
+    /// Every rank's `mine`, in rank order: a step of its own within a call.
+    pub(super) fn exchange<const N: usize>(&mut self, mine: [u8; N]) -> Result<Vec<[u8; N]>, Failure> {
+        let step = self.next_step()?;
+        self.publish_inline(&mine);
+        self.wait_all(step)?;
+        let of = |rank: usize| {
+            let mut theirs = mine;
+            if rank != self.rank() {
+                theirs.copy_from_slice(&self.peer_inline(rank, step)[..N]);
+            }
+            theirs
+        };
+        Ok((0..self.world()).map(of).collect())
+    }
+
     #[inline]
     fn wait_any_call(&mut self, peer: usize, step: u64) -> Result<(), Failure> {
-        let mut tries = self.patience.quick_looks;
-        // Acquire: pairs with the Release store in the peer's `publish`.
-        while self.flag(peer, step).step.load(Ordering::Acquire) < step {
-            if tries == 0 {
-                self.wait_long(peer, step)?;
-                break;
-            }
-            tries -= 1;
-            std::hint::spin_loop();
-        }
+        self.wait_for(Awaited::Step { peer, step })?;
         self.seen[peer] = step;
         Ok(())
     }
 
+    #[inline]
+    pub(super) fn wait_for(&mut self, awaited: Awaited) -> Result<(), Failure> {
+        for _ in 0..self.patience.quick_looks {
+            if awaited.arrived(&self.shared) {
+                return Ok(());
+            }
+            std::hint::spin_loop();
+        }
+        if awaited.arrived(&self.shared) { Ok(()) } else { self.wait_long(awaited) }
+    }
+
     #[cold]
     #[inline(never)]
-    fn wait_long(&mut self, peer: usize, step: u64) -> Result<(), Failure> {
-        let deadline = *self.deadline.get_or_insert_with(|| Deadline::after(self.timeout));
-        self.ring();
-        let flag = self.flag(peer, step);
-        let arrived = || flag.step.load(Ordering::Acquire) >= step;
+    fn wait_long(&mut self, awaited: Awaited) -> Result<(), Failure> {
+        let deadline = *self.deadline.get_or_insert_with(|| Deadline::after(self.options.timeout));
+        let arrived = || awaited.arrived(&self.shared);
+        self.shared.ring();
         if self.patience.spin_until(arrived) {
             return Ok(());
         }
-        let me = self.control(self.rank);
-        let sleepers = &self.header().sleepers.0;
         loop {
-            self.check_peer(peer, step, deadline)?;
-            me.sleeping.store(1, Ordering::Relaxed);
-            sleepers.fetch_add(1, Ordering::Relaxed);
-            // Acquire: a ring that comes after this look changes the word, and the kernel sees that.
-            let bell = me.doorbell.0.load(Ordering::Acquire);
-            // Pairs with the fence in `ring`: either this rank sees the step, or the publisher sees a sleeper.
-            fence(Ordering::SeqCst);
-            let idle = !arrived() && self.header().verdict_state.load(Ordering::Acquire) == NO_VERDICT;
-            if idle {
-                // A time-out, a signal or a changed word all mean the same: look again.
-                let _ = futex_wait(&me.doorbell.0, bell, LIVENESS_INTERVAL.min(deadline.remaining()));
+            for peer in awaited.peers() {
+                self.check_peer(peer, awaited, deadline)?;
             }
-            me.sleeping.store(0, Ordering::Relaxed);
-            sleepers.fetch_sub(1, Ordering::Relaxed);
+            self.sleep(awaited, deadline);
             if arrived() {
                 return Ok(());
             }
         }
     }
 
+    /// Sleeps until somebody rings, or it is time to look whether the peers are alive.
+    fn sleep(&self, awaited: Awaited, deadline: Deadline) {
+        let me = self.shared.control(self.rank());
+        let header = self.shared.header();
+        me.sleeping.store(1, Ordering::Relaxed);
+        header.sleepers.0.fetch_add(1, Ordering::Relaxed);
+        // Acquire: a ring that comes after this look changes the word, and the kernel sees that.
+        let bell = me.doorbell.0.load(Ordering::Acquire);
+        // Pairs with the fence in `Shared::ring`: either this rank sees what was published, or the publisher
+        // sees a sleeper.
+        fence(Ordering::SeqCst);
+        if !awaited.arrived(&self.shared) && header.verdict_state.load(Ordering::Acquire) == NO_VERDICT {
+            futex_wait(&me.doorbell.0, bell, LIVENESS_INTERVAL.min(deadline.remaining()));
+        }
+        me.sleeping.store(0, Ordering::Relaxed);
+        header.sleepers.0.fetch_sub(1, Ordering::Relaxed);
+    }
+
     /// Fails if waiting for `peer` has become useless: the group ended, the peer is gone, or time is up.
-    fn check_peer(&self, peer: usize, step: u64, deadline: Deadline) -> Result<(), Failure> {
-        self.read_verdict()?;
-        let left = self.control(peer).state.load(Ordering::Acquire) == LEFT;
+    fn check_peer(&self, peer: usize, awaited: Awaited, deadline: Deadline) -> Result<(), Failure> {
+        self.check_verdict()?;
+        let left = self.shared.control(peer).state.load(Ordering::Acquire) == LEFT;
         let ended = !left && self.liveness.ended(peer);
         // The peer may have published before it went: its state was read first.
-        if self.flag(peer, step).step.load(Ordering::Acquire) >= step {
+        if awaited.arrived(&self.shared) {
             return Ok(());
         }
-        let (rank, call, seq) = (self.rank, self.call, self.seq);
+        let (rank, call, seq) = (self.rank(), self.call, self.seq);
         if left || ended {
             let how = if left { "it left the group" } else { "its process ended" }.to_owned();
             return Err(self.fail(Error::PeerLost { rank, peer, call, seq, how }));
         }
         if deadline.passed() {
-            let late = |p: &usize| *p != rank && self.flag(*p, step).step.load(Ordering::Acquire) < step;
-            let waiting_for = (0..self.world()).filter(late).collect();
+            let waiting_for = awaited.late(&self.shared);
             return Err(self.fail(Error::Timeout { rank, call, seq, waiting_for, after: deadline.budget() }));
         }
         Ok(())
@@ -307,98 +356,51 @@ impl Group {
     #[cold]
     #[inline(never)]
     fn mismatch(&self, peer: usize) -> Failure {
-        let (rank, seq, ours) = (self.rank, self.seq, self.call);
-        let Some(theirs) = self.control(peer).recorded(seq).filter(|theirs| *theirs != ours) else {
+        let (rank, seq, ours) = (self.rank(), self.seq, self.call);
+        let Some(theirs) = self.shared.control(peer).recorded(seq).filter(|theirs| *theirs != ours) else {
             let why = format!("rank {peer} is in another call than {ours}, which it no longer has on record");
             return self.fail(Error::Aborted { rank, by: rank, call: ours, seq, why });
         };
+        self.disagree(peer, ours, theirs)
+    }
+
+    /// Ends the group because this rank and `peer` made calls that don't fit together.
+    pub(super) fn disagree(&self, peer: usize, ours: Call, theirs: Call) -> Failure {
+        let (rank, seq) = (self.rank(), self.seq);
         let ((a, a_call), (b, b_call)) =
             if rank < peer { ((rank, ours), (peer, theirs)) } else { ((peer, theirs), (rank, ours)) };
         self.fail(Error::Mismatch { rank, seq, a, a_call, b, b_call })
     }
 
-    /// Ends the group for every rank, with `error` as the reason unless another rank was first; returns what
-    /// this rank reports.
+    /// Ends the group for every rank, with `error` as the reason unless another was first; returns what this
+    /// rank reports.
     pub fn fail(&self, error: Error) -> Failure {
-        let header = self.header();
-        let state = &header.verdict_state;
-        // Acquire on failure: the winner's verdict may be read below.
-        if state.compare_exchange(NO_VERDICT, WRITING, Ordering::Relaxed, Ordering::Acquire).is_ok() {
-            // SAFETY: winning the exchange makes this rank the verdict's only writer, and nobody reads it
-            // before READY.
-            unsafe { header.verdict.get().write(Verdict::new(self.rank, &error)) };
-            state.store(READY, Ordering::Release);
-            self.wake_everyone();
-        } else if let Err(first) = self.read_verdict() {
-            return first;
-        }
-        Box::new(error)
+        self.shared.fail(error, self.call, self.seq, self.options.timeout)
     }
 
-    /// The error that ended the group, if one did.
-    #[cold]
-    fn read_verdict(&self) -> Result<(), Failure> {
-        let header = self.header();
-        // Acquire: pairs with the Release store of READY in `fail`.
-        if header.verdict_state.load(Ordering::Acquire) != READY {
-            return Ok(());
-        }
-        // SAFETY: READY is stored after the verdict was written, and nobody writes it again.
-        let verdict = unsafe { &*header.verdict.get() };
-        Err(Box::new(verdict.error(self.rank, self.call, self.seq, self.timeout)))
-    }
-
-    /// Wakes peers that sleep, if any do.
-    #[inline]
-    fn ring(&self) {
-        // Pairs with the fence in `wait_long`.
-        fence(Ordering::SeqCst);
-        if self.header().sleepers.0.load(Ordering::Relaxed) != 0 {
-            self.wake_sleepers();
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn wake_sleepers(&self) {
-        for peer in (0..self.world()).filter(|p| *p != self.rank) {
-            let control = self.control(peer);
-            if control.sleeping.load(Ordering::Relaxed) != 0 {
-                control.doorbell.0.fetch_add(1, Ordering::Release);
-                futex_wake(&control.doorbell.0);
-            }
-        }
-    }
-
-    fn wake_everyone(&self) {
-        for peer in (0..self.world()).filter(|p| *p != self.rank) {
-            let bell = &self.control(peer).doorbell.0;
-            bell.fetch_add(1, Ordering::Release);
-            futex_wake(bell);
-        }
+    fn check_verdict(&self) -> Result<(), Failure> {
+        self.shared.verdict(self.call, self.seq, self.options.timeout).map_or(Ok(()), Err)
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Release: pairs with the Acquire load in `check_peer`, which then sees every step published here.
-        self.control(self.rank).state.store(LEFT, Ordering::Release);
-        self.wake_everyone();
+        self.shared.leave();
     }
 }
 
-// The futex is shared between processes, so neither call may use the PRIVATE flag.
-fn futex_wait(
-    word: &std::sync::atomic::AtomicU32,
-    expected: u32,
+/// Ends a group from any thread of a rank, whatever the rank is waiting for.
+#[derive(Clone, Debug)]
+pub struct Aborter {
+    shared: Arc<Shared>,
     timeout: Duration,
-) -> rustix::io::Result<()> {
-    let timeout =
-        futex::Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
-    futex::wait(word, futex::Flags::empty(), expected, Some(&timeout))
 }
 
-fn futex_wake(word: &std::sync::atomic::AtomicU32) {
-    // It can fail only for an address that isn't mapped.
-    let _ = futex::wake(word, futex::Flags::empty(), 1);
+impl Aborter {
+    /// Ends the group: every rank's current or next call fails with [`Error::Aborted`] and `why`. Does nothing
+    /// if the group has ended already.
+    pub fn abort(&self, why: &str) {
+        let call = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 };
+        self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0, self.timeout);
+    }
 }

@@ -1,8 +1,8 @@
-//! How the ranks of one host come to hold the same segment.
+//! How the ranks of one host come to hold the same memory.
 //!
-//! Rank 0 makes the segment and listens on an abstract Unix socket whose name it publishes through the job's
+//! Rank 0 makes the memory and listens on an abstract Unix socket whose name it publishes through the job's
 //! store. Each other rank connects and says who it is, with a pidfd of itself; when all have come, each gets
-//! the segment's memfd and everyone's pidfd. That a rank can be handed the memory is the proof that it is on
+//! its memfd and everyone's pidfd. That a rank can be handed the memory is the proof that it is on
 //! this host.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -19,12 +19,12 @@ use rustix::net::{
 use tensorwire_core::{Deadline, Error, Result};
 
 use super::layout::Layout;
-use super::segment::Segment;
+use super::memory::Memory;
 use crate::liveness;
 use crate::local_socket;
 use crate::store::Store;
 
-/// Changes with any change of the segment's layout or of the messages here.
+/// Changes with any change of a group's layout or of the messages here.
 const VERSION: u32 = 1;
 const MAGIC: [u8; 4] = *b"TWsh";
 /// The kernel passes at most 253 descriptors at once.
@@ -35,15 +35,20 @@ const GREETING: Duration = Duration::from_secs(2);
 
 /// What every rank ends up with.
 pub(super) struct Handover {
-    pub(super) segment: Segment,
+    pub(super) memory: Memory,
+    /// Where the group's part of it starts.
+    pub(super) start: u64,
+    pub(super) layout: Layout,
     pub(super) pidfds: Vec<OwnedFd>,
 }
 
-/// Rank 0: makes the segment, waits for the others and hands it over.
+/// Rank 0: makes the memory, waits for the others and hands it over.
 pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadline) -> Result<Handover> {
     let world = layout.world;
     let rendezvous = |what: String| Error::Rendezvous { rank: 0, world, what };
-    let segment = Segment::create(layout)?;
+    let memory = Memory::create()?;
+    let start = memory.take(layout.len)?;
+    memory.reserve(start, layout.head)?;
     let name = local_socket::fresh_name("shm").map_err(|e| Error::os("naming a socket", e))?;
     let listener = local_socket::listen(&name).map_err(|e| Error::os("listening for the other ranks", e))?;
     listener.set_nonblocking(true).map_err(|e| Error::os("listening for the other ranks", e))?;
@@ -74,14 +79,14 @@ pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadl
     for (i, mut stream) in streams.into_iter().enumerate() {
         let mut hand = || {
             local_socket::limit(&stream, deadline)?;
-            local_socket::write_frame(&mut stream, &accepted(&layout))?;
-            send_fds(&stream, &[segment.fd()])?;
+            local_socket::write_frame(&mut stream, &accepted(&layout, start))?;
+            send_fds(&stream, &[memory.fd()])?;
             borrowed.chunks(FDS_A_MESSAGE).try_for_each(|fds| send_fds(&stream, fds))
         };
         hand().map_err(|e| rendezvous(format!("rank {} went away while it joined: {e}", i + 1)))?;
     }
     drop(borrowed);
-    Ok(Handover { segment, pidfds })
+    Ok(Handover { memory, start, layout, pidfds })
 }
 
 /// Lets one rank in. Fails with why a caller was refused, or with `None` when time is up.
@@ -140,7 +145,7 @@ fn admit(hello: &[u8], guests: &[Option<(UnixStream, OwnedFd)>]) -> Result<usize
     }
 }
 
-/// Every other rank: asks rank 0 for the segment.
+/// Every other rank: asks rank 0 for the memory.
 pub(super) fn take(
     rank: usize,
     world: usize,
@@ -165,17 +170,20 @@ pub(super) fn take(
         local_socket::read_frame(&mut stream)
     };
     let reply = ask().map_err(|e| match e.kind() {
-        io::ErrorKind::UnexpectedEof => rendezvous("rank 0 ended, or gave up, before all ranks had come".into()),
+        io::ErrorKind::UnexpectedEof => {
+            rendezvous("rank 0 ended, or gave up, before all ranks had come".into())
+        }
         _ => rendezvous(format!("rank 0 did not answer within {:?}: {e}", deadline.budget())),
     })?;
-    let layout = match reply.split_first() {
+    let accepted = match reply.split_first() {
         Some((0, body)) => parse_accepted(body, world),
         Some((_, why)) => {
             return Err(rendezvous(format!("rank 0 refused: {}", String::from_utf8_lossy(why))));
         }
         None => None,
     };
-    let layout = layout.ok_or_else(|| rendezvous("rank 0 sent an answer that makes no sense".into()))?;
+    let (layout, start) =
+        accepted.ok_or_else(|| rendezvous("rank 0 sent an answer that makes no sense".into()))?;
     let receive = || {
         let memory = recv_fds(&stream, 1)?.remove(0);
         let mut pidfds = Vec::with_capacity(world);
@@ -186,19 +194,21 @@ pub(super) fn take(
     };
     let (memory, pidfds) =
         receive().map_err(|e: io::Error| rendezvous(format!("rank 0 went away while handing over: {e}")))?;
-    Ok(Handover { segment: Segment::open(memory, layout)?, pidfds })
+    Ok(Handover { memory: Memory::open(memory)?, start, layout, pidfds })
 }
 
-/// Rank 0's answer to a rank it lets in: status 0 and the slot bytes of the layout.
-fn accepted(layout: &Layout) -> Vec<u8> {
+/// Rank 0's answer to a rank it lets in: status 0, the slot bytes of the layout, and where the group starts.
+fn accepted(layout: &Layout, start: u64) -> Vec<u8> {
     let mut body = vec![0];
-    body.extend_from_slice(&((layout.slot * super::DEPTH as usize) as u64).to_le_bytes());
+    body.extend_from_slice(&(layout.slots() as u64).to_le_bytes());
+    body.extend_from_slice(&start.to_le_bytes());
     body
 }
 
-fn parse_accepted(body: &[u8], world: usize) -> Option<Layout> {
-    let slots = u64::from_le_bytes(body.try_into().ok()?);
-    Layout::new(world, usize::try_from(slots).ok()?).ok()
+fn parse_accepted(body: &[u8], world: usize) -> Option<(Layout, u64)> {
+    let (slots, start) = body.split_first_chunk::<8>()?;
+    let slots = usize::try_from(u64::from_le_bytes(*slots)).ok()?;
+    Some((Layout::new(world, slots).ok()?, u64::from_le_bytes(start.try_into().ok()?)))
 }
 
 fn accept(listener: &UnixListener, deadline: Deadline) -> io::Result<UnixStream> {

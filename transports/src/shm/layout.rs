@@ -1,7 +1,7 @@
-//! Where everything lies in a segment. Pure arithmetic.
+//! Where everything lies in a group's part of the memory. Pure arithmetic.
 //!
 //! ```text
-//! | group header, one page | control page of rank 0 | ... of rank n-1 | flag lines of rank 0 | ... | slots of rank 0 | ... |
+//! | group header, one page | control page of each rank | flag lines of each rank | slots of each rank | lanes of each pair |
 //! ```
 
 use tensorwire_core::{Error, Result};
@@ -13,22 +13,28 @@ pub const DEPTH: u64 = 4;
 /// Bytes of payload that fit into a flag's own cache line.
 pub const INLINE: usize = 48;
 
-/// Ranks that one segment can hold.
+/// Ranks that one group can hold.
 pub const MAX_WORLD: usize = 1024;
 
-/// Bytes of slots a rank by default: with its control page and flags, 4 MiB + 8 KiB of shared memory a rank.
+/// Bytes of slots a rank by default.
 pub const DEFAULT_SLOTS: usize = 4 << 20;
+
+/// Bytes that wait in a lane between two ranks, and what the lane adds to them.
+pub(super) const LANE_DATA: usize = (64 << 10) - 256;
+const LANE: usize = 64 << 10;
 
 pub(super) const PAGE: usize = 4096;
 /// Flag lines stand two cache lines apart: processors fetch lines in pairs.
 pub(super) const FLAG: usize = 128;
 
-/// The offsets of a segment's parts.
+/// The offsets of a group's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) world: usize,
     /// Bytes of one slot.
     pub(super) slot: usize,
+    /// Bytes of header, control pages and flags: everything before the slots.
+    pub(super) head: usize,
     /// Bytes in all.
     pub(super) len: usize,
 }
@@ -40,15 +46,18 @@ impl Layout {
             return Err(Error::Config(format!("a world of {world} ranks: one host holds 1 to {MAX_WORLD}")));
         }
         let slot = slots / DEPTH as usize / PAGE * PAGE;
-        if slot == 0 || slot > 1 << 30 {
+        // A slot must hold a cache line for each rank.
+        let least = (64 * world).next_multiple_of(PAGE);
+        if slot < least || slot > 1 << 30 {
             return Err(Error::Config(format!(
                 "{slots} bytes of shared memory a rank: use {} to {}",
-                PAGE * DEPTH as usize,
+                least * DEPTH as usize,
                 DEPTH << 30
             )));
         }
-        let mut layout = Layout { world, slot, len: 0 };
-        layout.len = layout.slot(world, 0);
+        let mut layout = Layout { world, slot, head: 0, len: 0 };
+        layout.head = layout.slot(0, 0);
+        layout.len = layout.lane(world, 0);
         Ok(layout)
     }
 
@@ -69,6 +78,17 @@ impl Layout {
         let flags = (FLAG * DEPTH as usize * self.world).next_multiple_of(PAGE);
         self.control(self.world) + flags + self.slot * (rank * DEPTH as usize + (step % DEPTH) as usize)
     }
+
+    /// Bytes of all slots of one rank, which lie together from its slot for step 0.
+    pub(super) fn slots(&self) -> usize {
+        self.slot * DEPTH as usize
+    }
+
+    /// The lane from rank `from` to rank `to`.
+    #[inline]
+    pub(super) fn lane(&self, from: usize, to: usize) -> usize {
+        self.slot(self.world, 0) + LANE * (from * self.world + to)
+    }
 }
 
 #[cfg(test)]
@@ -76,8 +96,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_do_not_overlap_and_fill_the_segment() {
-        for world in [1, 2, 3, 7, 64, MAX_WORLD] {
+    fn parts_do_not_overlap_and_fill_the_memory() {
+        for world in [1, 2, 3, 7, 64] {
             let l = Layout::new(world, DEFAULT_SLOTS).unwrap();
             let mut parts = vec![(0, PAGE)];
             for r in 0..world {
@@ -87,6 +107,7 @@ mod tests {
                     parts.push((l.slot(r, s), l.slot));
                 }
                 assert_eq!(l.slot(r, 1), l.slot(r, 1 + DEPTH));
+                parts.extend((0..world).map(|to| (l.lane(r, to), LANE)));
             }
             parts.sort_unstable();
             for pair in parts.windows(2) {
@@ -94,7 +115,16 @@ mod tests {
             }
             let (last, size) = parts[parts.len() - 1];
             assert_eq!(last + size, l.len);
-            assert!(l.len <= world * (DEFAULT_SLOTS + 2 * PAGE) + 2 * PAGE);
+        }
+    }
+
+    #[test]
+    fn a_rank_takes_no_more_than_documented() {
+        for world in [1, 2, 3, 64, MAX_WORLD] {
+            let l = Layout::new(world, DEFAULT_SLOTS).unwrap();
+            assert_eq!(l.slots(), DEFAULT_SLOTS);
+            assert!(l.head <= world * 2 * PAGE + 2 * PAGE);
+            assert_eq!(l.len, l.head + world * l.slots() + world * world * (64 << 10));
         }
     }
 
@@ -103,6 +133,7 @@ mod tests {
         assert!(Layout::new(0, DEFAULT_SLOTS).is_err());
         assert!(Layout::new(MAX_WORLD + 1, DEFAULT_SLOTS).is_err());
         assert!(Layout::new(2, 100).is_err());
+        assert!(Layout::new(65, 4 * PAGE).is_err());
         assert!(Layout::new(2, usize::MAX).is_err());
     }
 }

@@ -3,14 +3,19 @@
 //! [`Group`] is a rank's membership: it carries the step protocol (publish, wait) that the collectives are
 //! made of, notices peers that die, leave, stall or make another call, and says so on every rank.
 //!
-//! By default a rank takes 4 MiB + 8 KiB of shared memory (`TENSORWIRE_SHM_BYTES` sets the 4 MiB), from an
-//! anonymous file: the size of /dev/shm doesn't matter and nothing is left behind, however a job ends.
+//! By default a rank takes 4 MiB + 8 KiB of shared memory a group (`TENSORWIRE_SHM_BYTES` sets the 4 MiB), and up
+//! to 64 KiB for each peer that it sends messages to, from an anonymous file: the size of /dev/shm doesn't
+//! matter and nothing is left behind, however a job ends.
 
 mod control;
+mod form;
 mod group;
 mod handover;
+mod lane;
 mod layout;
-mod segment;
+mod memory;
+mod region;
+mod shared;
 mod verdict;
 mod wait;
 
@@ -19,13 +24,18 @@ use std::time::Duration;
 
 use tensorwire_core::{DEFAULT_TIMEOUT, Deadline, Error, Result};
 
-pub use group::{Failure, Group};
+pub use group::{Aborter, Group};
+pub use lane::{Incoming, Outgoing};
 pub use layout::{DEFAULT_SLOTS, DEPTH, INLINE, MAX_WORLD};
+pub use region::Region;
 
 use crate::liveness::Liveness;
 use crate::store::Store;
 use layout::Layout;
-use segment::Segment;
+use memory::Memory;
+
+/// An error on the way up; boxed, so that the result of a wait is one word.
+pub type Failure = Box<Error>;
 
 /// What can be set about a group.
 #[derive(Clone, Debug)]
@@ -71,8 +81,12 @@ impl Options {
 
 /// The group of `world` ranks that are threads of this process; rank `i` is element `i`.
 pub fn in_process(world: usize, options: &Options) -> Result<Vec<Group>> {
-    let segment = Arc::new(Segment::create(Layout::new(world, options.slot_bytes)?)?);
-    Ok((0..world).map(|rank| Group::new(segment.clone(), rank, Liveness::default(), options)).collect())
+    let layout = Layout::new(world, options.slot_bytes)?;
+    let memory = Arc::new(Memory::create()?);
+    let start = memory.take(layout.len)?;
+    memory.reserve(start, layout.head)?;
+    let enter = |rank| Group::enter_part(&memory, start, layout, rank, Liveness::default(), options);
+    (0..world).map(enter).collect()
 }
 
 /// Joins the group of `world` processes on this host that meet in `store`, as `rank`.
@@ -91,7 +105,8 @@ pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> 
         0 => handover::give(layout, &key, store, deadline)?,
         _ => handover::take(rank, world, &key, store, deadline)?,
     };
-    Ok(Group::new(Arc::new(handover.segment), rank, Liveness::new(handover.pidfds), options))
+    let (memory, liveness) = (Arc::new(handover.memory), Liveness::new(handover.pidfds));
+    Group::enter_part(&memory, handover.start, handover.layout, rank, liveness, options)
 }
 
 #[cfg(test)]

@@ -73,22 +73,25 @@ impl Verdict {
         self.text_len = end as u32;
     }
 
+    /// The ranks that the verdict says are gone or don't answer.
+    pub(super) fn lost(&self) -> Vec<usize> {
+        match self.kind {
+            PEER_LOST => vec![self.ranks[0] as usize],
+            TIMEOUT => self.waiting[..(self.waiting_len as usize).min(WAITING)]
+                .iter()
+                .map(|r| usize::from(*r))
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// The error as `rank` reports it, which was in call number `seq`, `call`.
     pub(super) fn error(&self, rank: usize, call: Call, seq: u64, after: std::time::Duration) -> Error {
         let text = String::from_utf8_lossy(&self.text[..(self.text_len as usize).min(TEXT)]).into_owned();
         let by = self.by as usize;
         match self.kind {
             PEER_LOST => Error::PeerLost { rank, peer: self.ranks[0] as usize, call, seq, how: text },
-            TIMEOUT => {
-                let waiting = &self.waiting[..(self.waiting_len as usize).min(WAITING)];
-                Error::Timeout {
-                    rank,
-                    call,
-                    seq,
-                    waiting_for: waiting.iter().map(|r| usize::from(*r)).collect(),
-                    after,
-                }
-            }
+            TIMEOUT => Error::Timeout { rank, call, seq, waiting_for: self.lost(), after },
             MISMATCH => Error::Mismatch {
                 rank,
                 seq,

@@ -1,0 +1,76 @@
+//! Groups of some of the ranks, and the end of a group.
+
+use tensorwire_core::{Error, Result};
+
+use super::Communicator;
+
+impl Communicator {
+    /// Forms groups of the ranks that give the same `color`, ordered by `key`, then by rank; a rank that gives
+    /// no color gets no group. Every rank calls it. The groups are independent of each other and of this one.
+    ///
+    /// ```
+    /// # use tensorwire_collectives::Communicator;
+    /// # use tensorwire_core::ReduceOp;
+    /// # std::thread::scope(|s| {
+    /// #     for comm in Communicator::in_process(4)? {
+    /// #         s.spawn(move || {
+    /// // Ranks 0 and 2, and ranks 1 and 3.
+    /// let half = comm.split(Some(comm.rank() as u32 % 2), 0).unwrap().unwrap();
+    /// let mut x = [comm.rank() as f32];
+    /// half.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+    /// assert_eq!(x, [if comm.rank() % 2 == 0 { 2.0 } else { 4.0 }]);
+    /// #         });
+    /// #     }
+    /// #     Ok::<(), tensorwire_core::Error>(())
+    /// # })?;
+    /// # Ok::<(), tensorwire_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Os`] or [`Error::Rendezvous`], on every rank, if the memory can't be had: this group goes on;
+    /// else see [`Communicator`].
+    pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Communicator>> {
+        let group = self.run(|state| state.engine.group.split(color, key))?;
+        Ok(group.map(|group| Communicator::over(group, None)))
+    }
+
+    /// Forms a group of `ranks`, which are renumbered in the order given. Every rank of this group calls it with
+    /// the same list; those not in it get `None`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if a rank is named twice or doesn't exist; else as for
+    /// [`split`](Communicator::split).
+    pub fn subgroup(&self, ranks: &[usize]) -> Result<Option<Communicator>> {
+        for (i, r) in ranks.iter().enumerate() {
+            if *r >= self.world || ranks[..i].contains(r) {
+                let (rank, world) = (self.rank, self.world);
+                let what =
+                    format!("rank {rank}: subgroup: rank {r} is named twice or outside the world of {world}");
+                return Err(Error::invalid(what));
+            }
+        }
+        let place = ranks.iter().position(|r| *r == self.rank);
+        self.split(place.map(|_| 0), place.unwrap_or(0) as i32)
+    }
+
+    /// Ends the group from any thread of this rank, also while another is inside a call: every rank's current
+    /// or next call fails with [`Error::Aborted`] and `why`.
+    pub fn abort(&self, why: &str) {
+        self.inner.aborter.abort(why);
+    }
+
+    /// After a failure, a communicator of the ranks that are still there, in their old order. Every survivor
+    /// calls it; ranks that have ended or left, and those that a timeout named, are left out. It waits up to the
+    /// timeout for survivors that haven't called it yet. If the group hasn't failed, this ends it.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`] if the others went on without this rank; [`Error::Os`] if the memory can't be had;
+    /// [`Error::ConcurrentUse`] while another thread is inside a call: [`abort`](Communicator::abort) ends that.
+    pub fn shrink(&self) -> Result<Communicator> {
+        let rank = self.rank;
+        let mut state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let group = state.engine.group.shrink()?;
+        state.cause.get_or_insert_with(|| "the group was shrunk".to_owned());
+        Ok(Communicator::over(group, None))
+    }
+}

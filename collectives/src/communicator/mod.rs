@@ -1,0 +1,201 @@
+//! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
+
+mod collectives;
+mod groups;
+mod prepared;
+mod symmetric;
+mod work;
+
+use std::sync::{Arc, Mutex, TryLockError};
+
+use tensorwire_core::{Deadline, Error, Result};
+use tensorwire_transports::launch::{Env, Rendezvous};
+use tensorwire_transports::shm::{self, Aborter, Failure, Group, Options};
+use tensorwire_transports::store::{Store, UnixStore};
+
+use crate::engine::Engine;
+use crate::select::Algorithm;
+
+pub use prepared::AllReducePlan;
+pub use symmetric::Symmetric;
+pub use work::Work;
+
+/// One rank's membership in a group of `world` ranks, and the collectives between them.
+///
+/// Every rank of the group makes the same calls, with the same counts, types and roots, in the same order; a
+/// rank that doesn't gets, like all others, [`Error::Mismatch`] with both calls. A call returns when this
+/// rank's buffers are done. If a peer dies or leaves, or doesn't come within the timeout, every rank gets an
+/// error that names it, and the communicator can't be used further, but for [`shrink`](Communicator::shrink).
+///
+/// Results are the same bits on every rank and in every run: element `i` is reduced in rank order.
+///
+/// One call at a time: a second thread that calls meanwhile gets [`Error::ConcurrentUse`]. To have a call run
+/// in the background, [`start`](Communicator::start) it.
+///
+/// ```
+/// use tensorwire_collectives::Communicator;
+/// use tensorwire_core::ReduceOp;
+///
+/// // Ranks are usually processes (`Communicator::from_env`); for a test they can be threads.
+/// std::thread::scope(|s| {
+///     for comm in Communicator::in_process(3)? {
+///         s.spawn(move || {
+///             let mut x = [comm.rank() as f32, 1.0];
+///             comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+///             assert_eq!(x, [3.0, 3.0]);
+///         });
+///     }
+///     Ok::<(), tensorwire_core::Error>(())
+/// })?;
+/// # Ok::<(), tensorwire_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Communicator {
+    rank: usize,
+    world: usize,
+    inner: Arc<Inner>,
+    /// Calls that were started; `None` in the communicator that runs them.
+    started: Option<work::Started>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: Mutex<State>,
+    aborter: Aborter,
+    /// Rank 0 of a job without a launcher serves its store for as long as the communicator lives.
+    _store: Option<UnixStore>,
+}
+
+#[derive(Debug)]
+struct State {
+    engine: Engine,
+    algorithm: Option<Algorithm>,
+    /// The error that ended the group.
+    cause: Option<String>,
+}
+
+impl Communicator {
+    /// The group that this process was started into: by `tensorwire launch`, torchrun, mpirun, or srun, from
+    /// the variables they set. Waits for all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the variables are missing or make no sense; [`Error::Rendezvous`] if the other
+    /// ranks don't come.
+    pub fn from_env() -> Result<Communicator> {
+        let options = Options::from_env()?;
+        let env = Env::read()?;
+        let deadline = Deadline::after(options.timeout);
+        let store = match &env.rendezvous {
+            Rendezvous::Store(address) => UnixStore::connect(address, deadline)?,
+            Rendezvous::Job(job) => UnixStore::of_job(job, env.rank, deadline)?,
+        };
+        let group = shm::join(env.rank, env.world, &store, &options)?;
+        Ok(Communicator::over(group, Some(store)))
+    }
+
+    /// The group of `world` processes on this host that meet in `store`, as `rank`. Waits for all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a rank outside the world; [`Error::Rendezvous`] if the other ranks don't come.
+    pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> Result<Communicator> {
+        Ok(Communicator::over(shm::join(rank, world, store, options)?, None))
+    }
+
+    /// A group whose ranks are threads of this process; rank `i` is element `i`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a world of 0 or beyond what one host holds.
+    pub fn in_process(world: usize) -> Result<Vec<Communicator>> {
+        Communicator::in_process_with(world, &Options::default())
+    }
+
+    /// As [`in_process`](Communicator::in_process), with options.
+    ///
+    /// # Errors
+    /// As for [`in_process`](Communicator::in_process), and for options that can't be had.
+    pub fn in_process_with(world: usize, options: &Options) -> Result<Vec<Communicator>> {
+        Ok(shm::in_process(world, options)?
+            .into_iter()
+            .map(|group| Communicator::over(group, None))
+            .collect())
+    }
+
+    fn over(group: Group, store: Option<UnixStore>) -> Communicator {
+        let (rank, world, aborter) = (group.rank(), group.world(), group.aborter());
+        let state = Mutex::new(State { engine: Engine::new(group), algorithm: None, cause: None });
+        let inner = Arc::new(Inner { state, aborter, _store: store });
+        Communicator { rank, world, inner, started: Some(work::Started::default()) }
+    }
+
+    /// This rank, from 0.
+    #[inline]
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The number of ranks.
+    #[inline]
+    pub fn world(&self) -> usize {
+        self.world
+    }
+
+    /// Makes every all-reduce use one algorithm, for measuring, or the automatic choice again. Every rank must
+    /// set the same. It changes speed, never results.
+    ///
+    /// # Errors
+    /// [`Error::ConcurrentUse`].
+    pub fn set_algorithm(&self, algorithm: Option<Algorithm>) -> Result<()> {
+        let rank = self.rank;
+        let mut state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        state.algorithm = algorithm;
+        Ok(())
+    }
+
+    /// The algorithm that an all-reduce of `bytes` takes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the one set by [`set_algorithm`](Communicator::set_algorithm) can't carry
+    /// that many; [`Error::ConcurrentUse`].
+    pub fn algorithm(&self, bytes: usize) -> Result<Algorithm> {
+        let rank = self.rank;
+        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        state.choose(bytes, self.world)
+    }
+
+    /// Runs `body` alone, unless the group has failed; if it fails, no further call will run.
+    #[inline]
+    fn run<R>(&self, body: impl FnOnce(&mut State) -> Result<R, Failure>) -> Result<R> {
+        if let Some(started) = &self.started {
+            started.finish();
+        }
+        let mut state = match self.inner.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::WouldBlock) => return Err(Error::ConcurrentUse { rank: self.rank }),
+            Err(TryLockError::Poisoned(p)) => p.into_inner(),
+        };
+        if let Some(cause) = &state.cause {
+            return Err(Error::Poisoned { rank: self.rank, cause: cause.clone() });
+        }
+        body(&mut state).map_err(|failure| {
+            if failure.ends_group() {
+                state.cause = Some(failure.to_string());
+            }
+            *failure
+        })
+    }
+}
+
+impl State {
+    #[inline]
+    fn choose(&self, bytes: usize, world: usize) -> Result<Algorithm> {
+        let slot = self.engine.slot_bytes();
+        let Some(forced) = self.algorithm else { return Ok(Algorithm::all_reduce(bytes, world, slot)) };
+        if bytes > forced.limit(slot) {
+            return Err(Error::invalid(format!(
+                "{forced} carries at most {} bytes, not {bytes}",
+                forced.limit(slot)
+            )));
+        }
+        Ok(forced)
+    }
+}

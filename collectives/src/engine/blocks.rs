@@ -1,0 +1,222 @@
+//! Collectives that move blocks: all-gather, gather, scatter, broadcast, all-to-all, reduce-scatter.
+
+use std::ops::Range;
+
+use tensorwire_core::Error;
+use tensorwire_transports::shm::{Failure, INLINE};
+
+use super::{Buffers, CHUNK, Engine, Reduction};
+use crate::schedule::Pieces;
+
+impl Engine {
+    /// `block(r)` are the bytes of `output` that rank `r`'s `input` becomes, on every rank or on `root` alone,
+    /// whose `output` alone is looked at then.
+    pub(crate) fn all_gather(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        root: Option<usize>,
+    ) -> Result<(), Failure> {
+        let (rank, world) = (self.group.rank(), self.group.world());
+        let wanted = root.is_none_or(|root| root == rank);
+        if wanted {
+            output[block(rank)].copy_from_slice(input);
+        }
+        let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
+        if longest <= INLINE {
+            let step = self.group.next_step()?;
+            self.group.publish_inline(input);
+            if wanted {
+                self.group.wait_all(step)?;
+                for who in self.peers() {
+                    let to = &mut output[block(who)];
+                    to.copy_from_slice(&self.group.peer_inline(who, step)[..to.len()]);
+                }
+            }
+            return Ok(());
+        }
+        let chunk = CHUNK.min(self.slot_bytes());
+        let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
+        self.rounds(
+            Pieces::new(longest, 1, chunk).count(),
+            |_| wanted,
+            |engine, write| {
+                let own = &input[pieces(rank).range(write)];
+                engine.group.slot()[..own.len()].copy_from_slice(own);
+            },
+            |engine, read, step| {
+                for who in engine.peers().filter(|_| wanted) {
+                    let piece = pieces(who).range(read);
+                    let from = block(who).start;
+                    output[from + piece.start..from + piece.end]
+                        .copy_from_slice(&engine.group.peer_slot(who, step)[..piece.len()]);
+                }
+            },
+        )
+    }
+
+    /// `block(r)` are the bytes of `root`'s `input` that become rank `r`'s `output`; no other `input` is looked
+    /// at.
+    pub(crate) fn scatter(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        root: usize,
+    ) -> Result<(), Failure> {
+        let (rank, world) = (self.group.rank(), self.group.world());
+        if rank == root {
+            output.copy_from_slice(&input[block(rank)]);
+        }
+        let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
+        let room = self.room();
+        let pieces = |who: usize| Pieces::new(block(who).len(), 1, room);
+        self.rounds(
+            Pieces::new(longest, 1, room).count(),
+            |who| who == root,
+            |engine, write| {
+                for who in engine.peers().filter(|_| rank == root) {
+                    let (piece, from) = (pieces(who).range(write), block(who).start);
+                    let to = &mut engine.group.slot()[who * room..][..piece.len()];
+                    to.copy_from_slice(&input[from + piece.start..from + piece.end]);
+                }
+            },
+            |engine, read, step| {
+                if rank != root {
+                    let to = &mut output[pieces(rank).range(read)];
+                    to.copy_from_slice(&engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
+                }
+            },
+        )
+    }
+
+    /// `sends(r)` are the bytes of `input` that go to rank `r`, `receives(r)` those of `output` that come from
+    /// it; `longest` is the most that any rank sends to any.
+    pub(crate) fn all_to_all(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        sends: impl Fn(usize) -> Range<usize>,
+        receives: impl Fn(usize) -> Range<usize>,
+        longest: usize,
+    ) -> Result<(), Failure> {
+        let rank = self.group.rank();
+        output[receives(rank)].copy_from_slice(&input[sends(rank)]);
+        let room = self.room();
+        self.rounds(
+            Pieces::new(longest, 1, room).count(),
+            |_| true,
+            |engine, write| {
+                for who in engine.peers() {
+                    let block = sends(who);
+                    let piece = Pieces::new(block.len(), 1, room).range(write);
+                    let to = &mut engine.group.slot()[who * room..][..piece.len()];
+                    to.copy_from_slice(&input[block.start + piece.start..block.start + piece.end]);
+                }
+            },
+            |engine, read, step| {
+                for who in engine.peers() {
+                    let block = receives(who);
+                    let piece = Pieces::new(block.len(), 1, room).range(read);
+                    let to = &mut output[block.start + piece.start..block.start + piece.end];
+                    to.copy_from_slice(&engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
+                }
+            },
+        )
+    }
+
+    /// Tells every rank how many bytes this one sends to each, and checks what this one expects against what
+    /// the others send. Returns the most that any rank sends to any.
+    pub(crate) fn agree_on_counts(&mut self, sends: &[u64], expects: &[u64]) -> Result<u64, Failure> {
+        let step = self.group.next_step()?;
+        let bytes = bytemuck::cast_slice::<u64, u8>(sends);
+        self.group.slot()[..bytes.len()].copy_from_slice(bytes);
+        self.group.publish();
+        self.group.wait_all(step)?;
+        let mut most = sends.iter().copied().max().unwrap_or(0);
+        for who in self.peers() {
+            let theirs = &bytemuck::cast_slice::<u8, u64>(self.group.peer_slot(who, step))[..sends.len()];
+            most = most.max(theirs.iter().copied().max().unwrap_or(0));
+            let (sent, expected) = (theirs[self.group.rank()], expects[who]);
+            if sent != expected {
+                let rank = self.group.rank();
+                let what = format!("rank {who} sends {sent} bytes to rank {rank}, which expects {expected}");
+                return Err(self.group.fail(Error::InvalidArgument(what)));
+            }
+        }
+        Ok(most)
+    }
+
+    /// Block `block(r)` of the input is reduced into rank `r`'s `output`.
+    pub(crate) fn reduce_scatter(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        r: &Reduction,
+    ) -> Result<(), Failure> {
+        let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
+        let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
+        let room = self.room();
+        // The bytes of piece `i` of a block.
+        let piece = |block: &Range<usize>, i: usize| {
+            let p = Pieces::new(block.len() / size, size, room).range(i);
+            p.start * size..p.end * size
+        };
+        let mut data = Buffers { input: Some(&input[block(rank)]), output };
+        self.rounds(
+            Pieces::new(longest / size, size, room).count(),
+            |_| true,
+            |engine, write| {
+                for who in engine.peers() {
+                    let block = block(who);
+                    let piece = piece(&block, write);
+                    let to = &mut engine.group.slot()[who * room..][..piece.len()];
+                    to.copy_from_slice(&input[block.start + piece.start..block.start + piece.end]);
+                }
+            },
+            |engine, read, step| {
+                let Engine { group, sources } = engine;
+                let own = piece(&block(rank), read);
+                data.reduce(r, own, rank, sources, |peer, len| {
+                    &group.peer_slot(peer, step)[rank * room..][..len]
+                });
+            },
+        )
+    }
+
+    pub(crate) fn broadcast(&mut self, buf: &mut [u8], root: usize) -> Result<(), Failure> {
+        let pieces = Pieces::new(buf.len(), 1, CHUNK.min(self.slot_bytes()));
+        // An empty broadcast is a step too: it shows whether the ranks agree.
+        for i in 0..pieces.count().max(1) {
+            let piece = &mut buf[pieces.range(i)];
+            let step = self.group.next_step()?;
+            let inline = piece.len() <= INLINE;
+            if self.group.rank() == root {
+                if inline {
+                    self.group.publish_inline(piece);
+                } else {
+                    self.group.slot()[..piece.len()].copy_from_slice(piece);
+                    self.group.publish();
+                }
+            } else {
+                self.group.publish();
+                self.group.wait(root, step)?;
+                let from = if inline {
+                    &self.group.peer_inline(root, step)[..]
+                } else {
+                    self.group.peer_slot(root, step)
+                };
+                piece.copy_from_slice(&from[..piece.len()]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of a slot for each rank, where a slot holds a piece for each, in whole cache lines.
+    fn room(&self) -> usize {
+        let world = self.group.world();
+        (CHUNK.min(self.slot_bytes()) / world / 64 * 64).max(64)
+    }
+}

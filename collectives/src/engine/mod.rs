@@ -1,0 +1,207 @@
+//! Moves and reduces the data of each collective through shared memory, step by step.
+//!
+//! Everything here works on bytes and on the step protocol of [`Group`]. Nothing allocates, locks or makes a
+//! system call unless a peer is late.
+
+mod all_reduce;
+mod blocks;
+mod symmetric;
+
+use tensorwire_core::{Call, DType, Error, ReduceOp};
+use tensorwire_transports::shm::{Failure, Group};
+
+use crate::reduce::{Kernel, Kernels};
+
+/// Bytes that a rank puts into one step of a pipelined collective: small enough for the copies to stay in the
+/// second-level cache, large enough for a step's latency not to matter.
+const CHUNK: usize = 256 << 10;
+
+/// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
+const REDUCE_BLOCK: usize = 8 << 10;
+
+#[derive(Debug)]
+pub(crate) struct Engine {
+    pub(crate) group: Group,
+    /// Room for one pointer a rank, so that a call need not allocate.
+    sources: Sources,
+}
+
+/// How elements are reduced: their type, the operation, and the kernel for both.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reduction {
+    dtype: DType,
+    kernel: Kernel,
+    factor: f64,
+}
+
+impl Reduction {
+    /// # Errors
+    /// [`Error::InvalidArgument`] where the operation isn't defined for the type.
+    #[inline]
+    pub(crate) fn new(dtype: DType, op: ReduceOp) -> Result<Reduction, Error> {
+        match Kernels::best().get(dtype, op) {
+            Some(kernel) => Ok(Reduction { dtype, kernel, factor: op.factor() }),
+            None => Err(Error::invalid(format!("{op} is not defined for {dtype}"))),
+        }
+    }
+
+    /// The reduction of one rank's buffer alone: its elements themselves, but for a factor.
+    pub(crate) fn alone(&self, mut data: Buffers<'_>) {
+        if self.factor != 1.0 {
+            let len = data.output.len();
+            data.reduce(self, 0..len, 0, &mut Sources(vec![std::ptr::null()]), |_, _| &[]);
+        } else if let Some(input) = data.input {
+            data.output.copy_from_slice(input);
+        }
+    }
+}
+
+/// A rank's contribution and where its result goes: two buffers of one length, or one for both.
+#[derive(Debug)]
+pub(crate) struct Buffers<'a> {
+    pub(crate) input: Option<&'a [u8]>,
+    pub(crate) output: &'a mut [u8],
+}
+
+impl Buffers<'_> {
+    pub(crate) fn in_place(buf: &mut [u8]) -> Buffers<'_> {
+        Buffers { input: None, output: buf }
+    }
+
+    #[inline]
+    fn input(&self) -> &[u8] {
+        self.input.unwrap_or(self.output)
+    }
+
+    #[inline]
+    fn len(&self) -> usize {
+        self.output.len()
+    }
+
+    /// Reduces the bytes `range` of this rank's contribution with the peers', in rank order, into the same
+    /// bytes of the output. `theirs(peer, len)` is at least `len` bytes, aligned for the type.
+    #[inline]
+    fn reduce<'b>(
+        &mut self,
+        r: &Reduction,
+        range: std::ops::Range<usize>,
+        rank: usize,
+        sources: &mut Sources,
+        theirs: impl Fn(usize, usize) -> &'b [u8],
+    ) {
+        let output = &mut self.output[range.clone()];
+        let dst = output.as_mut_ptr();
+        let own = self.input.map_or(dst.cast_const(), |input| input[range].as_ptr());
+        sources.gather(rank, own, output.len(), theirs);
+        // SAFETY: `own` and `dst` have the output's length, and are one or don't overlap.
+        unsafe { r.run(dst, sources, output.len()) }
+    }
+}
+
+/// One pointer a rank, to what the ranks contribute to a reduction.
+#[derive(Debug)]
+struct Sources(Vec<*const u8>);
+
+// SAFETY: the pointers are written before each use, within one call; between calls they are never read.
+unsafe impl Send for Sources {}
+
+impl Sources {
+    /// Points to `own` for this rank and to `len` bytes of `theirs` for each peer.
+    #[inline]
+    fn gather<'b>(
+        &mut self,
+        rank: usize,
+        own: *const u8,
+        len: usize,
+        theirs: impl Fn(usize, usize) -> &'b [u8],
+    ) {
+        for (who, source) in self.0.iter_mut().enumerate() {
+            *source = if who == rank { own } else { theirs(who, len)[..len].as_ptr() };
+        }
+    }
+}
+
+impl Reduction {
+    /// Reduces `len` bytes of each of `sources` into `dst`.
+    ///
+    /// # Safety
+    /// Each source is valid for reading `len` bytes and `dst` for writing them; `dst` is a source or overlaps
+    /// none.
+    #[inline]
+    unsafe fn run(&self, dst: *mut u8, sources: &Sources, len: usize) {
+        debug_assert!(sources.0.iter().all(|s| s.addr().is_multiple_of(self.dtype.size())));
+        // SAFETY: (1) the caller vouches for the pointers; slots, flags and symmetric blocks are aligned to 16
+        // bytes and more and are cut at whole elements, and the rank's own buffers were slices of elements;
+        // (2) so does it for `dst`; (3) the kernels were chosen for this processor.
+        unsafe {
+            (self.kernel)(dst, sources.0.as_ptr(), sources.0.len(), len / self.dtype.size(), self.factor)
+        }
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(group: Group) -> Engine {
+        let sources = Sources(vec![std::ptr::null(); group.world()]);
+        Engine { group, sources }
+    }
+
+    pub(crate) fn slot_bytes(&self) -> usize {
+        self.group.slot_bytes()
+    }
+
+    /// Runs `body` as the call `call`.
+    #[inline]
+    pub(crate) fn run(
+        &mut self,
+        call: Call,
+        body: impl FnOnce(&mut Engine) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        self.group.begin(call)?;
+        body(self)?;
+        self.group.end();
+        Ok(())
+    }
+
+    pub(crate) fn barrier(&mut self) -> Result<(), Failure> {
+        let step = self.group.next_step()?;
+        self.group.publish();
+        self.group.wait_all(step)
+    }
+
+    fn peers(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, world) = (self.group.rank(), self.group.world());
+        (0..world).filter(move |who| *who != rank)
+    }
+
+    /// `count` rounds in which ranks write their slots and read their peers', the reading one round behind the
+    /// writing. `write(i)` fills this rank's slot for round `i`; `read(i, step)` uses what the ranks in
+    /// `sources` wrote for it.
+    fn rounds(
+        &mut self,
+        count: usize,
+        sources: impl Fn(usize) -> bool,
+        mut write: impl FnMut(&mut Engine, usize),
+        mut read: impl FnMut(&mut Engine, usize, u64),
+    ) -> Result<(), Failure> {
+        // An empty exchange is a step too: it shows whether the ranks agree.
+        let count = count.max(1);
+        let mut published = 0;
+        for t in 0..=count {
+            let step = if t < count { self.group.next_step()? } else { 0 };
+            if t < count {
+                write(self, t);
+            }
+            if t > 0 {
+                for who in self.peers().filter(|who| sources(*who)) {
+                    self.group.wait(who, published)?;
+                }
+                read(self, t - 1, published);
+            }
+            if t < count {
+                self.group.publish();
+                published = step;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! Groups from groups: by splitting one, and from the survivors of one that failed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tensorwire_core::{Call, Deadline, Error, Op, Result};
+
+use super::Failure;
+use super::control::{Decision, LEFT};
+use super::group::Group;
+use super::layout::Layout;
+use super::memory::Memory;
+use super::shared::futex_wait;
+use super::{Options, region::Region};
+use crate::liveness::Liveness;
+
+/// How often a rank that waits to go on looks who is alive.
+const LOOK: Duration = Duration::from_millis(10);
+
+impl Group {
+    /// A rank's membership in the group whose part of the memory starts at `start` and whose head is
+    /// reserved: maps it and reserves the rank's own slots.
+    pub(super) fn enter_part(
+        memory: &Arc<Memory>,
+        start: u64,
+        layout: Layout,
+        rank: usize,
+        liveness: Liveness,
+        options: &Options,
+    ) -> Result<Group> {
+        let part = memory.map(start, layout.len)?;
+        let slots = part.start() + layout.slot(rank, 0) as u64;
+        let group = Group::new(part, layout, rank, liveness, options);
+        match memory.reserve(slots, layout.slots()) {
+            Ok(()) => Ok(group),
+            // The others learn why, and not only that this rank has left.
+            Err(e) => {
+                let why = Error::invalid(e.to_string());
+                group.fail(why);
+                Err(e)
+            }
+        }
+    }
+
+    fn memory(&self) -> &Arc<Memory> {
+        self.shared.part.memory()
+    }
+
+    /// Forms groups of the ranks that give the same `color`, ordered by `key`, then rank; a rank without a
+    /// color gets none. Every rank of this group calls it. A failure to get memory is every rank's, and leaves
+    /// this group as it was.
+    pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Group>, Failure> {
+        self.begin(Call { op: Op::Split, dtype: None, reduce: None, count: 0, root: None, layout: 0 })?;
+        let mut mine = [0; 9];
+        mine[0] = u8::from(color.is_some());
+        mine[1..5].copy_from_slice(&color.unwrap_or(0).to_le_bytes());
+        mine[5..].copy_from_slice(&key.to_le_bytes());
+        let mut members = BTreeMap::<[u8; 4], Vec<(i32, usize)>>::new();
+        for (rank, [has, a, b, c, d, key @ ..]) in self.exchange(mine)?.into_iter().enumerate() {
+            if has == 1 {
+                members.entry([a, b, c, d]).or_default().push((i32::from_le_bytes(key), rank));
+            }
+        }
+        let mut ours =
+            members.remove(&color.unwrap_or(0).to_le_bytes()).filter(|_| color.is_some()).unwrap_or_default();
+        ours.sort_unstable();
+        let ranks: Vec<usize> = ours.into_iter().map(|(_, rank)| rank).collect();
+
+        // The first of each new group takes its memory and tells the others where it starts; 0 says it failed.
+        let layout = Layout::new(ranks.len().max(1), self.shared.layout.slots());
+        let first = ranks.first().copied();
+        let taken = match (&layout, first == Some(self.rank())) {
+            (Ok(layout), true) => self.take_head(layout),
+            _ => Ok(0),
+        };
+        let start = *taken.as_ref().unwrap_or(&0);
+        let starts = self.exchange(start.to_le_bytes())?;
+        let start = first.map_or(0, |first| u64::from_le_bytes(starts[first]));
+        let made = match (taken, layout, ranks.iter().position(|r| *r == self.rank())) {
+            (Err(e), ..) | (_, Err(e), _) => Err(e),
+            (_, _, None) => Ok(None),
+            (_, Ok(layout), Some(rank)) if start != 0 => {
+                let liveness = self.liveness.subset(&ranks);
+                Group::enter_part(self.memory(), start, layout, rank, liveness, &self.options).map(Some)
+            }
+            _ => Err(self.no_memory(first.unwrap_or(0))),
+        };
+        self.agree(made)
+    }
+
+    /// Takes memory of which every rank of the group has `bytes`, mapped by all. Every rank calls it with the
+    /// same size. A failure to get memory is every rank's, and leaves the group as it was.
+    pub fn region(&mut self, bytes: usize) -> Result<Region, Failure> {
+        self.begin(Call {
+            op: Op::Symmetric,
+            dtype: None,
+            reduce: None,
+            count: bytes as u64,
+            root: None,
+            layout: 0,
+        })?;
+        let len = Region::len(self.world(), bytes);
+        let taken = match (self.rank(), len) {
+            (0, Ok(len)) => self.memory().take(len),
+            (_, Err(e)) => Err(e),
+            _ => Ok(0),
+        };
+        let start = u64::from_le_bytes(self.exchange(taken.as_ref().unwrap_or(&0).to_le_bytes())?[0]);
+        let made = match taken {
+            Err(e) => Err(e),
+            Ok(_) if start == 0 => Err(self.no_memory(0)),
+            Ok(_) => Region::map(&self.shared.part, start, self.world(), self.rank(), bytes),
+        };
+        self.agree(made)
+    }
+
+    /// Whether the region was taken by this group.
+    pub fn owns(&self, region: &Region) -> bool {
+        region.is_of(&self.shared.part)
+    }
+
+    fn take_head(&self, layout: &Layout) -> Result<u64> {
+        let start = self.memory().take(layout.len)?;
+        self.memory().reserve(start, layout.head)?;
+        Ok(start)
+    }
+
+    fn no_memory(&self, by: usize) -> Error {
+        let (rank, world) = (self.rank(), self.world());
+        Error::Rendezvous {
+            rank,
+            world,
+            what: format!("rank {by} could not get the shared memory asked for"),
+        }
+    }
+
+    /// Ends a call whose outcome each rank knows only for itself: if it failed on any, it fails on all.
+    fn agree<T>(&mut self, made: Result<T>) -> Result<T, Failure> {
+        let all = self.exchange([u8::from(made.is_err())])?;
+        self.end();
+        let made = made?;
+        match all.iter().position(|[failed]| *failed != 0) {
+            None => Ok(made),
+            Some(rank) => Err(Box::new(self.no_memory(rank))),
+        }
+    }
+
+    /// Forms a group of the ranks that are still there, in their old order, after this one has failed. Every
+    /// survivor calls it. A rank that has ended, left, or is the one that a timeout named, is left out; for
+    /// the others it waits up to the timeout.
+    pub fn shrink(&self) -> Result<Group> {
+        let shared = &self.shared;
+        let (me, world) = (self.rank(), self.world());
+        if !shared.ended() {
+            self.fail(Error::invalid(format!("rank {me} shrinks the group")));
+        }
+        let failed = |what: String| Error::Rendezvous { rank: me, world, what: format!("shrinking: {what}") };
+        let deadline = Deadline::after(self.options.timeout);
+        // Others may wait for a rank until then; this one waits for them.
+        let patience = Deadline::after(self.options.timeout + LOOK * 100);
+        let header = shared.header();
+        shared.control(me).shrinking.store(1, Ordering::Release);
+        shared.wake_everyone();
+        let lost = shared.lost();
+        loop {
+            let bell = shared.control(me).doorbell.0.load(Ordering::Acquire);
+            if header.decided.load(Ordering::Acquire) == 1 {
+                break;
+            }
+            let gone = |r: usize| {
+                shared.control(r).state.load(Ordering::Acquire) == LEFT
+                    || self.liveness.ended(r)
+                    || lost.contains(&r)
+            };
+            let there: Vec<usize> = (0..world).filter(|r| *r == me || !gone(*r)).collect();
+            let ready = |r: &usize| shared.control(*r).shrinking.load(Ordering::Acquire) == 1;
+            if there.first() == Some(&me) && (there.iter().all(ready) || deadline.passed()) {
+                let members: Vec<usize> = there.into_iter().filter(ready).collect();
+                self.decide(&members, |decider| self.liveness.ended(decider))?;
+                continue;
+            }
+            if patience.passed() {
+                return Err(failed(format!("no rank decided who goes on within {:?}", patience.budget())));
+            }
+            futex_wait(&shared.control(me).doorbell.0, bell, LOOK);
+        }
+        // SAFETY: `decided` is stored after the decision was written, and nobody writes it again.
+        let decision = unsafe { *header.decision.get() };
+        let members = decision.ranks();
+        let rank = members.iter().position(|r| *r == me);
+        let rank = rank.ok_or_else(|| {
+            failed(format!("ranks {members:?} went on without this one, which came too late"))
+        })?;
+        let layout = Layout::new(members.len(), shared.layout.slots())?;
+        let liveness = self.liveness.subset(&members);
+        Group::enter_part(self.memory(), decision.start, layout, rank, liveness, &self.options)
+    }
+
+    /// Decides who goes on, unless another rank that lives does.
+    fn decide(&self, members: &[usize], ended: impl Fn(usize) -> bool) -> Result<()> {
+        let header = self.shared.header();
+        let before = header.decider.load(Ordering::Acquire);
+        let mine = self.rank() as u32 + 1;
+        if before != 0 && (before == mine || !ended(before as usize - 1)) {
+            return Ok(());
+        }
+        let layout = Layout::new(members.len(), self.shared.layout.slots())?;
+        let start = self.take_head(&layout)?;
+        if header.decider.compare_exchange(before, mine, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            // SAFETY: winning the exchange makes this rank the decision's only writer: an earlier decider has
+            // ended, and nobody reads it before `decided`.
+            unsafe { header.decision.get().write(Decision::new(start, members)) };
+            header.decided.store(1, Ordering::Release);
+            self.shared.wake_everyone();
+        }
+        Ok(())
+    }
+}

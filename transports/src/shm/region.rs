@@ -1,0 +1,86 @@
+//! Memory of which each rank has a block, mapped by all ranks of a group.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use tensorwire_core::{Error, Result};
+
+use super::layout::PAGE;
+use super::memory::Part;
+
+/// Equal blocks of memory, one a rank, that every rank of the group maps. The last rank to drop it returns
+/// the memory to the system.
+#[derive(Debug)]
+pub struct Region {
+    part: Part,
+    world: usize,
+    rank: usize,
+    bytes: usize,
+    /// Where its group's own part of the memory starts.
+    group: u64,
+}
+
+impl Region {
+    fn stride(bytes: usize) -> Option<usize> {
+        bytes.checked_next_multiple_of(PAGE)
+    }
+
+    /// Bytes of the whole, behind a page for its own use.
+    pub(super) fn len(world: usize, bytes: usize) -> Result<usize> {
+        let len = Region::stride(bytes).and_then(|s| s.checked_mul(world)?.checked_add(PAGE));
+        len.filter(|l| *l < 1 << 46).ok_or_else(|| {
+            Error::invalid(format!(
+                "{world} symmetric buffers of {bytes} bytes are more than can be addressed"
+            ))
+        })
+    }
+
+    pub(super) fn map(group: &Part, start: u64, world: usize, rank: usize, bytes: usize) -> Result<Region> {
+        let memory = group.memory();
+        let part = memory.map(start, Region::len(world, bytes)?)?;
+        let region = Region { part, world, rank, bytes, group: group.start() };
+        memory.reserve(start, PAGE)?;
+        if bytes > 0 {
+            memory.reserve(start + region.offset(rank) as u64, bytes)?;
+        }
+        Ok(region)
+    }
+
+    pub(super) fn is_of(&self, group: &Part) -> bool {
+        Arc::ptr_eq(self.part.memory(), group.memory()) && self.group == group.start()
+    }
+
+    fn offset(&self, rank: usize) -> usize {
+        PAGE + rank * self.bytes.next_multiple_of(PAGE)
+    }
+
+    /// The rank whose view this is.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The number of ranks.
+    pub fn world(&self) -> usize {
+        self.world
+    }
+
+    /// Bytes of one block.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The address of a rank's block of [`bytes`](Region::bytes) bytes, aligned to a page.
+    pub fn block(&self, rank: usize) -> *mut u8 {
+        assert!(rank < self.world);
+        self.part.at(self.offset(rank))
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: (1) the first page is mapped, aligned, and used for nothing else; (2) an atomic is valid from
+        // any bytes, and starts as zero.
+        let left = unsafe { &*self.part.at(0).cast::<AtomicU32>() };
+        self.part.leave(left, self.world);
+    }
+}
