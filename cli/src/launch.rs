@@ -2,7 +2,9 @@
 
 use std::ffi::OsString;
 use std::io::ErrorKind::{NotFound, PermissionDenied};
+use std::os::unix::process::ExitStatusExt;
 
+use rustix::process::Signal;
 use tensorwire::Error;
 use tensorwire::transports::launch::{Launcher, Outcome};
 use tensorwire::transports::store::StoreServer;
@@ -52,15 +54,20 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
 /// What went wrong in a run, if anything that is worth a line did.
 pub(crate) fn describe(outcome: &Outcome, ranks: usize) -> Option<String> {
     let failure = outcome.failure.as_ref().filter(|_| !outcome.output_closed)?;
-    Some(match outcome.forwarded {
-        Some(signal) => format!("interrupted by {}: all ranks have ended", signal_name(signal)),
-        None if ranks > 1 => format!("{failure} (the other ranks were ended)"),
-        None => failure.to_string(),
-    })
+    if let Some(signal) = outcome.forwarded {
+        return Some(format!("interrupted by {}: all ranks have ended", signal_name(signal)));
+    }
+    let mut why = failure.to_string();
+    if failure.status.signal() == Some(Signal::KILL.as_raw()) {
+        why.push_str(", by someone or by the kernel for lack of memory");
+    }
+    if ranks > 1 {
+        why.push_str(" (the other ranks were ended)");
+    }
+    Some(why)
 }
 
 fn signal_name(signal: i32) -> String {
-    use rustix::process::Signal;
     match Signal::from_named_raw(signal) {
         Some(Signal::INT) => "SIGINT".into(),
         Some(Signal::TERM) => "SIGTERM".into(),

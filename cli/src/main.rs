@@ -93,6 +93,8 @@ fn one_line(rendered: &str) -> String {
     let lines = rendered.lines().map(str::trim).take_while(|l| !l.is_empty() && !l.starts_with("Usage:"));
     let message = lines.collect::<Vec<_>>().join(" ");
     let message = message.strip_prefix("error: ").unwrap_or(&message);
-    let command = std::env::args().nth(1).filter(|a| Cli::command().find_subcommand(a).is_some());
-    format!("{message} (see tensorwire {}--help)", command.map(|c| c + " ").unwrap_or_default())
+    let first = std::env::args_os().nth(1);
+    let command = first.filter(|name| Cli::command().find_subcommand(name).is_some());
+    let command = command.map(|name| format!("{} ", name.display())).unwrap_or_default();
+    format!("{message} (see tensorwire {command}--help)")
 }

@@ -87,7 +87,7 @@ fn a_person_sees_the_plan_the_tokens_and_the_comparison() {
         "all 3 tokens equal",
         "tokens/s unsharded",
         "communication",
-        "MB, by rank",
+        "MB by rank",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }

@@ -29,8 +29,8 @@ pub(crate) use rank::main as rank_main;
 pub(crate) const RANK_COMMAND: &str = "__infer-rank";
 
 const EXAMPLES: &str = "\
-Without --model, a built-in Llama-shaped model of 100 million parameters runs: its weights come from a seed, it
-has no tokenizer, and its prompt and output are token ids.
+Without --model, a built-in Llama-shaped model runs: its weights come from a seed, it has no tokenizer, and
+its prompt and output are token ids.
 
 The same model then runs unsharded, in one process with all processors, and the results are compared: tokens
 must be equal. --no-verify leaves that out.
@@ -60,7 +60,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT", conflicts_with = "texts", allow_hyphen_values = true)]
     prompt: Option<String>,
 
-    /// Tokens to generate at most (decoders)
+    /// Tokens to generate at most (decoders) [default: 64, or what the model's context allows]
     #[arg(long, value_name = "N", conflicts_with = "texts", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
 

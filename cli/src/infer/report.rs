@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use comfy_table::Table;
 use comfy_table::presets::UTF8_BORDERS_ONLY;
+use comfy_table::{CellAlignment, Table};
 use serde_json::{Map, Value, json};
 
 use super::group::{Group, Run};
@@ -51,7 +51,7 @@ impl Report<'_> {
         speed("decode", run.decode_tokens_per_s, theirs.and_then(|r| r.decode_tokens_per_s), "tokens/s");
         let _ = writeln!(out, "{:<15} {:.1} % of the time", "communication", run.comm_share * 100.0);
         let weights: Vec<_> = run.weight_bytes.iter().map(|b| format!("{:.1}", *b as f64 / 1e6)).collect();
-        let _ = writeln!(out, "{:<15} {} MB, by rank", "weights", weights.join(", "));
+        let _ = writeln!(out, "{:<15} {} MB by rank", "weights", weights.join(", "));
         Ok(out)
     }
 
@@ -145,6 +145,9 @@ fn similarities(texts: &[String], embeddings: &[Vec<f32>]) -> Table {
         }
         let cosines = embeddings.iter().map(|b| format!("{:.3}", cosine(a, b)));
         table.add_row(std::iter::once(format!("{} {label}", n + 1)).chain(cosines));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
     }
     table
 }

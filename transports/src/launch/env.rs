@@ -112,7 +112,7 @@ const LAUNCHERS: [Launcher; 4] = [
         local_world: "OMPI_COMM_WORLD_LOCAL_SIZE",
         applies: |_| true,
         job: |vars| {
-            let names = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_ess_jobid"];
+            let names = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"];
             vars.first(&names).map(|(_, job)| format!("ompi {job}")).ok_or_else(|| {
                 Error::Config(format!(
                     "OMPI_COMM_WORLD_RANK is set but nothing that tells this job from others (one of {}): start \

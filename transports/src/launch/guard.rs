@@ -3,16 +3,20 @@
 //! `PR_SET_PDEATHSIG` makes the kernel kill each rank when its launcher dies, but not the processes that the
 //! rank has started. The guard holds the reading end of a pipe whose writing end only the launcher holds.
 //! Each rank announces its group there before it runs its program; the launcher withdraws the group when it
-//! has ended. When the pipe closes, the guard kills the groups that are left, and ends.
+//! has ended. When the pipe closes, or the launcher says that it is done, the guard kills the groups that are
+//! left, and ends.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::pipe::{PipeFlags, pipe_with};
 
-/// The launcher's side. Dropping it closes the pipe: the guard kills what is left and ends.
+/// The message that ends the guard. Others are process group ids: positive to watch one, negative to forget it.
+const DONE: i32 = 0;
+
+/// The launcher's side. Dropping it ends the guard, and what is left under it.
 pub(super) struct Guard {
-    control: Option<OwnedFd>,
+    control: OwnedFd,
     pid: libc::pid_t,
 }
 
@@ -41,26 +45,29 @@ impl Guard {
             }
             pid
         };
-        Ok(Guard { control: Some(control), pid })
+        Ok(Guard { control, pid })
     }
 
     /// The descriptor on which a rank announces itself; see [`announce`].
     pub(super) fn control(&self) -> RawFd {
-        self.control.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+        self.control.as_raw_fd()
     }
 
     /// Forgets a group that has ended.
     pub(super) fn release(&self, group: i32) {
-        if let Some(control) = &self.control {
-            // A guard that is gone can't be told, and need not be.
-            let _ = rustix::io::write(control, &(-group).to_ne_bytes());
-        }
+        self.say(-group);
+    }
+
+    fn say(&self, message: i32) {
+        // A guard that is gone can't be told, and need not be.
+        let _ = rustix::io::write(&self.control, &message.to_ne_bytes());
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.control = None;
+        // Said rather than left to the closing pipe: a fork of this process may hold it open.
+        self.say(DONE);
         // SAFETY: `pid` is our own child, not yet waited for; a null status is allowed.
         unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
     }
@@ -76,7 +83,7 @@ pub(super) fn announce(control: RawFd) -> io::Result<()> {
     if written == 4 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The guard process. Messages are process group ids: positive to watch one, negative to forget it.
+/// The guard process.
 ///
 /// # Safety
 /// Only for the child of a fork: it closes every descriptor and never returns.
@@ -100,6 +107,9 @@ unsafe fn guard(reader: RawFd, control: RawFd, mut groups: Vec<i32>) -> ! {
                 _ => break,
             }
             let group = i32::from_ne_bytes(message);
+            if group == DONE {
+                break;
+            }
             if group > 0 && groups.len() < groups.capacity() {
                 groups.push(group);
             }
