@@ -81,4 +81,21 @@ mod tests {
         let pieces: Vec<String> = ids.iter().map(|&id| stream(id).unwrap()).collect();
         assert_eq!(pieces, ["h", "", "é", "l", "l", "o", " ", "", "", "世", "!"]);
     }
+
+    #[test]
+    fn streams_broken_characters_too() {
+        // A model may generate bytes that are no character. Each shows as a replacement character, once.
+        let text = bytes();
+        let mut state = 1_u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) % 10
+        };
+        for _ in 0..200 {
+            let ids: Vec<u32> = (0..20).map(|_| next()).chain([9]).collect();
+            let mut stream = text.stream();
+            let streamed: String = ids.iter().map(|&id| stream(id).unwrap()).collect();
+            assert_eq!(streamed, text.decode(&ids).unwrap(), "{ids:?}");
+        }
+    }
 }
