@@ -30,8 +30,7 @@ fn all_gather<T: Element>(comm: &Communicator, len: usize) {
 }
 
 fn all_gather_v<T: Element>(comm: &Communicator, len: usize) {
-    // Uneven on purpose, with an empty block for every third rank.
-    let counts: Vec<usize> = (0..comm.world()).map(|r| if r % 3 == 1 { 0 } else { len + r * 7 }).collect();
+    let counts = uneven(comm.world(), len);
     let mut out = vec![T::zeroed(); counts.iter().sum()];
     comm.all_gather_v(&buffer::<T>(comm.rank(), counts[comm.rank()]), &mut out, &counts).unwrap();
     let expected: Vec<T> = counts.iter().enumerate().flat_map(|(r, c)| buffer::<T>(r, *c)).collect();
@@ -53,6 +52,107 @@ fn broadcast<T: Element>(comm: &Communicator, len: usize) {
     }
 }
 
+fn all_reduce_into<T: Element>(comm: &Communicator, len: usize, op: ReduceOp) {
+    let (input, mut out) = (buffer::<T>(comm.rank(), len), vec![T::zeroed(); len]);
+    comm.all_reduce_into(&input, &mut out, op).unwrap();
+    assert_same(&out, &reduced(op, comm.world(), len), format_args!("all_reduce_into {op} of {len}"));
+    assert_same(&input, &buffer::<T>(comm.rank(), len), "the input of all_reduce_into");
+    let mut x = comm.symmetric::<T>(len).unwrap();
+    x.copy_from_slice(&input);
+    comm.all_reduce_symmetric(&mut x, op).unwrap();
+    assert_same(&x, &out, format_args!("all_reduce_symmetric {op} of {len}"));
+}
+
+fn reduce<T: Element>(comm: &Communicator, len: usize, op: ReduceOp) {
+    for root in 0..comm.world() {
+        let mut x = buffer::<T>(comm.rank(), len);
+        comm.reduce(&mut x, op, root).unwrap();
+        let expected =
+            if comm.rank() == root { reduced(op, comm.world(), len) } else { buffer(comm.rank(), len) };
+        assert_same(&x, &expected, format_args!("reduce {op} of {len} to {root}"));
+    }
+}
+
+/// Uneven counts, with an empty block for every third rank.
+fn uneven(world: usize, len: usize) -> Vec<usize> {
+    (0..world).map(|r| if r % 3 == 1 { 0 } else { len + r * 7 }).collect()
+}
+
+fn gather_and_scatter<T: Element>(comm: &Communicator, len: usize) {
+    let (rank, world) = (comm.rank(), comm.world());
+    for root in [0, world - 1] {
+        for counts in [vec![len; world], uneven(world, len)] {
+            let even = counts == vec![len; world];
+            let whole: Vec<T> = counts.iter().enumerate().flat_map(|(r, c)| buffer::<T>(r, *c)).collect();
+            let own = buffer::<T>(rank, counts[rank]);
+            let mut out = vec![T::zeroed(); if rank == root { whole.len() } else { 0 }];
+            match even {
+                true => comm.gather(&own, &mut out, root).unwrap(),
+                false => comm.gather_v(&own, &mut out, &counts, root).unwrap(),
+            }
+            let input = if rank == root { &whole[..] } else { &[] };
+            assert_same(&out, input, "gather");
+            let mut back = vec![T::zeroed(); counts[rank]];
+            match even {
+                true => comm.scatter(input, &mut back, root).unwrap(),
+                false => comm.scatter_v(input, &mut back, &counts, root).unwrap(),
+            }
+            assert_same(&back, &own, "scatter");
+        }
+    }
+}
+
+fn reduce_scatter_v<T: Element>(comm: &Communicator, len: usize) {
+    let counts = uneven(comm.world(), len);
+    let (start, total) = (counts[..comm.rank()].iter().sum::<usize>(), counts.iter().sum());
+    let mut out = vec![T::zeroed(); counts[comm.rank()]];
+    comm.reduce_scatter_v(&buffer::<T>(comm.rank(), total), &mut out, &counts, ReduceOp::Sum).unwrap();
+    assert_same(&out, &reduced(ReduceOp::Sum, comm.world(), total)[start..][..out.len()], "reduce_scatter_v");
+}
+
+fn all_to_all<T: Element>(comm: &Communicator, len: usize) {
+    let (rank, world) = (comm.rank(), comm.world());
+    let mut out = vec![T::zeroed(); len * world];
+    comm.all_to_all(&buffer::<T>(rank, len * world), &mut out).unwrap();
+    let expected: Vec<T> =
+        (0..world).flat_map(|r| buffer::<T>(r, len * world)[rank * len..][..len].to_vec()).collect();
+    assert_same(&out, &expected, "all_to_all");
+
+    // Rank `a` sends `b` this many: different for each pair, and none for some.
+    let count = |a: usize, b: usize| if (a + b) % 4 == 3 { 0 } else { len + 3 * a + 11 * b };
+    let message = |a: usize, b: usize| buffer::<T>(a * world + b, count(a, b));
+    let sends: Vec<usize> = (0..world).map(|r| count(rank, r)).collect();
+    let receives: Vec<usize> = (0..world).map(|r| count(r, rank)).collect();
+    let input: Vec<T> = (0..world).flat_map(|r| message(rank, r)).collect();
+    let expected: Vec<T> = (0..world).flat_map(|r| message(r, rank)).collect();
+    let mut out = vec![T::zeroed(); expected.len()];
+    comm.all_to_all_v(&input, &sends, &mut out, &receives).unwrap();
+    assert_same(&out, &expected, "all_to_all_v");
+}
+
+fn messages<T: Element>(comm: &Communicator, len: usize) {
+    let (rank, world) = (comm.rank(), comm.world());
+    if world == 1 {
+        return;
+    }
+    // Around the ring, everybody at once.
+    let (next, before) = ((rank + 1) % world, (rank + world - 1) % world);
+    let mut got = vec![T::zeroed(); len];
+    comm.send_recv(&buffer::<T>(rank, len), next, &mut got, before).unwrap();
+    assert_same(&got, &buffer::<T>(before, len), "send_recv");
+    // One after the other, of different lengths, in the order sent.
+    if rank == 0 {
+        comm.send(&buffer::<T>(7, len), 1).unwrap();
+        comm.send(&buffer::<T>(8, 3), 1).unwrap();
+    } else if rank == 1 {
+        comm.recv(&mut got, 0).unwrap();
+        assert_same(&got, &buffer::<T>(7, len), "the first message");
+        let mut three = vec![T::zeroed(); 3];
+        comm.recv(&mut three, 0).unwrap();
+        assert_same(&three, &buffer::<T>(8, 3), "the second message");
+    }
+}
+
 fn everything<T: Element>(comm: &Communicator) {
     for len in LENGTHS {
         for op in ReduceOp::ALL.into_iter().filter(|op| op.supports(T::DTYPE)) {
@@ -60,9 +160,15 @@ fn everything<T: Element>(comm: &Communicator) {
             all_reduce::<T>(comm, len, op);
             reduce_scatter::<T>(comm, len, op);
         }
+        all_reduce_into::<T>(comm, len, ReduceOp::Sum);
+        reduce::<T>(comm, len, ReduceOp::Sum);
+        reduce_scatter_v::<T>(comm, len);
         all_gather::<T>(comm, len);
         all_gather_v::<T>(comm, len);
+        gather_and_scatter::<T>(comm, len);
+        all_to_all::<T>(comm, len);
         broadcast::<T>(comm, len);
+        messages::<T>(comm, len);
         comm.barrier().unwrap();
     }
 }
@@ -118,6 +224,10 @@ fn large_buffers_with_the_default_slots() {
             all_gather::<f32>(&comm, len / 4);
             reduce_scatter::<bf16>(&comm, len / 2, ReduceOp::Sum);
             broadcast::<f16>(&comm, len);
+            reduce::<f32>(&comm, len, ReduceOp::Sum);
+            all_reduce_into::<bf16>(&comm, len, ReduceOp::Sum);
+            all_to_all::<u8>(&comm, len / 2);
+            messages::<f32>(&comm, len);
         });
     }
 }
@@ -190,6 +300,16 @@ fn wrong_arguments_are_refused_before_anything_is_sent() {
             comm.all_gather_v(&[0f32; 3], &mut [0f32; 5], &[3, 3]),
             comm.reduce_scatter(&[0f32; 5], &mut [0f32; 3], ReduceOp::Sum),
             comm.broadcast(&mut [0f32; 5], 2),
+            comm.all_reduce_into(&[0f32; 5], &mut [0f32; 4], ReduceOp::Sum),
+            comm.reduce(&mut [0f32; 5], ReduceOp::Sum, 2),
+            comm.gather(&[0f32; 5], &mut [0f32; 10], 2),
+            comm.scatter_v(&[0f32; 10], &mut [0f32; 5], &[5], 0),
+            comm.reduce_scatter_v(&[0f32; 5], &mut [0f32; 3], &[3, 3], ReduceOp::Sum),
+            comm.all_to_all(&[0f32; 5], &mut [0f32; 5]),
+            comm.all_to_all_v(&[0f32; 5], &[2, 2], &mut [0f32; 5], &[2, 3]),
+            comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[3, usize::MAX]),
+            comm.send(&[0f32; 5], comm.rank()),
+            comm.recv(&mut [0f32; 5], 2),
         ];
         for error in wrong {
             let error = error.unwrap_err();

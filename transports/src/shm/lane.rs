@@ -40,11 +40,15 @@ pub struct Incoming<'a> {
 struct Progress {
     done: usize,
     total: usize,
+    /// The other end's counter when it was last looked at. It is this that must change before looking again
+    /// can help: read anew, the counter might have changed already, and a change that has happened is never
+    /// waited for.
+    seen: u64,
 }
 
 impl Progress {
     fn new(payload: usize) -> Progress {
-        Progress { done: 0, total: HEADER + payload.next_multiple_of(PAD) }
+        Progress { done: 0, total: HEADER + payload.next_multiple_of(PAD), seen: 0 }
     }
 
     fn finished(&self) -> bool {
@@ -62,7 +66,6 @@ impl Group {
         out: Option<Outgoing<'_>>,
         mut into: Option<Incoming<'_>>,
     ) -> Result<(), Failure> {
-        let me = self.rank();
         let call = |op, bytes: usize, peer: usize| Call {
             op,
             dtype: Some(dtype),
@@ -79,26 +82,19 @@ impl Group {
         let mut receiving = into.as_ref().map(|i| Progress::new(i.data.len()));
         loop {
             let mut moved = false;
-            let mut awaited = (None, None);
+            let (mut from, mut to) = (None, None);
             if let (Some(o), Some(call), Some(p)) = (&out, &sent, &mut sending)
                 && !p.finished()
             {
                 moved |= self.push(o, call, p);
-                awaited.1 = Some((o.to, self.shared.lane(me, o.to).read.0.load(Ordering::Relaxed)));
-                if p.finished() {
-                    awaited.1 = None;
-                }
+                to = (!p.finished()).then_some((o.to, p.seen));
             }
             if let (Some(i), Some(call), Some(p)) = (&mut into, &received, &mut receiving)
                 && !p.finished()
             {
                 moved |= self.pull(i, call, p)?;
-                awaited.0 = Some((i.from, self.shared.lane(i.from, me).written.0.load(Ordering::Relaxed)));
-                if p.finished() {
-                    awaited.0 = None;
-                }
+                from = (!p.finished()).then_some((i.from, p.seen));
             }
-            let (from, to) = awaited;
             if from.is_none() && to.is_none() {
                 self.end();
                 return Ok(());
@@ -116,7 +112,8 @@ impl Group {
         let mut written = lane.written.0.load(Ordering::Relaxed);
         let start = p.done;
         // Acquire: pairs with the reader's Release store; it has copied what was there.
-        let mut room = LANE_DATA - (written - lane.read.0.load(Ordering::Acquire)) as usize;
+        p.seen = lane.read.0.load(Ordering::Acquire);
+        let mut room = LANE_DATA - (written - p.seen) as usize;
         if p.done == 0 {
             if room < HEADER {
                 return false;
@@ -146,7 +143,8 @@ impl Group {
         let read = lane.read.0.load(Ordering::Relaxed);
         let start = p.done;
         // Acquire: pairs with the writer's Release store.
-        let mut there = (lane.written.0.load(Ordering::Acquire) - read) as usize;
+        p.seen = lane.written.0.load(Ordering::Acquire);
+        let mut there = (p.seen - read) as usize;
         if p.done == 0 {
             if there < HEADER {
                 return Ok(false);
