@@ -51,9 +51,9 @@ impl Heads {
 
     /// Softmax(q k^T / sqrt(width)) v.
     ///
-    /// `q` is `[q heads, tokens, width]`, contiguous; `k` and `v` are `[kv heads, context, width]`, where only
-    /// the last two dimensions need be dense. Each token sees the context up to its own place if `causal`, the
-    /// tokens being the context's last; else all of it. Returns `[tokens, q heads * width]`.
+    /// `q` is `[q heads, tokens, width]`, contiguous; `k` and `v` are `[kv heads, context, width]`, where
+    /// only the last two dimensions need be dense. Each token sees the context up to its own place if
+    /// `causal`, the tokens being the context's last; else all of it. Returns `[tokens, q heads * width]`.
     pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
         let (_, tokens, width) = q.dims3()?;
         let context = k.dim(1)?;

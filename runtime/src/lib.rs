@@ -7,7 +7,7 @@
 //! ```
 //! use tensorwire::Communicator;
 //! use tensorwire::topology::Planner;
-//! use tensorwire_runtime::{Model, Runtime};
+//! use tensorwire_runtime::{Error, Model, Runtime};
 //!
 //! let config = r#"{"model_type": "llama", "hidden_size": 36, "num_hidden_layers": 2,
 //!     "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 64, "vocab_size": 101,
@@ -16,13 +16,12 @@
 //! let plan = Planner::new(model.spec()).plan(2)?;
 //! let ranks = Communicator::in_process(2)?;
 //! let tokens = std::thread::scope(|scope| {
-//!     let (model, plan) = (&model, &plan);
-//!     let run = |comm| {
-//!         let mut runtime = Runtime::load(model, plan, comm)?;
-//!         Ok(runtime.generate(&[1, 2, 3], 8, |_| ())?.tokens)
+//!     let start = |comm| {
+//!         let (model, plan) = (&model, &plan);
+//!         scope.spawn(move || Ok(Runtime::load(model, plan, comm)?.generate(&[1, 2, 3], 8, |_| ())?.tokens))
 //!     };
-//!     let ranks: Vec<_> = ranks.into_iter().map(|comm| scope.spawn(move || run(comm))).collect();
-//!     ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Result<Vec<_>, tensorwire_runtime::Error>>()
+//!     let ranks: Vec<_> = ranks.into_iter().map(start).collect();
+//!     ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Result<Vec<_>, Error>>()
 //! })?;
 //! assert_eq!(tokens[0], tokens[1]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

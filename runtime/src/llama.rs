@@ -79,7 +79,7 @@ impl Llama {
         })
     }
 
-    /// Runs the tokens that follow those in the cache, adds them to it, and returns the logits after the last.
+    /// Runs the tokens that follow those in the cache, adds them to it; returns the logits after the last.
     pub(crate) fn forward(&self, ids: &[u32], cache: &mut Cache, comm: &Comm) -> Result<Vec<f32>> {
         let mut x = self.embedding.forward(ids, comm)?;
         for (index, layer) in self.layers.iter().enumerate() {
@@ -140,8 +140,8 @@ impl Cache {
     }
 }
 
-/// Radians a place, one for each pair of a head's elements.
-fn frequencies(rope: &Rope, head_dim: usize) -> Result<Vec<f64>> {
+/// Radians a place, one for each pair of a head's elements. An error for a scaling that isn't known here.
+pub(crate) fn frequencies(rope: &Rope, head_dim: usize) -> Result<Vec<f64>> {
     let plain = (0..head_dim / 2).map(|i| rope.theta.powf(-2.0 * i as f64 / head_dim as f64));
     let scaled = |w: f64| match &rope.scaling {
         RopeScaling::None => Ok(w),

@@ -12,7 +12,7 @@ use tensorwire::topology::model::Architecture;
 
 use crate::text::Text;
 use crate::weights::Weights;
-use crate::{Error, Result, builtin};
+use crate::{Error, Result, builtin, llama};
 
 /// What a model does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,8 @@ impl Model {
         if spec.hidden_act != activation {
             return Err(unsupported("hidden_act", &spec.hidden_act, activation));
         }
+        // Refused here, not later on each rank.
+        spec.rope.as_ref().map(|rope| llama::frequencies(rope, spec.head_dim)).transpose()?;
         // Within its window, attention that slides sees what attention that doesn't would.
         let max_tokens = spec.sliding_window.unwrap_or(usize::MAX).min(spec.max_position_embeddings);
         let eos = spec.eos_token_ids.clone();

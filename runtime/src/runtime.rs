@@ -25,8 +25,8 @@ pub struct Runtime {
     vocab: usize,
     eos: Vec<u32>,
     comm: Comm,
-    /// Where the network runs. candle and its matrix products share work out by rayon; called on one of its own
-    /// threads, they start at once instead of waking another for each operation.
+    /// Where the network runs. candle and its matrix products share work out by rayon; called on one of its
+    /// own threads, they start at once instead of waking another for each operation.
     pool: ThreadPool,
     loaded: Loaded,
 }
@@ -109,8 +109,8 @@ pub struct Embeddings {
 }
 
 impl Runtime {
-    /// Loads the slices that `plan` gives to `comm`'s rank. Nothing is exchanged. A plan that isn't right for the
-    /// model is an error.
+    /// Loads the slices that `plan` gives to `comm`'s rank. Nothing is exchanged. A plan that isn't right for
+    /// the model is an error.
     pub fn load(model: &Model, plan: &Plan, comm: impl Into<Arc<Communicator>>) -> Result<Runtime> {
         let (start, resident) = (Instant::now(), resident_bytes());
         let comm = Comm::new(comm.into());
@@ -148,8 +148,8 @@ impl Runtime {
         self.loaded
     }
 
-    /// Generates up to `max_tokens` tokens after `prompt` greedily: the largest logit, the lowest id in a tie.
-    /// Ends early at an end-of-sequence token. Calls `on_token` for each.
+    /// Generates up to `max_tokens` tokens after `prompt` greedily: the largest logit, the lowest id in a
+    /// tie. Ends early at an end-of-sequence token. Calls `on_token` for each.
     pub fn generate(
         &mut self,
         prompt: &[u32],

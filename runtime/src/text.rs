@@ -57,8 +57,8 @@ mod tests {
         let json = serde_json::json!({
             "version": "1.0",
             "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
-            "padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
-                "pad_type_id": 0, "pad_token": "h"},
+            "padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null,
+                "pad_id": 0, "pad_type_id": 0, "pad_token": "h"},
             "added_tokens": [], "normalizer": null, "pre_tokenizer": level, "post_processor": null,
             "decoder": level, "model": {"type": "BPE", "vocab": vocab, "merges": []},
         });

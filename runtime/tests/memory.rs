@@ -10,8 +10,8 @@ use tensorwire::Communicator;
 use tensorwire::topology::Planner;
 use tensorwire_runtime::{Model, Runtime};
 
-/// About 240 MB in f32, a third of it the head, which is read last: a rank that mapped its share of it whole would
-/// hold a third too much.
+/// About 240 MB in f32, a third of it the head, which is read last: a rank that mapped its share of it whole
+/// would hold a third too much.
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2,
     "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 3072, "vocab_size": 18000,
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": false,

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use common::{max_diff, on_ranks};
 use tensorwire::topology::Planner;
@@ -21,22 +22,23 @@ const TEXTS: [&str; 7] = [
     "A man is eating a piece of bread.",
     "The girl is carrying a baby.",
     "Two men pushed carts through the woods.",
-    "Café Zürich: naïve piñata, 東京 & \u{1F980}!  Antidisestablishmentarianism\tco-operates (1,234.56)",
+    "Café Zürich: naïve piñata, 東京 & \u{1F980}!  Antidisestablishmentarianism\tco-operates (1,234.5)",
     "",
     LONG,
 ];
 
 /// About 200 tokens.
-const LONG: &str = "When a matrix is too large for one processor, its columns or its rows are shared out among \
-    several. Each of them multiplies its own part, and where parts of one sum lie on different processors, the \
+const LONG: &str = "\
+    When a matrix is too large for one processor, its columns or its rows are shared out among several. \
+    Each of them multiplies its own part, and where parts of one sum lie on different processors, the \
     partial sums have to be exchanged and added. A transformer does this twice in each layer: once after \
-    attention, whose heads are independent of one another, and once after the feed-forward block, whose hidden \
-    columns are. Everything else, such as the normalisation and the residual stream, is computed by every \
-    processor alike, because exchanging it would take longer than computing it again. The numbers that come out \
-    are not quite the same as those from one processor, for the order of additions differs, and the rounding of \
-    binary fractions depends on that order; but the difference is as small as the rounding itself. What must \
-    not differ is the result between the processors, or they would drift apart token by token until one of them \
-    chose another word than its neighbours.";
+    attention, whose heads are independent of one another, and once after the feed-forward block, whose \
+    hidden columns are. Everything else, such as the normalisation and the residual stream, is computed by \
+    every processor alike, because exchanging it would take longer than computing it again. The numbers \
+    that come out are not quite the same as those from one processor, for the order of additions differs, \
+    and the rounding of binary fractions depends on that order; but the difference is as small as the \
+    rounding itself. What must not differ is the result between the processors, or they would drift apart \
+    token by token until one of them chose another word than its neighbours.";
 
 /// Runs a command to its end; its standard output, or a panic that says what went wrong.
 fn run(what: &str, command: &mut Command, input: &str) -> Vec<u8> {
@@ -59,6 +61,9 @@ fn python() -> Command {
 
 /// A folder below the target directory that `fill` has filled, now or in an earlier run.
 fn cached(name: &str, fill: impl FnOnce(&Path)) -> PathBuf {
+    // The tests of this file run side by side: one fetches, the others wait. Other processes may fetch too.
+    static FETCHING: Mutex<()> = Mutex::new(());
+    let _one = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let done = target.join(name);
     if !done.exists() {
@@ -66,7 +71,7 @@ fn cached(name: &str, fill: impl FnOnce(&Path)) -> PathBuf {
         let filled = work.path().join("filled");
         fs::create_dir(&filled).unwrap();
         fill(&filled);
-        // A test that ran beside this one may have been first: its folder is as good.
+        // Another process may have been first: its folder is as good.
         if let Err(e) = fs::rename(&filled, &done) {
             assert!(done.exists(), "{}: {e}", done.display());
         }

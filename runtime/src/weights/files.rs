@@ -79,9 +79,9 @@ impl WeightFile {
         if start.checked_add(bytes as u64).is_none_or(|end| end > length) {
             return Err(Error::Truncated { path: self.path.clone(), bytes: length });
         }
-        // SAFETY: 1. The range lies within the file as it is now, checked above, so no page of it faults unless
-        // another program truncates the file while it is read. 2. The mapping is only read. A program that
-        // writes to a weight file meanwhile gives wrong weights, as it would with read(2).
+        // SAFETY: 1. The range lies within the file as it is now, checked above, so no page of it faults
+        // unless another program truncates the file while it is read. 2. The mapping is only read. A program
+        // that writes to a weight file meanwhile gives wrong weights, as it would with read(2).
         unsafe { MmapOptions::new().offset(start).len(bytes).map(&self.file) }.map_err(io)
     }
 }

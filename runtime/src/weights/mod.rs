@@ -22,8 +22,8 @@ impl Weights {
         Ok(Weights(Source::Files(files::Files::open(spec)?)))
     }
 
-    /// Weights that follow from `seed`, a tensor's name and an element's place in the whole tensor, so that any
-    /// slice on any rank holds the numbers that the whole would.
+    /// Weights that follow from `seed`, a tensor's name and an element's place in the whole tensor, so that
+    /// any slice on any rank holds the numbers that the whole would.
     pub fn seeded(seed: u64) -> Weights {
         Weights(Source::Seed(seed))
     }

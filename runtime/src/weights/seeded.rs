@@ -34,7 +34,7 @@ fn unit(x: u32, low: u32, high: u32) -> f32 {
     ((x >> 8) as i32 - (1 << 23)) as f32 * (1.0 / (1 << 23) as f32)
 }
 
-/// A bijection of 64 bits in which each input bit changes about half of the output's (splitmix64's finaliser).
+/// A bijection of 64 bits: each bit of the input changes about half of the output's (as in splitmix64).
 fn mix64(x: u64) -> u64 {
     let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
