@@ -37,7 +37,9 @@ static void all_reduce(Case *c) { MPI_Allreduce(MPI_IN_PLACE, c->in, c->block, M
 static void all_gather(Case *c) { MPI_Allgather(c->in, c->block, MPI_FLOAT, c->out, c->block, MPI_FLOAT, WORLD); }
 static void reduce_scatter(Case *c) { MPI_Reduce_scatter_block(c->in, c->out, c->block, MPI_FLOAT, MPI_SUM, WORLD); }
 static void broadcast(Case *c) { MPI_Bcast(c->in, c->block, MPI_FLOAT, 0, WORLD); }
-static void reduce(Case *c) { MPI_Reduce(c->in, c->out, c->block, MPI_FLOAT, MPI_SUM, 0, WORLD); }
+static void reduce(Case *c) {
+    MPI_Reduce(me ? c->in : MPI_IN_PLACE, c->in, c->block, MPI_FLOAT, MPI_SUM, 0, WORLD);
+}
 static void gather(Case *c) { MPI_Gather(c->in, c->block, MPI_FLOAT, c->out, c->block, MPI_FLOAT, 0, WORLD); }
 static void scatter(Case *c) { MPI_Scatter(c->in, c->block, MPI_FLOAT, c->out, c->block, MPI_FLOAT, 0, WORLD); }
 static void all_to_all(Case *c) { MPI_Alltoall(c->in, c->block, MPI_FLOAT, c->out, c->block, MPI_FLOAT, WORLD); }
@@ -72,7 +74,7 @@ static const struct Collective {
     {"all_gather", all_gather, of_block_owner, WHOLE, TIMES, 0, 0},
     {"reduce_scatter", reduce_scatter, sum_of_block, WHOLE, SHARE, 1, 0},
     {"broadcast", broadcast, of_root, WHOLE, NONE, 0, 0},
-    {"reduce", reduce, sum_here, WHOLE, WHOLE, 0, 1},
+    {"reduce", reduce, sum_here, WHOLE, NONE, 0, 1},
     {"gather", gather, of_block_owner, WHOLE, TIMES, 0, 1},
     {"scatter", scatter, of_root_block, WHOLE, SHARE, 1, 0},
     {"all_to_all", all_to_all, of_owner_for_me, WHOLE, WHOLE, 1, 0},

@@ -74,7 +74,7 @@ class Peer:
     def has(self, package):
         # pip writes this folder's RECORD last, so an installation that was cut short isn't taken for whole.
         name, _, version = package.partition("==")
-        pattern = f"lib/python3*/site-packages/{name.replace('-', '_')}-{version or '*'}*.dist-info/RECORD"
+        pattern = f"lib/python3*/site-packages/{name.replace('-', '_')}-{version}*.dist-info/RECORD"
         return any(self.root.glob(pattern))
 
     def command(self, job):

@@ -1,18 +1,26 @@
 //! `tensorwire bench`: how long the collectives take here.
 
+mod case;
+mod collective;
+mod machine;
+mod plot;
 mod rank;
+mod report;
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
 use tensorwire::transports::launch::{Launcher, Stream};
 use tensorwire::transports::store::StoreServer;
-use tensorwire::{Algorithm, DType, Op, ReduceOp};
+use tensorwire::{Algorithm, DType, ReduceOp};
 
-use crate::failure::{Failure, print, ranks};
+use crate::failure::{Failure, ranks};
 use crate::launch::describe;
+use collective::{Collective, Lengths};
+use plot::PlotFile;
+use report::{Floor, Row, Table};
 
 pub(crate) use rank::main as rank_main;
 
@@ -22,24 +30,26 @@ pub(crate) const RANK_COMMAND: &str = "__bench-rank";
 const METHOD: &str = "\
 Ranks are processes. Every result is checked element by element before it is timed. A batch is a loop of
 back-to-back calls between two barriers; its figure is the slowest rank's mean time a call; `median` and `min`
-are over batches. `p99` is over single calls timed one by one, on the slowest rank. Buffers are ordinary
-process memory, all_reduce and broadcast in place.
+are over batches. `p50` and `p99` are over single calls timed one by one, on the slowest rank. With --touch, all
+times include rewriting the input. all_reduce, reduce and broadcast work in place.
 
-`bytes` is what one rank contributes: the buffer (all_reduce, broadcast), one block (all_gather), the whole
-input (reduce_scatter; sizes that don't divide are cut to the next that does). algbw is data over time, busbw
+`bytes` is what one rank contributes: the buffer (all_reduce, reduce, broadcast, send_recv), one block
+(all_gather, gather), the whole input (reduce_scatter, all_to_all, the root's of scatter; cut to equal blocks).
+In send_recv every rank sends to the next while it receives from the one before. algbw is data over time, busbw
 what that means for the busiest link, both in GB/s (10^9 bytes a second) and as nccl-tests defines them.
 
 Examples:
   tensorwire bench --collective all_reduce --ranks 2
-  tensorwire bench --collective all_gather --ranks 4 --bytes 8,4K,1M --dtype bf16 --json";
+  tensorwire bench --collective all_gather --ranks 4 --bytes 8,4K,1M --dtype bf16 --json
+  tensorwire bench --collective all_to_all --touch --plot all_to_all.svg";
 
 /// Measure a collective over ranks on this host
-#[derive(clap::Args, Clone)]
+#[derive(clap::Args, Clone, Debug)]
 #[command(after_help = METHOD)]
 pub(crate) struct Args {
-    /// Which collective: all_reduce, all_gather, reduce_scatter, broadcast or barrier
-    #[arg(long, value_parser = collective, default_value = "all_reduce")]
-    collective: Op,
+    /// Which collective
+    #[arg(long, value_enum, default_value = "all_reduce")]
+    collective: Collective,
 
     /// What carries the bytes
     #[arg(long, value_enum, default_value = "shm")]
@@ -61,7 +71,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "sum", value_parser = str::parse::<ReduceOp>)]
     op: ReduceOp,
 
-    /// What memory the data is in
+    /// What memory the data is in: ordinary process memory, or (all_reduce) memory that every rank maps
     #[arg(long, value_enum, default_value = "user")]
     buffer: Buffer,
 
@@ -69,7 +79,7 @@ pub(crate) struct Args {
     #[arg(long)]
     touch: bool,
 
-    /// Force an all-reduce algorithm: inline, one_shot or two_shot
+    /// Force an algorithm of all_reduce and reduce: inline, one_shot or two_shot
     #[arg(long, default_value = "auto", value_parser = algorithm)]
     algorithm: Choice,
 
@@ -80,37 +90,37 @@ pub(crate) struct Args {
     /// Print one JSON object a size
     #[arg(long)]
     json: bool,
+
+    /// Draw time and bandwidth against size
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+
+    /// Compare with what `cargo bench --bench limit -- --json` wrote to this file: all_reduce of f32 sums, 2 ranks
+    #[arg(long, value_name = "FILE")]
+    limit: Option<PathBuf>,
 }
 
 const DEFAULT_SIZES: &str = "8,64,512,4K,16K,64K,256K,1M,4M,16M,64M";
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum Transport {
     /// Shared memory.
     Shm,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Buffer {
     /// Ordinary process memory.
     User,
+    /// Memory that every rank maps.
+    Symmetric,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Choice(Option<Algorithm>);
 
 fn algorithm(text: &str) -> Result<Choice, tensorwire::Error> {
     if text == "auto" { Ok(Choice(None)) } else { text.parse().map(|a| Choice(Some(a))) }
-}
-
-/// The collectives that can be measured.
-const MEASURED: [Op; 5] = [Op::AllReduce, Op::AllGather, Op::ReduceScatter, Op::Broadcast, Op::Barrier];
-
-fn collective(text: &str) -> Result<Op, String> {
-    MEASURED.into_iter().find(|op| op.name() == text).ok_or_else(|| {
-        let names: Vec<_> = MEASURED.iter().map(|op| op.name()).collect();
-        format!("use one of {}", names.join(", "))
-    })
 }
 
 fn size(text: &str) -> Result<usize, String> {
@@ -128,53 +138,137 @@ fn size(text: &str) -> Result<usize, String> {
     }
 }
 
-/// One line of the report. Its JSON form is a contract: fields are added, never renamed.
-#[derive(Serialize, Deserialize)]
-struct Row {
-    collective: String,
-    transport: String,
-    ranks: usize,
-    dtype: String,
-    op: String,
-    bytes: usize,
-    algorithm: String,
-    buffer: String,
-    median_us: f64,
-    p99_us: f64,
-    min_us: f64,
-    algbw_gbps: f64,
-    busbw_gbps: f64,
-    correct: bool,
+impl Args {
+    /// The sizes that can be measured, cut to whole blocks, and those too small for one element a rank.
+    fn measurable(&self) -> (Vec<usize>, Vec<usize>) {
+        if self.collective == Collective::Barrier {
+            return (vec![0], Vec::new());
+        }
+        let (mut fit, mut small) = (Vec::new(), Vec::new());
+        for bytes in &self.bytes {
+            match self.collective.whole_blocks(*bytes, self.dtype.size(), self.ranks) {
+                Some(whole) => fit.push(whole),
+                None => small.push(*bytes),
+            }
+        }
+        (fit, small)
+    }
+
+    /// Refuses what can't be measured, or not as asked.
+    fn check(&self) -> Result<(), Failure> {
+        let refuse = |why: String| Err(Failure::usage(why));
+        let (collective, dtype, op) = (self.collective, self.dtype, self.op);
+        if let Some(bytes) = self.bytes.iter().find(|b| !b.is_multiple_of(dtype.size())) {
+            return refuse(format!("{bytes} bytes are no whole number of {dtype} elements"));
+        }
+        if collective.reduces() && !op.supports(dtype) {
+            return refuse(format!("{op} is not defined for {dtype}"));
+        }
+        if collective == Collective::SendRecv && self.ranks == 1 {
+            return refuse("send_recv takes at least 2 ranks".into());
+        }
+        if collective == Collective::Barrier && self.plot.is_some() {
+            return refuse("a barrier has no sizes to plot".into());
+        }
+        if self.buffer == Buffer::Symmetric && collective != Collective::AllReduce {
+            return refuse(format!("{collective} has no form for symmetric buffers: all_reduce has"));
+        }
+        let chooses = matches!(collective, Collective::AllReduce | Collective::Reduce);
+        if let (Some(algorithm), false) = (self.algorithm.0, chooses) {
+            return refuse(format!(
+                "{algorithm} is an algorithm of all_reduce and reduce, not of {collective}"
+            ));
+        }
+        let has_floor = collective == Collective::AllReduce && self.ranks == 2;
+        if self.limit.is_some() && !(has_floor && dtype == DType::F32 && op == ReduceOp::Sum) {
+            return refuse("--limit holds for all_reduce of f32 sums at 2 ranks alone".into());
+        }
+        self.check_memory()
+    }
+
+    /// Ranks that run out of memory are killed without a word: say so before.
+    fn check_memory(&self) -> Result<(), Failure> {
+        let needed = |bytes: usize| {
+            let count = bytes / self.dtype.size();
+            let mut all = 0u64;
+            for rank in 0..self.ranks {
+                let Lengths { input, output } = self.collective.lengths(count, rank, self.ranks)?;
+                all = all.checked_add(input.checked_add(output)? as u64)?;
+            }
+            all.checked_mul(self.dtype.size() as u64)
+        };
+        let Some(available) = machine::available_memory() else { return Ok(()) };
+        for bytes in self.measurable().0 {
+            let needed = needed(bytes).unwrap_or(u64::MAX);
+            if needed > available {
+                return Err(Failure::usage(format!(
+                    "{bytes} bytes take {needed} bytes of memory over {} ranks, and {available} are available",
+                    self.ranks
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Starts the ranks and reports what they measure.
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
-    for bytes in &args.bytes {
-        if bytes % args.dtype.size() != 0 {
-            return Err(Failure::usage(format!(
-                "{bytes} bytes are no whole number of {} elements",
-                args.dtype
-            )));
+    args.check()?;
+    let (sizes, small) = args.measurable();
+    let least = args.dtype.size() * args.ranks;
+    if sizes.is_empty() {
+        let (what, ranks) = (args.collective, args.ranks);
+        return Err(Failure::usage(format!("{what} takes at least {least} bytes at {ranks} ranks")));
+    }
+    for bytes in small {
+        // Where nobody reads it, measuring goes on.
+        let _ = writeln!(
+            io::stderr(),
+            "tensorwire: note: {bytes} bytes are left out: {} takes at least {least} at {} ranks",
+            args.collective,
+            args.ranks
+        );
+    }
+    let floor =
+        args.limit.as_deref().map(|path| Floor::read(path, args.touch)).transpose()?.unwrap_or_default();
+    let plot = args.plot.as_deref().map(PlotFile::open).transpose()?;
+    let rows = run_ranks(args, &floor)?;
+    match plot {
+        Some(file) => {
+            let place = format!("{}, {}", machine::description(), machine::today());
+            file.write(&plot::draw(&rows, &report::title(args), &place))
         }
+        None => Ok(()),
     }
-    if !args.op.supports(args.dtype) {
-        return Err(Failure::usage(format!("{} is not defined for {}", args.op, args.dtype)));
-    }
+}
+
+/// Runs the ranks to their end, and prints each row as it comes.
+fn run_ranks(args: &Args, floor: &Floor) -> Result<Vec<Row>, Failure> {
     let store = StoreServer::start().map_err(Failure::run)?;
     let program = std::env::current_exe().map_err(|e| Failure::run(format!("finding this program: {e}")))?;
     // The ranks parse the same command line.
     let own: Vec<_> = std::env::args_os().skip(2).collect();
+    let mut table = Table::new(args);
+    let mut rows = Vec::new();
+    let mut take = |line: &[u8]| {
+        let mut row: Row = serde_json::from_slice(line)
+            .map_err(|e| Failure::run(format!("rank 0 wrote what is no row: {e}")))?;
+        row.floor_us = floor.at(row.bytes);
+        table.print(&row)?;
+        rows.push(row);
+        Ok(())
+    };
     let mut broken = None;
-    let mut heading = true;
     let outcome = Launcher::new(program, args.ranks, store.address())
         .arg(RANK_COMMAND)
         .args(own)
         .forward_signals()
         .on_line(|line| {
+            // What a failing rank says on standard error is part of the outcome.
             if line.stream == Stream::Stderr {
                 return ControlFlow::Continue(());
             }
-            match report(line.bytes, args, &mut heading) {
+            match take(line.bytes) {
                 Ok(()) => ControlFlow::Continue(()),
                 Err(failure) => {
                     broken = Some(failure);
@@ -186,47 +280,27 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
         .map_err(Failure::run)?;
     match (broken, describe(&outcome, args.ranks)) {
         (Some(failure), _) => Err(failure),
+        (None, Some(why)) if outcome.exit_code() == 2 => Err(Failure::usage(why)),
         (None, Some(why)) => Err(Failure::run(why)),
-        (None, None) => Ok(()),
+        (None, None) => Ok(rows),
     }
-}
-
-/// Prints a row as it comes: as it is, or as a line of a table.
-fn report(line: &[u8], args: &Args, heading: &mut bool) -> Result<(), Failure> {
-    if args.json {
-        let mut out = io::stdout().lock();
-        out.write_all(line)?;
-        out.write_all(b"\n")?;
-        return Ok(out.flush()?);
-    }
-    let row: Row = serde_json::from_slice(line)
-        .map_err(|e| Failure::run(format!("rank 0 wrote what is no row: {e}")))?;
-    if std::mem::take(heading) {
-        let what = if args.collective == Op::Barrier {
-            String::new()
-        } else {
-            format!(" {} {}", args.dtype, args.op)
-        };
-        print(format_args!("{}{what} over shm, {} ranks\n", args.collective, args.ranks))?;
-        let names = ["algorithm", "median us", "min us", "p99 us", "algbw GB/s", "busbw GB/s"];
-        print(format_args!("{:>12}{}\n", "bytes", names.map(|n| format!("{n:>12}")).concat()))?;
-    }
-    let us = |x: f64| format!("{x:>12.*}", if x < 100.0 { 2 } else { 0 });
-    print(format_args!(
-        "{:>12}{:>12}{}{}{}{:>12.2}{:>12.2}\n",
-        row.bytes,
-        row.algorithm,
-        us(row.median_us),
-        us(row.min_us),
-        us(row.p99_us),
-        row.algbw_gbps,
-        row.busbw_gbps
-    ))
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(line: &str) -> Args {
+        Line::try_parse_from(["bench"].into_iter().chain(line.split_whitespace())).unwrap().args
+    }
 
     #[test]
     fn sizes() {
@@ -235,6 +309,38 @@ mod tests {
         assert_eq!(size("2m"), Ok(2 << 20));
         for bad in ["", "0", "K", "-1", "1T", "1.5M", "99999999999999999999", "99999999999G", "65G"] {
             assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_give_no_rank_an_element_are_left_out() {
+        let line = "--collective reduce_scatter --ranks 4 --bytes 8,16,20,4K";
+        assert_eq!(args(line).measurable(), (vec![16, 16, 4096], vec![8]));
+        assert_eq!(args("--collective barrier").measurable(), (vec![0], vec![]));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for line in [
+            "--bytes 6",
+            "--bytes 4 --dtype f64",
+            "--dtype i32 --op average",
+            "--dtype f32 --op bit_and",
+            "--collective send_recv --ranks 1",
+            "--collective barrier --plot x.svg",
+            "--collective all_gather --buffer symmetric",
+            "--collective all_gather --algorithm two_shot",
+            "--limit x --ranks 3",
+            "--limit x --dtype bf16",
+            "--limit x --collective broadcast",
+            "--collective all_gather --ranks 4096 --bytes 64G",
+        ] {
+            assert!(args(line).check().is_err(), "{line}");
+        }
+        for line in
+            ["", "--collective all_gather --dtype i32 --op average", "--dtype u8 --op bit_xor --bytes 7"]
+        {
+            assert!(args(line).check().is_ok(), "{line}");
         }
     }
 }
