@@ -1,5 +1,5 @@
-//! How fast the reduction kernels are, alone and on one thread: every instruction set that this processor has,
-//! at 2 and at 8 sources, with data in the first-level cache, in the second-level one and in memory.
+//! How fast the reduction kernels are, alone and on one thread: every instruction set that this processor
+//! has, at 2 and at 8 sources, with data in the first-level cache, in the second-level one and in memory.
 //!
 //! ```text
 //! cargo bench --bench kernels                            # all, in about a minute
@@ -17,8 +17,8 @@ use tensorwire::{DType, ReduceOp};
 
 const DTYPES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::F8E4M3, DType::I32];
 
-/// Bytes of one source: with up to 8 sources and the destination, within 36 KiB, within 576 KiB, and, at 2 sources
-/// already, beyond most last-level caches.
+/// Bytes of one source: with up to 8 sources and the destination, within 36 KiB, within 576 KiB, and, at 2
+/// sources already, beyond most last-level caches.
 const SIZES: [(&str, usize); 3] = [("4K", 4 << 10), ("64K", 64 << 10), ("16M", 16 << 20)];
 
 fn kernels(criterion: &mut Criterion) {

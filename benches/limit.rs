@@ -9,13 +9,18 @@
 //! a warm-up as long as a tenth of a batch; a batch's figure is its slowest thread's mean, the figure quoted
 //! the median over batches. Without `--bench`, as under `cargo test`, each is tried once and means nothing.
 //!
-//! | figure | definition |
-//! | --- | --- |
-//! | `round_trip` | Two cache lines, one written by each processor. The first writes a number to its line, the second answers with it as soon as it sees it: from the first's store until it has seen the answer. |
-//! | `exchange` | The same two lines, but both processors write first, then wait for the other's number: the least that any call can take in which each of two ranks learns something from the other. |
-//! | `copy` | Bytes copied a second (each is read once and written once) by `memcpy`, over all threads, each on two arrays of its own. `hot`: both arrays together are half the second-level cache. `cold`: each thread's two are at least four times the last-level cache. |
-//! | `two_shot` | The ideal all-reduce of two arrays of f32 by two threads, one for each array: both meet, each reduces half with the library's own kernel and writes the result into both arrays, both meet. No protocol, no checks, no copy into shared memory, huge pages where the system grants them. |
-//! | `two_shot` with `touch` | Each thread first overwrites its own array, as a producer would: without, a thread finds the half that it always reduces in its own cache. |
+//! * `round_trip`: two cache lines, one written by each processor. The first writes a number to its line, the
+//!   second answers with it as soon as it sees it: from the first's store until it has seen the answer.
+//! * `exchange`: the same two lines, but both processors write first, then wait for the other's number: the
+//!   least that any call can take in which each of two ranks learns something from the other.
+//! * `copy`: bytes copied a second (each is read once and written once) by `memcpy`, over all threads, each
+//!   on two arrays of its own. `hot`: both arrays together are half the second-level cache. `cold`: they are
+//!   at least four times the last-level cache.
+//! * `two_shot`: the ideal all-reduce of two arrays of f32 by two threads, one for each array. Both meet,
+//!   each reduces half with the library's own kernel and writes the result into both arrays, both meet. No
+//!   protocol, no checks, no copy into shared memory, huge pages where the system grants them. With `touch`,
+//!   each thread first overwrites its own array, as a producer would: without, a thread finds the half that
+//!   it always reduces in its own cache.
 //!
 //! A meeting is one `exchange`. Arrays are used over and over, so they are hot as far as they fit in a cache.
 
@@ -133,9 +138,9 @@ unsafe fn reduce_both(arrays: &[Array; 2], start: usize, len: usize) {
         let bytes = BLOCK.min(start + len - at);
         let (a, b) = (arrays[0].at(at), arrays[1].at(at));
         let sources = [a.cast_const(), b.cast_const()];
-        // SAFETY: (1) both arrays have `bytes` bytes from `at`, and the caller gives them to this thread alone;
-        // (2) they are aligned to pages and `at` to a block or a half, both multiples of 4; (3) the destination
-        // is one of the sources; (4) `best` is what this processor runs.
+        // SAFETY: (1) both arrays have `bytes` bytes from `at`, and the caller gives them to this thread
+        // alone; (2) they are aligned to pages and `at` to a block or a half, both multiples of 4; (3) the
+        // destination is one of the sources; (4) `best` is what this processor runs.
         unsafe {
             kernel(a, sources.as_ptr(), 2, bytes / 4, 1.0);
             std::ptr::copy_nonoverlapping(a, b, bytes);
@@ -288,7 +293,8 @@ impl Array {
     }
 
     fn values(&mut self) -> &mut [f32] {
-        // SAFETY: (1) the memory is initialised, aligned and `bytes` long; (2) `&mut self` makes it the only use.
+        // SAFETY: (1) the memory is initialised, aligned and `bytes` long; (2) by `&mut self` nobody else
+        // uses it.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.bytes() / 4) }
     }
 }
@@ -372,10 +378,9 @@ impl Report {
     fn copy(&self, threads: usize, hot: (usize, f64), cold: (usize, f64)) {
         if self.json {
             for (state, (bytes, speed)) in [("hot", hot), ("cold", cold)] {
-                println!(
-                    r#"{{"figure":"copy","threads":{threads},"state":"{state}","bytes":{bytes},"gbps":{:.2}}}"#,
-                    speed / 1e9
-                );
+                let what =
+                    format!(r#""figure":"copy","threads":{threads},"state":"{state}","bytes":{bytes}"#);
+                println!(r#"{{{what},"gbps":{:.2}}}"#, speed / 1e9);
             }
         } else {
             let speeds = [hot.1, cold.1].map(|s| format!("{:.1}", s / 1e9));

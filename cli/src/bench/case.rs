@@ -84,8 +84,8 @@ impl<'a, T: Element> Case<'a, T> {
         self.input.fill(T::zeroed());
     }
 
-    /// Calls on values that tell ranks and elements apart, and compares with the definition: the first element
-    /// that is wrong, if any. Leaves zeros.
+    /// Calls on values that tell ranks and elements apart, and compares with the definition: the first
+    /// element that is wrong, if any. Leaves zeros.
     ///
     /// `round` makes other values, so that nothing left from an earlier call can pass for right.
     pub(super) fn first_wrong(&mut self, round: u64) -> tensorwire::Result<Option<usize>> {

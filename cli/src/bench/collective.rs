@@ -66,8 +66,8 @@ impl Collective {
         Some(Lengths { input, output })
     }
 
-    /// Bytes that count as moved, and the part of them that the busiest link carries: as nccl-tests has it, an
-    /// all_gather's or a gather's size is its whole output, and nobody's own block crosses a link.
+    /// Bytes that count as moved, and the part of them that the busiest link carries: as nccl-tests has it,
+    /// an all_gather's or a gather's size is its whole output, and nobody's own block crosses a link.
     pub(super) fn traffic(self, bytes: usize, ranks: usize) -> (f64, f64) {
         let (size, n) = (bytes as f64, ranks as f64);
         let others = (n - 1.0) / n;

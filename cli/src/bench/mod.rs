@@ -11,7 +11,7 @@ use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use clap::ValueEnum;
+use clap::{ValueEnum, value_parser};
 use tensorwire::transports::launch::{Launcher, Stream};
 use tensorwire::transports::store::StoreServer;
 use tensorwire::{Algorithm, DType, ReduceOp};
@@ -30,13 +30,14 @@ pub(crate) const RANK_COMMAND: &str = "__bench-rank";
 const METHOD: &str = "\
 Ranks are processes. Every result is checked element by element before it is timed. A batch is a loop of
 back-to-back calls between two barriers; its figure is the slowest rank's mean time a call; `median` and `min`
-are over batches. `p50` and `p99` are over single calls timed one by one, on the slowest rank. With --touch, all
-times include rewriting the input. all_reduce, reduce and broadcast work in place.
+are over batches. `p50` and `p99` are over single calls timed one by one, on the slowest rank. With --touch,
+all times include rewriting the input. all_reduce, reduce and broadcast work in place.
 
 `bytes` is what one rank contributes: the buffer (all_reduce, reduce, broadcast, send_recv), one block
-(all_gather, gather), the whole input (reduce_scatter, all_to_all, the root's of scatter; cut to equal blocks).
-In send_recv every rank sends to the next while it receives from the one before. algbw is data over time, busbw
-what that means for the busiest link, both in GB/s (10^9 bytes a second) and as nccl-tests defines them.
+(all_gather, gather), the whole input (reduce_scatter, all_to_all, the root's of scatter; cut to equal
+blocks). In send_recv every rank sends to the next while it receives from the one before. algbw is data over
+time, busbw what that means for the busiest link, both in GB/s (10^9 bytes a second) and as nccl-tests defines
+them.
 
 Examples:
   tensorwire bench --collective all_reduce --ranks 2
@@ -84,7 +85,7 @@ pub(crate) struct Args {
     algorithm: Choice,
 
     /// Batches a size
-    #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1000), default_value = "5")]
     batches: u32,
 
     /// Print one JSON object a size
@@ -95,7 +96,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 
-    /// Compare with what `cargo bench --bench limit -- --json` wrote to this file: all_reduce of f32 sums, 2 ranks
+    /// Compare with the floor that `cargo bench --bench limit -- --json` printed: f32 all_reduce, 2 ranks
     #[arg(long, value_name = "FILE")]
     limit: Option<PathBuf>,
 }
@@ -202,7 +203,7 @@ impl Args {
             let needed = needed(bytes).unwrap_or(u64::MAX);
             if needed > available {
                 return Err(Failure::usage(format!(
-                    "{bytes} bytes take {needed} bytes of memory over {} ranks, and {available} are available",
+                    "{bytes} bytes take {needed} of memory over {} ranks, and {available} are available",
                     self.ranks
                 )));
             }

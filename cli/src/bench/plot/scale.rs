@@ -32,8 +32,8 @@ pub(super) fn powers_of_two(low: usize, high: usize, most: usize) -> Vec<usize> 
     all().step_by(step).collect()
 }
 
-/// Round numbers, of the form 1, 2 or 5 times a power of ten, that begin and end an axis for values from `low` to
-/// `high`; powers of ten alone where there would be more than `most`.
+/// Round numbers, of the form 1, 2 or 5 times a power of ten, that begin and end an axis for values from
+/// `low` to `high`; powers of ten alone where there would be more than `most`.
 pub(super) fn round_numbers(low: f64, high: f64, most: usize) -> Vec<f64> {
     let covering = |digits: &[f64]| -> Vec<f64> {
         let exponents = low.log10().floor() as i32 - 1..=high.log10().ceil() as i32 + 1;

@@ -18,8 +18,9 @@ impl Svg {
     /// An image with a light ground of its own, so that it reads the same on light and dark pages.
     pub(super) fn new(width: f64, height: f64, ground: &str) -> Svg {
         let mut svg = Svg { text: String::new() };
+        svg.add(format_args!(r#"<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}""#));
         svg.add(format_args!(
-            r#"<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="system-ui, 'DejaVu Sans', sans-serif">"#
+            r#"  viewBox="0 0 {width} {height}" font-family="system-ui, 'DejaVu Sans', sans-serif">"#
         ));
         svg.add(format_args!(r#"<rect width="{width}" height="{height}" rx="6" fill="{ground}"/>"#));
         svg
@@ -27,9 +28,8 @@ impl Svg {
 
     pub(super) fn line(&mut self, from: (f64, f64), to: (f64, f64), colour: &str, width: f64) {
         let ((x1, y1), (x2, y2)) = (from, to);
-        self.add(format_args!(
-            r#"<line x1="{x1:.1}" y1="{y1:.1}" x2="{x2:.1}" y2="{y2:.1}" stroke="{colour}" stroke-width="{width}"/>"#
-        ));
+        let ends = format!(r#"x1="{x1:.1}" y1="{y1:.1}" x2="{x2:.1}" y2="{y2:.1}""#);
+        self.add(format_args!(r#"<line {ends} stroke="{colour}" stroke-width="{width}"/>"#));
     }
 
     /// A line through points, dashed as `dash` says in SVG's terms; solid where it is empty.
@@ -56,10 +56,9 @@ impl Svg {
             Anchor::Middle => "middle",
             Anchor::End => "end",
         };
+        let place = format!(r#"x="{x:.1}" y="{y:.1}" text-anchor="{anchor}""#);
         let text = escaped(text);
-        self.add(format_args!(
-            r#"<text x="{x:.1}" y="{y:.1}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{text}</text>"#
-        ));
+        self.add(format_args!(r#"<text {place} font-size="{size}" fill="{colour}">{text}</text>"#));
     }
 
     pub(super) fn finish(mut self) -> String {
