@@ -83,6 +83,9 @@ def main():
         means = sorted(slowest_mean(call, x, calls, touch == "1") for _ in range(int(batches)))
         if me == 0:
             print(json.dumps({"bytes": count * 4, "median_us": means[len(means) // 2] * 1e6}), flush=True)
+    # A rank that leaves while another still reports would take that one with it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
