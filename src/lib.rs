@@ -43,3 +43,8 @@ pub use tensorwire_transports as transports;
 pub use tensorwire_collectives::{Algorithm, AllReducePlan, Communicator, Symmetric, Work};
 pub use tensorwire_core::{Call, DEFAULT_TIMEOUT, DType, Deadline, Element, Error, Op, ReduceOp, Result};
 pub use tensorwire_transports::shm::Options;
+
+/// The README's example, so that it compiles.
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+pub struct Readme;

@@ -59,7 +59,7 @@ impl Algorithm {
 
 /// Bytes that a rank reads in a one-shot all-reduce, beyond which a second step costs less than reading
 /// them; measured at 2 ranks (see docs/measurements).
-const ONE_SHOT_BYTES: usize = 32 << 10;
+const ONE_SHOT_BYTES: usize = 128 << 10;
 
 impl fmt::Display for Algorithm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
