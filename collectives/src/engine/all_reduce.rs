@@ -19,8 +19,8 @@ impl Engine {
         root: Option<usize>,
     ) -> Result<(), Failure> {
         match algorithm {
-            Algorithm::Inline => self.all_reduce_inline(data, r, root),
-            Algorithm::OneShot => self.all_reduce_one_shot(data, r, root),
+            Algorithm::Inline => self.all_reduce_one_step(data, r, root, true),
+            Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false),
             Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root),
         }
     }
@@ -29,38 +29,30 @@ impl Engine {
         root.is_none_or(|root| root == self.group.rank())
     }
 
+    /// Each rank publishes its whole input, in the flag's cache line or its slot, and reduces everybody's.
     #[inline]
-    fn all_reduce_inline(
+    fn all_reduce_one_step(
         &mut self,
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
+        inline: bool,
     ) -> Result<(), Failure> {
         let step = self.group.next_step()?;
-        self.group.publish_inline(data.input());
-        if self.wants(root) {
-            self.group.wait_all(step)?;
-            let Engine { group, sources } = self;
-            let len = data.len();
-            data.reduce(r, 0..len, group.rank(), sources, |peer, _| &group.peer_inline(peer, step)[..]);
+        if inline {
+            self.group.publish_inline(data.input());
+        } else {
+            self.group.slot()[..data.len()].copy_from_slice(data.input());
+            self.group.publish();
         }
-        Ok(())
-    }
-
-    fn all_reduce_one_shot(
-        &mut self,
-        mut data: Buffers<'_>,
-        r: &Reduction,
-        root: Option<usize>,
-    ) -> Result<(), Failure> {
-        let step = self.group.next_step()?;
-        self.group.slot()[..data.len()].copy_from_slice(data.input());
-        self.group.publish();
         if self.wants(root) {
             self.group.wait_all(step)?;
             let Engine { group, sources } = self;
             let len = data.len();
-            data.reduce(r, 0..len, group.rank(), sources, |peer, _| group.peer_slot(peer, step));
+            data.reduce(r, 0..len, group.rank(), sources, |peer, _| match inline {
+                true => &group.peer_inline(peer, step)[..],
+                false => group.peer_slot(peer, step),
+            });
         }
         Ok(())
     }
