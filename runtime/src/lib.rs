@@ -1,8 +1,9 @@
 //! A small tensor-parallel runtime on candle: what a runtime that links tensorwire looks like.
 //!
-//! Each rank is one process (or, in tests, one thread) with a [`Communicator`](tensorwire::Communicator).
-//! All ranks open the same model, make the same plan and the same calls; each loads only the slices that
-//! the plan gives it and gets the same result, bit for bit, as every other rank.
+//! Each rank is one process (or, in tests, one thread) with a [`Communicator`](tensorwire::Communicator). All
+//! ranks open the same model, make the same plan and the same calls; each loads only the slices that the plan
+//! gives it and gets the same result, bit for bit, as every other rank. It holds and computes everything in
+//! f32: a model stored in f16 or bf16 takes twice the bytes in memory that its file and its plan count.
 //!
 //! ```
 //! use tensorwire::Communicator;

@@ -39,7 +39,9 @@ enum Network {
 /// What loading took.
 #[derive(Clone, Copy, Debug)]
 pub struct Loaded {
-    /// Bytes of the weights that this rank holds, measured from its tensors (f32: 4 bytes an element).
+    /// Bytes of the weights that this rank holds, measured from its tensors. They are held as f32 whatever
+    /// the file stores, so this is the plan's `weight_bytes` for an f32 model and twice that for one in f16
+    /// or bf16.
     pub weight_bytes: u64,
     /// Growth of the process's resident memory from before to after loading; `None` where /proc is missing.
     pub resident_bytes: Option<u64>,

@@ -39,18 +39,25 @@ fn minilm_as_its_file_is() {
     let spec = ModelSpec::load(dir.path()).unwrap();
 
     assert_eq!(spec.prefix, "");
-    assert_eq!(spec.parameters(), 22_713_216);
-    assert_eq!(spec.weight_bytes(), 22_713_216 * 4 + 512 * 8);
+    // Without the 147,840 of the pooler: an embedding is the mean of the last hidden states.
+    assert_eq!(spec.parameters(), 22_565_376);
+    assert_eq!(spec.weight_bytes(), 22_565_376 * 4);
+    assert_eq!(spec.tensors.len(), model("all-minilm-l6-v2").tensors.len());
+    let unused: Vec<_> = spec.unused.iter().map(|t| (t.name.as_str(), t.bytes)).collect();
+    assert_eq!(
+        unused,
+        [("embeddings.position_ids", 4096), ("pooler.dense.bias", 1536), ("pooler.dense.weight", 589_824)]
+    );
     assert_eq!(spec.weight_files().unwrap(), [dir.path().join("model.safetensors")]);
-    let ids = spec.tensor("embeddings.position_ids").unwrap();
-    assert!(!ids.is_known() && ids.stored.name() == "I64" && ids.bytes() == 4096);
 
     for world in [1, 2, 3, 4, 5, 12] {
         let plan = plan(&spec, world);
-        let pooler = plan.tensor("pooler.dense.weight", world - 1).unwrap();
-        assert!(pooler.slices.is_empty() && pooler.replicated == (world > 1));
-        assert!(plan.notes.iter().any(|n| n.contains("embeddings.position_ids") && n.contains("4096 B")));
-        assert!(!plan.notes.iter().any(|n| n.contains("no weights were read")));
+        assert!(plan.tensor("pooler.dense.weight", world - 1).is_none());
+        // 4096 + 1536 + 589824 bytes.
+        let note = "on no rank, as embeddings are computed without: 3 tensors (embeddings.position_ids, \
+                    pooler.dense.bias, pooler.dense.weight), 595.5 kB in the file";
+        assert!(plan.notes.iter().any(|n| n == note), "{:?}", plan.notes);
+        assert!(!plan.notes.iter().any(|n| n.contains("planned from config.json alone")));
     }
 }
 
@@ -85,9 +92,9 @@ fn bert_inside_a_larger_model_has_a_prefix() {
     assert_eq!((spec.prefix.as_str(), spec.layer_name(0).as_str()), ("bert.", "bert.encoder.layer.0"));
     let plan = plan(&spec, 2);
     assert_eq!(plan.layers[0].name, "bert.encoder.layer.0");
-    // Each rank's half of the columns, and of the vocabulary in the kept head.
     assert_eq!(plan.tensor("bert.encoder.layer.0.output.dense.weight", 1).unwrap().slices[0].dim, 1);
-    assert_eq!(plan.tensor("cls.predictions.decoder.weight", 1).unwrap().slices[0].range.start, 5);
+    assert!(plan.tensor("cls.predictions.decoder.weight", 1).is_none());
+    assert_eq!(spec.unused[0].name, "cls.predictions.decoder.weight");
 }
 
 #[test]
@@ -161,30 +168,34 @@ fn a_head_is_needed_unless_it_is_the_embedding() {
     let dir = model_dir(&tied, Some(&tensors));
     let spec = ModelSpec::load(dir.path()).unwrap();
     assert!(plan(&spec, 2).tensor("lm_head.weight", 0).is_none());
-    // Some files keep the copy: it is sharded like the embedding, and the plan says that nobody needs it.
+    // Some files keep the copy, which nobody reads.
     tensors.push(("lm_head.weight".to_owned(), "F32", vec![10, 8]));
     let dir = model_dir(&tied, Some(&tensors));
     let plan = plan(&ModelSpec::load(dir.path()).unwrap(), 2);
-    assert_eq!(plan.tensor("lm_head.weight", 1).unwrap().slices[0].range.start, 5);
-    assert!(plan.notes.iter().any(|n| n.contains("lm_head.weight in the file is not needed")));
+    assert!(plan.tensor("lm_head.weight", 1).is_none());
+    assert!(plan.notes.iter().any(|n| n.contains("logits are computed without: 1 tensor (lm_head.weight)")));
 }
 
 #[test]
-fn small_unknown_tensors_are_kept_whole_and_large_ones_refused() {
+fn what_the_model_computes_without_is_left_out_unless_it_is_large_and_unknown() {
     let mut tensors = tensors_of(&tiny(), "F32");
     tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), "F32", vec![2]));
     tensors.push(("model.layers.77.odd".to_owned(), "I64", vec![]));
     tensors.push(("empty".to_owned(), "F32", vec![0, 3]));
+    // Qwen2 has a bias on q, k and v but not here, and it is ignored whatever its type.
+    tensors.push(("model.layers.0.self_attn.o_proj.bias".to_owned(), "F8_E4M3", vec![8]));
     let dir = model_dir(TINY, Some(&tensors));
     let spec = ModelSpec::load(dir.path()).unwrap();
     let plan = plan(&spec, 3);
-    let odd = plan.tensor("model.layers.77.odd", 2).unwrap();
-    assert!(odd.slices.is_empty() && odd.replicated);
-    for name in ["inv_freq", "model.layers.77.odd", "empty"] {
-        assert!(plan.notes.iter().any(|n| n.contains(name) && n.contains("whole on every rank")), "{name}");
+    let bytes: Vec<_> = spec.unused.iter().map(|t| (t.name.as_str(), t.bytes)).collect();
+    let [empty, o_bias, inv_freq, odd] = bytes[..] else { panic!("{bytes:?}") };
+    assert_eq!((empty, o_bias), (("empty", 0), ("model.layers.0.self_attn.o_proj.bias", 8)));
+    assert_eq!((inv_freq.1, odd), (8, ("model.layers.77.odd", 8)));
+    for (name, _) in bytes {
+        assert!((0..3).all(|rank| plan.tensor(name, rank).is_none()));
+        assert!(plan.notes.iter().any(|n| n.contains(name) && n.contains("4 tensors")), "{name}");
     }
-    // Scalars count too: 8 bytes of `odd` and 8 of `inv_freq` on each rank.
-    assert_eq!(spec.weight_bytes(), 4 * tiny().parameters() + 16);
+    assert_eq!(spec.weight_bytes(), 4 * tiny().parameters());
 
     tensors.push(("model.layers.2.self_attn.q_proj.weight".to_owned(), "F32", vec![1 << 20, 1]));
     let text = refusal(TINY, &tensors);
@@ -198,7 +209,7 @@ fn a_directory_without_weights_can_be_planned_but_not_loaded() {
     let dir = model_dir(TINY, None);
     let spec = ModelSpec::load(dir.path()).unwrap();
     assert!(!spec.has_weights());
-    assert!(plan(&spec, 2).notes.iter().any(|n| n.contains("no weights were read")));
+    assert!(plan(&spec, 2).notes.iter().any(|n| n.contains("planned from config.json alone")));
     let text = spec.weight_files().unwrap_err().to_string();
     assert!(
         text.contains("no model.safetensors") && text.contains(&dir.path().display().to_string()),

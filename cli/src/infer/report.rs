@@ -51,7 +51,7 @@ impl Report<'_> {
         speed("decode", run.decode_tokens_per_s, theirs.and_then(|r| r.decode_tokens_per_s), "tokens/s");
         let _ = writeln!(out, "{:<15} {:.1} % of the time", "communication", run.comm_share * 100.0);
         let weights: Vec<_> = run.weight_bytes.iter().map(|b| format!("{:.1}", *b as f64 / 1e6)).collect();
-        let _ = writeln!(out, "{:<15} {} MB by rank", "weights", weights.join(", "));
+        let _ = writeln!(out, "{:<15} {} MB by rank, held as f32", "weights", weights.join(", "));
         Ok(out)
     }
 

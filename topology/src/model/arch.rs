@@ -6,7 +6,7 @@
 //! not sharded, is on every rank and added once after it.
 
 use Axis::{Ffn, Hidden, KvHeads, Position, QueryHeads, TokenType, Vocab};
-use When::{Always, AttentionOutputBias, MlpBias, Optional, QkvBias, UntiedHead};
+use When::{Always, AttentionOutputBias, MlpBias, QkvBias, UntiedHead, Unused};
 
 /// What one dimension of a tensor counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,8 +26,6 @@ pub enum Axis {
     Position,
     /// Token types (BERT's segments). Never sharded.
     TokenType,
-    /// A dimension of a tensor that the architecture doesn't know. Never sharded.
-    Other,
 }
 
 impl Axis {
@@ -96,7 +94,7 @@ pub(crate) struct Rule {
     pub(crate) when: When,
 }
 
-/// Which models of an architecture have a tensor.
+/// Which models of an architecture need a tensor.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum When {
     Always,
@@ -104,8 +102,8 @@ pub(crate) enum When {
     AttentionOutputBias,
     MlpBias,
     UntiedHead,
-    /// Never required; sharded by this rule where a file has it.
-    Optional,
+    /// Never needed here, though files may have it.
+    Unused,
 }
 
 const fn rule(name: &'static str, axes: &'static [Axis], when: When) -> Rule {
@@ -146,8 +144,8 @@ const BERT: Rules = Rules {
         rule("embeddings.token_type_embeddings.weight", &[TokenType, Hidden], Always),
         rule("embeddings.LayerNorm.weight", &[Hidden], Always),
         rule("embeddings.LayerNorm.bias", &[Hidden], Always),
-        rule("pooler.dense.weight", &[Hidden, Hidden], Optional),
-        rule("pooler.dense.bias", &[Hidden], Optional),
+        rule("pooler.dense.weight", &[Hidden, Hidden], Unused),
+        rule("pooler.dense.bias", &[Hidden], Unused),
     ],
     layer: "encoder.layer",
     layers: &[
@@ -168,10 +166,10 @@ const BERT: Rules = Rules {
         rule("output.LayerNorm.weight", &[Hidden], Always),
         rule("output.LayerNorm.bias", &[Hidden], Always),
     ],
-    // The masked-language-model head, where a file has kept it.
+    // The masked-language-model head: like the pooler, no part of an embedding.
     head: &[
-        rule("cls.predictions.decoder.weight", &[Vocab, Hidden], Optional),
-        rule("cls.predictions.decoder.bias", &[Vocab], Optional),
-        rule("cls.predictions.bias", &[Vocab], Optional),
+        rule("cls.predictions.decoder.weight", &[Vocab, Hidden], Unused),
+        rule("cls.predictions.decoder.bias", &[Vocab], Unused),
+        rule("cls.predictions.bias", &[Vocab], Unused),
     ],
 };

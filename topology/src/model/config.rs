@@ -97,6 +97,7 @@ pub(super) fn parse(json: &str, file: &str) -> Result<ModelSpec> {
         dtype: dtype(&f)?,
         prefix: architecture.rules().prefixes[0].to_owned(),
         tensors: Vec::new(),
+        unused: Vec::new(),
         source: PathBuf::from(file),
         weight_files: Vec::new(),
     };

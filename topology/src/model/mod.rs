@@ -2,8 +2,8 @@
 //!
 //! [`ModelSpec::load`] takes a directory as Hugging Face lays it out (`config.json` next to
 //! `model.safetensors`, or next to `model.safetensors.index.json` and the shards it names) or a `config.json`
-//! alone. With weights, the tensors are those in the file, and where a shape contradicts the configuration
-//! that is an error. Without, they are those that the architecture implies.
+//! alone. The tensors are those that the architecture and the configuration imply. With weights, one that is
+//! missing or of another shape is an error, and what else the files hold is listed as unused.
 
 mod arch;
 mod config;
@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 pub use arch::{Architecture, Axis};
 pub use safetensors::StoredType;
-pub use tensors::{Location, TensorSpec};
+pub use tensors::{Location, TensorSpec, UnusedTensor};
 
 /// Transformer layers at most; real models have about a hundred.
 pub const MAX_LAYERS: usize = 4096;
@@ -80,8 +80,10 @@ pub struct ModelSpec {
     pub dtype: DType,
     /// What every name in `tensors` but the head's starts with: `model.`, `bert.` or nothing.
     pub prefix: String,
-    /// Every tensor, sorted by name.
+    /// Every tensor that the model computes with, sorted by name.
     pub tensors: Vec<TensorSpec>,
+    /// What else the files hold, sorted by name: no rank reads it.
+    pub unused: Vec<UnusedTensor>,
     source: PathBuf,
     weight_files: Vec<PathBuf>,
 }
@@ -180,12 +182,12 @@ impl ModelSpec {
         rest.strip_prefix('.')?.split('.').next()?.parse().ok()
     }
 
-    /// Parameters in all; tensors the architecture doesn't know are not counted.
+    /// Parameters in all, of the tensors that the model computes with.
     pub fn parameters(&self) -> u64 {
-        self.tensors.iter().filter(|t| t.is_known()).map(TensorSpec::elements).sum()
+        self.tensors.iter().map(TensorSpec::elements).sum()
     }
 
-    /// Bytes of all tensors as stored.
+    /// Bytes of the tensors that the model computes with, as stored.
     pub fn weight_bytes(&self) -> u64 {
         self.tensors.iter().map(TensorSpec::bytes).sum()
     }

@@ -8,7 +8,7 @@ use super::{Axis, MAX_BYTES, ModelSpec, StoredType};
 use crate::{Error, Result};
 
 /// A tensor that the architecture doesn't know may be this large, or a hundredth of the model: it is then
-/// kept whole on every rank. A larger one means that the model isn't what config.json says.
+/// left out. A larger one means that the model isn't what config.json says.
 const MAX_UNKNOWN_BYTES: u64 = 1 << 20;
 
 /// One tensor of the model.
@@ -25,6 +25,17 @@ pub struct TensorSpec {
     pub stored: StoredType,
     /// Where its bytes are; none if the spec was made from a config.json alone.
     pub location: Option<Location>,
+}
+
+/// A tensor that a file holds and the model computes without, such as a pooler or a table of position
+/// numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UnusedTensor {
+    /// Its name in the file.
+    pub name: String,
+    /// How many bytes it has.
+    pub bytes: u64,
 }
 
 /// Where a tensor's bytes are: row-major, little endian, without gaps.
@@ -48,11 +59,6 @@ impl TensorSpec {
     /// Bytes in all.
     pub fn bytes(&self) -> u64 {
         self.elements() * self.stored.size()
-    }
-
-    /// Whether the architecture knows this tensor. One that it doesn't is whole on every rank.
-    pub fn is_known(&self) -> bool {
-        !self.axes.contains(&Axis::Other)
     }
 }
 
@@ -82,14 +88,19 @@ impl ModelSpec {
         };
         self.prefix = (*prefix).to_owned();
 
-        let mut tensors = Vec::new();
+        let (mut tensors, mut unused) = (Vec::new(), Vec::new());
         for (name, rule) in self.expected(prefix) {
+            let needed = self.requires(rule.when);
             let Some(Stored { dtype, shape, location }) = weights.tensors.remove(&name) else {
-                if self.requires(rule.when) {
+                if needed {
                     return Err(Error::MissingTensor { path: weights.root, tensor: name });
                 }
                 continue;
             };
+            if !needed {
+                unused.push(UnusedTensor { name, bytes: location.bytes });
+                continue;
+            }
             let path = &weights.files[location.file];
             let expected = self.shape(rule.axes);
             if shape != expected {
@@ -120,9 +131,10 @@ impl ModelSpec {
                     what,
                 });
             }
-            let axes = vec![Axis::Other; shape.len().max(1)];
-            tensors.push(TensorSpec { name, shape, axes, stored: dtype, location: Some(location) });
+            unused.push(UnusedTensor { name, bytes: location.bytes });
         }
+        unused.sort_by(|a, b| a.name.cmp(&b.name));
+        self.unused = unused;
         self.weight_files = weights.files;
         self.set_tensors(tensors)
     }
@@ -141,7 +153,7 @@ impl ModelSpec {
         Ok(())
     }
 
-    /// Every tensor that this model may have, by name.
+    /// Every tensor that the architecture knows, by name.
     fn expected(&self, prefix: &str) -> Vec<(String, &'static Rule)> {
         let rules = self.architecture.rules();
         let layers = (0..self.num_layers).flat_map(|n| {
@@ -160,7 +172,7 @@ impl ModelSpec {
             When::AttentionOutputBias => self.attention_output_bias,
             When::MlpBias => self.mlp_bias,
             When::UntiedHead => !self.tie_word_embeddings,
-            When::Optional => false,
+            When::Unused => false,
         }
     }
 
@@ -179,7 +191,6 @@ impl ModelSpec {
             Axis::Vocab => self.vocab_size,
             Axis::Position => self.max_position_embeddings,
             Axis::TokenType => self.type_vocab_size,
-            Axis::Other => 0,
         }
     }
 }

@@ -16,8 +16,8 @@ impl Plan {
     }
 
     /// Checks that the plan is right for `spec`: besides [`validate`](Plan::validate), that every element of
-    /// every tensor is on exactly one rank, or on several that all declare it replicated; that tensors are
-    /// cut where the layers say; and that the bytes add up.
+    /// every tensor that the model computes with is on exactly one rank, or on several that all declare it
+    /// replicated; that tensors are cut where the layers say; and that the bytes add up.
     ///
     /// Error: [`Error::InvalidPlan`].
     pub fn check(&self, spec: &ModelSpec) -> Result<()> {
@@ -127,8 +127,7 @@ impl Plan {
 
     /// The shares that apply to a tensor: those of its layer, or of any where it is in none.
     fn shares_for(&self, spec: &ModelSpec, tensor: &TensorSpec) -> Option<Shares> {
-        let layer = spec.layer_of(&tensor.name).filter(|_| tensor.is_known());
-        let layer = self.layers.get(layer.unwrap_or(0))?;
+        let layer = self.layers.get(spec.layer_of(&tensor.name).unwrap_or(0))?;
         Some(Shares {
             heads: HeadShares { q: layer.attention.q_heads.clone(), kv: layer.attention.kv_heads.clone() },
             ffn: layer.mlp.ffn.clone(),

@@ -218,7 +218,7 @@ fn bytes_read_per_token(spec: &ModelSpec, shares: &Shares, rank: usize) -> u64 {
     let embedding = format!("{}{}", spec.prefix, spec.architecture.rules().stem[0].name);
     spec.tensors
         .iter()
-        .filter(|t| t.is_known() && (spec.tie_word_embeddings || t.name != embedding))
+        .filter(|t| spec.tie_word_embeddings || t.name != embedding)
         .map(|t| shard_bytes(t, &slices(&t.axes, shares, spec.head_dim, rank)))
         .sum()
 }

@@ -1,6 +1,6 @@
 //! The plan's notes: every replication, padding and imbalance, and what it costs.
 
-use super::{Predicted, Span, shard_bytes, slices};
+use super::{Predicted, Span};
 use crate::cost::CostModel;
 use crate::model::{Axis, ModelSpec, TensorSpec};
 use crate::shard::Shares;
@@ -32,14 +32,12 @@ pub(super) fn notes(
             ));
         }
     }
-    notes.extend(about.unknown());
+    notes.extend(about.unused());
     if spec.tie_word_embeddings {
-        let kept = spec.tensor("lm_head.weight").map_or("", |_| "; lm_head.weight in the file is not needed");
-        notes.push(format!("the output head is the embedding: one tensor, sharded by vocabulary row{kept}"));
+        notes.push("the output head is the embedding: one tensor, sharded by vocabulary row".to_owned());
     }
     if !spec.has_weights() {
-        notes
-            .push(format!("no weights were read: tensors are those config.json implies, all {}", spec.dtype));
+        notes.push(format!("planned from config.json alone, every tensor taken to be {}", spec.dtype));
     }
     notes.push(format!("predicted times are from {}", costs.source));
     notes
@@ -54,7 +52,12 @@ struct About<'a> {
 
 impl About<'_> {
     fn heads(&self) -> Option<String> {
-        self.uneven("query heads", &self.shares.heads.q, &[Axis::QueryHeads])
+        let q = &self.shares.heads.q;
+        let note = self.uneven("query heads", q, &[Axis::QueryHeads])?;
+        let evenest = self.spec.num_attention_heads.div_ceil(self.world);
+        let why =
+            if extremes(q).0 > evenest { "; evener shares would hold more key/value heads" } else { "" };
+        Some(note + why)
     }
 
     fn ffn(&self) -> Option<String> {
@@ -73,8 +76,8 @@ impl About<'_> {
         let bytes: u64 = self.spec.tensors.iter().filter(cut_by).map(TensorSpec::bytes).sum();
         let excess = (bytes as f64 / total as f64 * (largest as f64 - mean)) as u64;
         Some(format!(
-            "{total} {things} don't divide by {} ranks: shares from {largest} down to {smallest}; the \
-             largest is {:.1}% above the mean, {} more to read, about {} a token",
+            "{total} {things} are shared unevenly over {} ranks, from {largest} down to {smallest}: the \
+             largest share is {:.1}% above the mean, {} more to read, about {} a token",
             self.world,
             (largest as f64 / mean - 1.0) * 100.0,
             size(excess),
@@ -106,7 +109,7 @@ impl About<'_> {
              all ranks",
             twice.len(),
             spec.num_key_value_heads,
-            numbers(&twice),
+            list(twice.iter()),
             count(copies, "copy", "copies"),
             size(bytes),
         ))
@@ -132,15 +135,10 @@ impl About<'_> {
 
     /// One note for each kind of tensor that is whole on every rank.
     fn replicated(&self) -> Vec<String> {
-        let kinds = [
-            "norms and biases added after a reduction",
-            "position and token type embeddings",
-            "the pooler's weight",
-        ];
+        let kinds = ["norms and biases added after a reduction", "position and token type embeddings"];
         let kind_of = |t: &TensorSpec| match t.axes.as_slice() {
             [Axis::Hidden] => Some(kinds[0]),
             [Axis::Position | Axis::TokenType, _] => Some(kinds[1]),
-            [Axis::Hidden, Axis::Hidden] => Some(kinds[2]),
             _ => None,
         };
         let note = |kind: &&str| {
@@ -157,19 +155,19 @@ impl About<'_> {
         kinds.iter().filter_map(note).collect()
     }
 
-    fn unknown(&self) -> Vec<String> {
-        let unknown = self.spec.tensors.iter().filter(|t| !t.is_known());
-        let model_type = self.spec.architecture.model_type();
-        unknown
-            .map(|t| {
-                let bytes = shard_bytes(t, &slices(&t.axes, self.shares, self.spec.head_dim, 0));
-                format!(
-                    "{} is not a tensor that {model_type} computes with: whole on every rank, {}",
-                    t.name,
-                    size(bytes)
-                )
-            })
-            .collect()
+    fn unused(&self) -> Option<String> {
+        let unused = &self.spec.unused;
+        if unused.is_empty() {
+            return None;
+        }
+        let bytes = unused.iter().map(|t| t.bytes).fold(0, u64::saturating_add);
+        let result = if self.spec.architecture.is_decoder() { "logits" } else { "embeddings" };
+        Some(format!(
+            "on no rank, as {result} are computed without: {} ({}), {} in the file",
+            count(unused.len(), "tensor", "tensors"),
+            list(unused.iter().map(|t| &t.name)),
+            size(bytes),
+        ))
     }
 }
 
@@ -180,13 +178,10 @@ fn extremes(spans: &[Span]) -> (usize, usize) {
 }
 
 /// `0, 2, 3`; the first few where they are many.
-fn numbers(list: &[usize]) -> String {
+fn list(items: impl ExactSizeIterator<Item: ToString>) -> String {
     const SHOWN: usize = 16;
-    let mut text = list.iter().take(SHOWN).map(usize::to_string).collect::<Vec<_>>().join(", ");
-    if list.len() > SHOWN {
-        text.push_str(", ...");
-    }
-    text
+    let more = if items.len() > SHOWN { ", ..." } else { "" };
+    items.take(SHOWN).map(|item| item.to_string()).collect::<Vec<_>>().join(", ") + more
 }
 
 fn count(n: usize, one: &str, many: &str) -> String {

@@ -59,7 +59,8 @@ pub struct Plan {
     pub vocab: Vocab,
     /// What each rank carries, in rank order.
     pub ranks: Vec<RankShare>,
-    /// One entry a tensor and rank, sorted by both: exactly what that rank reads from the file.
+    /// One entry a tensor and rank, sorted by both: exactly what that rank reads from the file. What the
+    /// files hold besides, the notes name and no rank reads.
     pub tensors: Vec<TensorShard>,
     /// What a decode step is expected to cost.
     pub predicted: Predicted,
@@ -153,7 +154,7 @@ pub struct Vocab {
 pub struct RankShare {
     /// The rank.
     pub rank: usize,
-    /// Bytes of weights as stored in the file.
+    /// Bytes of the weights that it reads, as stored in the file.
     pub weight_bytes: u64,
     /// Bytes of KV cache a token of context, over all layers; 0 for an encoder, which keeps none.
     pub kv_bytes_per_token: u64,

@@ -1,5 +1,7 @@
 //! Attention heads: uneven shares, and the key/value heads that follow from them.
 
+use std::cmp::Reverse;
+
 use super::check_ranks;
 use crate::plan::Span;
 use crate::{Error, Result};
@@ -40,26 +42,42 @@ pub fn kv_heads(q_heads: usize, kv_heads: usize, q: Span) -> Span {
     Span::new(of(q.start), of(q.end - 1) + 1)
 }
 
+/// What a key/value head costs a rank, where a query head costs 1.
+///
+/// A query head is `head_dim` rows of q and as many columns of o, a key/value head `head_dim` rows of k and
+/// of v: the same weights. Each token also reads the head's keys and values of the whole context, which are
+/// as much again once the context (of all sequences in a step together) is as long as the model is wide, a
+/// few thousand tokens. (An encoder keeps no cache, but each of its heads is a group, so nothing is decided
+/// by it.)
+const KV_HEAD_COST: usize = 2;
+
+/// The most query heads a rank may have: 1.15 times the mean, or as many as the evenest shares need.
+const LARGEST_SHARE_PERCENT: usize = 115;
+
 /// `q_heads` query heads, in groups that read one of `kv_heads` key/value heads each, over `world` ranks.
 ///
-/// Among all ways to give each rank a range, in this order:
-/// 1. the largest share is smallest: `ceil(q_heads / world)`, as the slowest rank sets the pace;
+/// Among all ways to give each rank a range of at most `max(ceil(h/n), floor(1.15 h/n))` query heads (`h`
+/// heads, `n` ranks), in this order:
+/// 1. the largest `q + 2 kv` of a rank with `q` query and `kv` key/value heads is smallest, as the slowest
+///    rank sets the pace: a key/value head is as many weights as a query head, and as much again in the KV
+///    cache of a context of `hidden_size` tokens;
 /// 2. the fewest key/value heads are on more than one rank: a cut that isn't between two groups puts one
 ///    there;
 /// 3. the shares are most alike: the sum of their squares is smallest;
 /// 4. larger shares come first.
 ///
-/// Found by dynamic programming from the last rank to the first, over how many ranks are left and where they
-/// start: at most `q_heads * world` steps, as only starts that the ranks before and after can reach are
-/// looked at.
+/// The first is found by trying: a limit can be kept if ranges that are as long as it allows reach the last
+/// head. The rest is dynamic programming from the last rank to the first, over where a rank may start, in
+/// less than `q_heads * q_heads` steps.
 ///
 /// ```
 /// use tensorwire_topology::shard::heads;
 ///
-/// // Fourteen query heads in two groups of seven: the middle cut can be between the groups for nothing.
-/// let shares = heads(14, 2, 4)?;
-/// assert_eq!(shares.q.iter().map(|s| s.len()).collect::<Vec<_>>(), [4, 3, 4, 3]);
-/// assert_eq!(shares.duplicated_kv_heads(), 2);
+/// // Llama 3.1 8B: [11, 11, 10] would cost up to 11 + 2 * 4 = 19, as rank 1 reads parts of 4 groups. Cuts
+/// // between groups cost 12 + 2 * 3 = 18, and no key/value head is there twice.
+/// let shares = heads(32, 8, 3)?;
+/// assert_eq!(shares.q.iter().map(|s| s.len()).collect::<Vec<_>>(), [12, 12, 8]);
+/// assert_eq!(shares.duplicated_kv_heads(), 0);
 /// # Ok::<(), tensorwire_topology::Error>(())
 /// ```
 ///
@@ -80,49 +98,79 @@ pub fn heads(q_heads: usize, kv_heads: usize, world: usize) -> Result<HeadShares
     Ok(HeadShares { q, kv })
 }
 
-/// What is minimised: cuts inside a group, then the sum of squared shares.
-type Cost = (u32, u64);
+/// For each head, where the longest range that starts there ends, such that it has at most `share` heads and
+/// costs at most `limit`; `group` divides `heads`.
+fn reaches(heads: usize, group: usize, share: usize, limit: usize) -> Vec<usize> {
+    let cost = |start: usize, end: usize| {
+        let kv = (end - 1) / group - start / group + 1;
+        end - start + KV_HEAD_COST * kv
+    };
+    // A range doesn't get dearer when it loses its first head, so the next one ends no earlier.
+    let mut end = 0;
+    (0..heads)
+        .map(|start| {
+            end = end.max(start);
+            while end < heads && end - start < share && cost(start, end + 1) <= limit {
+                end += 1;
+            }
+            end
+        })
+        .collect()
+}
+
+/// [`reaches`] for the lowest limit at which `world` ranges reach from the first head to the last.
+fn lowest_reaches(heads: usize, group: usize, world: usize) -> Vec<usize> {
+    let mean_up = heads.div_ceil(world);
+    let share = mean_up.max(heads * LARGEST_SHARE_PERCENT / (100 * world));
+    let suffices =
+        |reach: &[usize]| (0..world).fold(0, |at, _| reach.get(at).copied().unwrap_or(heads)) == heads;
+    // Some rank has this many query heads, and they read at least this many key/value heads. Wherever a range
+    // of as many lies it reads at most one more, so even shares keep the last of these limits.
+    let lowest = mean_up + KV_HEAD_COST * mean_up.div_ceil(group);
+    let limits = lowest..lowest + KV_HEAD_COST;
+    let found = limits.map(|limit| reaches(heads, group, share, limit)).find(|reach| suffices(reach));
+    found.unwrap_or_else(|| reaches(heads, group, share, lowest + KV_HEAD_COST))
+}
+
+/// What is minimised once the slowest rank is as fast as can be: cuts inside a group, then the sum of squared
+/// shares. Of equal costs, the range that ends last.
+type Choice = (u32, u64, Reverse<usize>);
 
 /// The best partition of `heads` into `world` ranges; 0 < world <= heads, and `group` divides `heads`.
 fn best_cuts(heads: usize, group: usize, world: usize) -> Vec<Span> {
-    let largest = heads.div_ceil(world);
-    // Where rank r may start: the ranks before it have 1 to `largest` heads each, and so do those from it on.
-    let first = |r: usize| r.max(heads.saturating_sub(largest * (world - r)));
-    let last = |r: usize| (largest * r).min(heads - (world - r));
-    // Of a range [start, end): its share, and its right cut if that is inside a group.
-    let cost = |start: usize, end: usize| -> Cost {
-        let share = (end - start) as u64;
-        (u32::from(!end.is_multiple_of(group)), share * share)
-    };
-
-    // best[r][start - first(r)]: the least cost of ranks r.. covering [start, heads).
-    let mut best: Vec<Vec<Cost>> = vec![Vec::new(); world];
-    let rest = |best: &[Vec<Cost>], r: usize, start: usize| -> Option<Cost> {
-        if r == world {
-            return (start == heads).then_some((0, 0));
-        }
-        best[r].get(start.checked_sub(first(r))?).copied()
-    };
-    let choices = |best: &[Vec<Cost>], r: usize, start: usize| -> Option<(Cost, usize)> {
-        (start + 1..=(start + largest).min(heads))
-            .filter_map(|end| {
-                let (a, b) = (cost(start, end), rest(best, r + 1, end)?);
-                Some(((a.0 + b.0, a.1 + b.1), end))
-            })
-            // Of equal costs the one that ends last: larger shares first.
-            .min_by_key(|&(cost, end)| (cost, std::cmp::Reverse(end)))
-    };
+    let reach = lowest_reaches(heads, group, world);
+    // Where rank r may start, if those before it and those from it on have a head at least and keep the
+    // limit.
+    let mut last = vec![0; world + 1];
+    for r in 0..world {
+        last[r + 1] = reach[last[r]].min(heads - (world - r - 1));
+    }
+    let mut first = vec![heads; world + 1];
     for r in (0..world).rev() {
-        best[r] = (first(r)..=last(r))
-            .map(|start| choices(&best, r, start).map_or((u32::MAX, u64::MAX), |(cost, _)| cost))
-            .collect();
+        first[r] = reach.partition_point(|&end| end < first[r + 1]).max(r);
+    }
+
+    // best[r][start - first[r]]: the best choice for rank r, and what ranks r.. then cost. Every start looked
+    // at can be completed, so there is one.
+    let mut best: Vec<Vec<Choice>> = vec![Vec::new(); world];
+    best.push(vec![(0, 0, Reverse(heads))]);
+    for r in (0..world).rev() {
+        let choice = |start: usize, end: usize| -> Choice {
+            let (cuts, squares, _) = best[r + 1][end - first[r + 1]];
+            let share = (end - start) as u64;
+            (cuts + u32::from(!end.is_multiple_of(group)), squares + share * share, Reverse(end))
+        };
+        let best_from = |start: usize| {
+            let (lowest, highest) = (first[r + 1].max(start + 1), last[r + 1].min(reach[start]));
+            (lowest + 1..=highest).map(|end| choice(start, end)).fold(choice(start, lowest), Choice::min)
+        };
+        best[r] = (first[r]..=last[r]).map(best_from).collect();
     }
 
     let mut start = 0;
     (0..world)
         .map(|r| {
-            // Every start looked at can be completed, so there is a choice.
-            let end = choices(&best, r, start).map_or(heads, |(_, end)| end);
+            let (_, _, Reverse(end)) = best[r][start - first[r]];
             let span = Span::new(start, end);
             start = end;
             span

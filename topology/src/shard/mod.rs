@@ -2,11 +2,13 @@
 //!
 //! With `n` ranks, `h` query heads, `k` key/value heads, `F` feed-forward columns and `V` vocabulary rows:
 //!
-//! * [`heads`]: query heads, in `n` ranges of at most `ceil(h/n)`, cut between key/value groups where that
-//!   costs nothing.
+//! * [`heads`]: query heads, in `n` ranges such that the most that a rank has of query heads and (twice) the
+//!   key/value heads they read is least, cut between key/value groups where that costs nothing.
 //! * [`kv_heads`]: a rank with query heads `[a, b)` needs key/value heads
 //!   `floor(a*k/h) ..= floor((b-1)*k/h)`, which other ranks may need too.
-//! * [`even`]: feed-forward columns, in `n` ranges of `ceil(F/n)` or `floor(F/n)`, larger first.
+//! * [`even`]: feed-forward columns, in `n` ranges of `ceil(F/n)` or `floor(F/n)`, larger first. That
+//!   a rank has fewer heads is no reason to give it more columns: each block ends in an all-reduce, so ranks
+//!   wait for the slowest of each block by itself.
 //! * [`vocab`]: vocabulary rows, padded to a multiple of `lcm(64, n)` and cut evenly; unpadded where that
 //!   would unbalance them.
 //!
@@ -69,7 +71,7 @@ impl Shares {
             Axis::KvHeads => of_heads(&self.heads.kv),
             Axis::Ffn => self.ffn.get(rank).copied(),
             Axis::Vocab => self.vocab.ranges.get(rank).copied(),
-            Axis::Hidden | Axis::Position | Axis::TokenType | Axis::Other => None,
+            Axis::Hidden | Axis::Position | Axis::TokenType => None,
         }
     }
 }
