@@ -14,7 +14,7 @@ pub(crate) fn value<T: Element>(rank: usize, i: usize) -> T {
     let float = |exponent: u32, mantissa: u32| {
         let one = ((1u64 << (exponent - 1)) - 1) << mantissa;
         let sign = (h >> 63) << (exponent + mantissa);
-        one + (h & ((2 << mantissa) - 1)) | sign
+        (one + (h & ((2 << mantissa) - 1))) | sign
     };
     let bits = match T::DTYPE {
         DType::F64 => float(11, 52),

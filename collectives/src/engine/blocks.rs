@@ -20,14 +20,12 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world) = (self.group.rank(), self.group.world());
         let wanted = root.is_none_or(|root| root == rank);
-        if wanted {
-            output[block(rank)].copy_from_slice(input);
-        }
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
         if longest <= INLINE {
             let step = self.group.next_step()?;
             self.group.publish_inline(input);
             if wanted {
+                output[block(rank)].copy_from_slice(input);
                 self.group.wait_all(step)?;
                 for who in self.peers() {
                     let to = &mut output[block(who)];
@@ -45,14 +43,20 @@ impl Engine {
                 let own = &input[pieces(rank).range(write)];
                 engine.group.slot()[..own.len()].copy_from_slice(own);
             },
-            |engine, read, step| {
+            |output, written| {
+                if wanted {
+                    let (piece, start) = (pieces(rank).range(written), block(rank).start);
+                    output[start + piece.start..start + piece.end].copy_from_slice(&input[piece]);
+                }
+            },
+            |engine, output, read, step| {
                 for who in engine.peers().filter(|_| wanted) {
-                    let piece = pieces(who).range(read);
-                    let from = block(who).start;
-                    output[from + piece.start..from + piece.end]
+                    let (piece, start) = (pieces(who).range(read), block(who).start);
+                    output[start + piece.start..start + piece.end]
                         .copy_from_slice(&engine.group.peer_slot(who, step)[..piece.len()]);
                 }
             },
+            output,
         )
     }
 
@@ -66,9 +70,6 @@ impl Engine {
         root: usize,
     ) -> Result<(), Failure> {
         let (rank, world) = (self.group.rank(), self.group.world());
-        if rank == root {
-            output.copy_from_slice(&input[block(rank)]);
-        }
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
         let room = self.room();
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, room);
@@ -82,12 +83,19 @@ impl Engine {
                     to.copy_from_slice(&input[from + piece.start..from + piece.end]);
                 }
             },
-            |engine, read, step| {
+            |output, written| {
+                if rank == root {
+                    let (piece, from) = (pieces(rank).range(written), block(rank).start);
+                    output[piece.clone()].copy_from_slice(&input[from + piece.start..from + piece.end]);
+                }
+            },
+            |engine, output, read, step| {
                 if rank != root {
                     let to = &mut output[pieces(rank).range(read)];
                     to.copy_from_slice(&engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
                 }
             },
+            output,
         )
     }
 
@@ -102,7 +110,6 @@ impl Engine {
         longest: usize,
     ) -> Result<(), Failure> {
         let rank = self.group.rank();
-        output[receives(rank)].copy_from_slice(&input[sends(rank)]);
         let room = self.room();
         self.rounds(
             Pieces::new(longest, 1, room).count(),
@@ -115,7 +122,13 @@ impl Engine {
                     to.copy_from_slice(&input[block.start + piece.start..block.start + piece.end]);
                 }
             },
-            |engine, read, step| {
+            |output, written| {
+                let (from, to) = (sends(rank).start, receives(rank).start);
+                let piece = Pieces::new(sends(rank).len(), 1, room).range(written);
+                output[to + piece.start..to + piece.end]
+                    .copy_from_slice(&input[from + piece.start..from + piece.end]);
+            },
+            |engine, output, read, step| {
                 for who in engine.peers() {
                     let block = receives(who);
                     let piece = Pieces::new(block.len(), 1, room).range(read);
@@ -123,6 +136,7 @@ impl Engine {
                     to.copy_from_slice(&engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
                 }
             },
+            output,
         )
     }
 
@@ -164,7 +178,6 @@ impl Engine {
             let p = Pieces::new(block.len() / size, size, room).range(i);
             p.start * size..p.end * size
         };
-        let mut data = Buffers { input: Some(&input[block(rank)]), output };
         self.rounds(
             Pieces::new(longest / size, size, room).count(),
             |_| true,
@@ -176,13 +189,16 @@ impl Engine {
                     to.copy_from_slice(&input[block.start + piece.start..block.start + piece.end]);
                 }
             },
-            |engine, read, step| {
+            |_, _| {},
+            |engine, output, read, step| {
                 let Engine { group, sources } = engine;
                 let own = piece(&block(rank), read);
+                let mut data = Buffers { input: Some(&input[block(rank)]), output };
                 data.reduce(r, own, rank, sources, |peer, len| {
                     &group.peer_slot(peer, step)[rank * room..][..len]
                 });
             },
+            output,
         )
     }
 

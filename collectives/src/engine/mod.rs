@@ -174,14 +174,16 @@ impl Engine {
     }
 
     /// `count` rounds in which ranks write their slots and read their peers', the reading one round behind the
-    /// writing. `write(i)` fills this rank's slot for round `i`; `read(i, step)` uses what the ranks in
-    /// `sources` wrote for it.
+    /// writing. `write(i)` fills this rank's slot for round `i`; `meanwhile(i)` does what needs no peer once it
+    /// is published; `read(i, step)` uses what the ranks in `sources` wrote for it.
     fn rounds(
         &mut self,
         count: usize,
         sources: impl Fn(usize) -> bool,
         mut write: impl FnMut(&mut Engine, usize),
-        mut read: impl FnMut(&mut Engine, usize, u64),
+        mut meanwhile: impl FnMut(&mut [u8], usize),
+        mut read: impl FnMut(&mut Engine, &mut [u8], usize, u64),
+        output: &mut [u8],
     ) -> Result<(), Failure> {
         // An empty exchange is a step too: it shows whether the ranks agree.
         let count = count.max(1);
@@ -195,11 +197,12 @@ impl Engine {
                 for who in self.peers().filter(|who| sources(*who)) {
                     self.group.wait(who, published)?;
                 }
-                read(self, t - 1, published);
+                read(self, output, t - 1, published);
             }
             if t < count {
                 self.group.publish();
                 published = step;
+                meanwhile(output, t);
             }
         }
         Ok(())
