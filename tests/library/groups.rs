@@ -211,7 +211,8 @@ fn abort_ends_a_call_that_waits_on_every_rank() {
             "{error}"
         );
     });
-    // From another thread of the rank that waits.
+    // From another thread of the rank that waits, for a peer that is there and doesn't come.
+    let aborted = std::sync::Barrier::new(2);
     threads(2, &Options::default(), |comm| {
         if comm.rank() == 0 {
             std::thread::scope(|s| {
@@ -224,6 +225,7 @@ fn abort_ends_a_call_that_waits_on_every_rank() {
                 assert!(error.to_string().contains("enough"), "{error}");
             });
         }
+        aborted.wait();
     });
 }
 

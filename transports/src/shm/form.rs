@@ -83,7 +83,12 @@ impl Group {
             (_, _, None) => Ok(None),
             (_, Ok(layout), Some(rank)) if start != 0 => {
                 let liveness = self.liveness.subset(&ranks);
-                Group::enter_part(self.memory(), start, layout, rank, liveness, &self.options).map(Some)
+                let group = Group::enter_part(self.memory(), start, layout, rank, liveness, &self.options);
+                // The processors are shared with the ranks of the other groups.
+                group.map(|mut group| {
+                    group.patience = self.patience;
+                    Some(group)
+                })
             }
             _ => Err(self.no_memory(first.unwrap_or(0))),
         };

@@ -31,7 +31,7 @@ pub struct Group {
     pub(super) shared: Arc<Shared>,
     pub(super) liveness: Liveness,
     pub(super) options: Options,
-    patience: Patience,
+    pub(super) patience: Patience,
     /// The step that this rank is in.
     step: u64,
     /// The last step that this rank has published: `step`, or the one before while `step` is being written.

@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+/// How long a spinning rank keeps its processor at a time.
+const YIELD_INTERVAL: Duration = Duration::from_micros(20);
+
 /// How a rank waits before it sleeps.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
@@ -27,7 +30,17 @@ impl Patience {
     /// Burns time until `arrived` or until it is time to sleep; whether it arrived.
     pub(super) fn spin_until(&self, arrived: impl Fn() -> bool) -> bool {
         let start = Instant::now();
-        while start.elapsed() < self.spin {
+        let mut yielded = Duration::ZERO;
+        loop {
+            let spent = start.elapsed();
+            if spent >= self.spin {
+                break;
+            }
+            // On a busy machine the peer may have been woken on this very processor, and be waiting for it.
+            if spent - yielded >= YIELD_INTERVAL {
+                yielded = spent;
+                std::thread::yield_now();
+            }
             for _ in 0..64 {
                 if arrived() {
                     return true;
