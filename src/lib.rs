@@ -42,7 +42,7 @@ pub use tensorwire_transports as transports;
 
 pub use tensorwire_collectives::{Algorithm, AllReducePlan, Communicator, Symmetric, Work};
 pub use tensorwire_core::{Call, DEFAULT_TIMEOUT, DType, Deadline, Element, Error, Op, ReduceOp, Result};
-pub use tensorwire_transports::shm::Options;
+pub use tensorwire_transports::shm::{FlightRecord, Options};
 
 /// The README's example, so that it compiles.
 #[doc = include_str!("../README.md")]

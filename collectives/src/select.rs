@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use tensorwire_core::Error;
-use tensorwire_transports::shm::INLINE;
+use tensorwire_transports::shm::{INLINE, Label};
 
 /// How an all-reduce of `S` bytes over `n` ranks moves its data through shared memory. All of them give the
 /// same bits.
@@ -32,6 +32,16 @@ impl Algorithm {
             Algorithm::Inline => "inline",
             Algorithm::OneShot => "one_shot",
             Algorithm::TwoShot => "two_shot",
+        }
+    }
+
+    /// Its name for the flight record.
+    #[inline]
+    pub(crate) const fn label(self) -> Label {
+        match self {
+            Algorithm::Inline => const { Label::new(Algorithm::Inline.name()) },
+            Algorithm::OneShot => const { Label::new(Algorithm::OneShot.name()) },
+            Algorithm::TwoShot => const { Label::new(Algorithm::TwoShot.name()) },
         }
     }
 

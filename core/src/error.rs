@@ -33,8 +33,8 @@ pub enum Error {
 
     /// Peers are alive but did not come to this call in time.
     #[error(
-        "rank {rank}: {call} (call {seq}) timed out after {after:?} waiting for rank(s) {waiting_for:?}: \
-         are they stopped, slow, or in another call? The limit is TENSORWIRE_TIMEOUT"
+        "rank {rank}: {call} (call {seq}) timed out after {after:?} waiting for rank(s) {waiting_for:?}, which are \
+         stopped, slow or elsewhere (the limit is TENSORWIRE_TIMEOUT): {instead}"
     )]
     Timeout {
         /// The rank that reports.
@@ -43,10 +43,12 @@ pub enum Error {
         call: Call,
         /// Its number on this communicator, from 1.
         seq: u64,
-        /// The ranks that had not come.
+        /// The ranks that kept it from going on: not those that waited themselves.
         waiting_for: Vec<usize>,
         /// The time allowed.
         after: Duration,
+        /// What the ranks are doing, for a person.
+        instead: String,
     },
 
     /// Two ranks made different calls at the same place in the program.

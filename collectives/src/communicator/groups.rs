@@ -1,6 +1,7 @@
 //! Groups of some of the ranks, and the end of a group.
 
 use tensorwire_core::{Error, Result};
+use tensorwire_transports::shm::FlightRecord;
 
 use super::Communicator;
 
@@ -56,7 +57,14 @@ impl Communicator {
     /// Ends the group from any thread of this rank, also while another is inside a call: every rank's current
     /// or next call fails with [`Error::Aborted`] and `why`.
     pub fn abort(&self, why: &str) {
-        self.inner.aborter.abort(why);
+        self.inner.handle.abort(why);
+    }
+
+    /// What every rank of the group is doing, and its last calls: from any thread, also while another is inside a
+    /// call, and after the group has failed. Printed, it says how the ranks differ. Calls of a group of one rank
+    /// aren't recorded.
+    pub fn flight_record(&self) -> FlightRecord {
+        self.inner.handle.flight_record()
     }
 
     /// After a failure, a communicator of the ranks that are still there, in their old order. Every survivor

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, TryLockError};
 
 use tensorwire_core::{Deadline, Error, Result};
 use tensorwire_transports::launch::{Env, Rendezvous};
-use tensorwire_transports::shm::{self, Aborter, Failure, Group, Options};
+use tensorwire_transports::shm::{self, Failure, Group, Handle, Options};
 use tensorwire_transports::store::{Store, UnixStore};
 
 use crate::engine::Engine;
@@ -61,7 +61,7 @@ pub struct Communicator {
 #[derive(Debug)]
 struct Inner {
     state: Mutex<State>,
-    aborter: Aborter,
+    handle: Handle,
     /// Rank 0 of a job without a launcher serves its store for as long as the communicator lives.
     _store: Option<UnixStore>,
 }
@@ -121,9 +121,9 @@ impl Communicator {
     }
 
     fn over(group: Group, store: Option<UnixStore>) -> Communicator {
-        let (rank, world, aborter) = (group.rank(), group.world(), group.aborter());
+        let (rank, world, handle) = (group.rank(), group.world(), group.handle());
         let state = Mutex::new(State { engine: Engine::new(group), algorithm: None, cause: None });
-        let inner = Arc::new(Inner { state, aborter, _store: store });
+        let inner = Arc::new(Inner { state, handle, _store: store });
         Communicator { rank, world, inner, started: Some(work::Started::default()) }
     }
 

@@ -18,6 +18,7 @@ impl Engine {
         algorithm: Algorithm,
         root: Option<usize>,
     ) -> Result<(), Failure> {
+        self.group.note(algorithm.label());
         match algorithm {
             Algorithm::Inline => self.all_reduce_one_step(data, r, root, true),
             Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false),

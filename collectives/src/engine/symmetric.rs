@@ -1,6 +1,6 @@
 //! All-reduce in memory that every rank maps: nothing is copied to be sent.
 
-use tensorwire_transports::shm::{Failure, Region};
+use tensorwire_transports::shm::{Failure, Label, Region};
 
 use super::{Engine, REDUCE_BLOCK, Reduction};
 use crate::schedule::part;
@@ -16,6 +16,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         assert!(bytes <= region.bytes());
+        self.group.note(const { Label::new("symmetric") });
         // Every rank's block may be touched by its peers between these two steps, and only there.
         let step = self.group.next_step()?;
         self.group.publish();

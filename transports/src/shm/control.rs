@@ -4,34 +4,33 @@
 //! | --- | --- | --- | --- |
 //! | `Flag::step` | its rank, Release, after the step's payload and slot | peers, Acquire | makes the step's data visible |
 //! | `Header::sleepers`, `Control::sleeping` | a rank about to sleep, then SeqCst fence, then it reads the flag once more | a rank that published, after a SeqCst fence | one of the two sees the other (Dekker) |
-//! | `Control::doorbell` | ringers, Release | its rank, Acquire, before the last look at the flag; then the kernel, in futex_wait | a ring after that look makes futex_wait return |
+//! | `Control::doorbell` | ringers, Release | its rank, Acquire, before it looks at anything else; then the kernel, when it sleeps | a ring after that look ends the sleep |
 //! | `Control::state` | its rank, Release, once, when it leaves | peers, Acquire, before the last look at the flag | what was published before leaving is seen |
-//! | `Header::verdict_state` | the first rank that fails: CAS to WRITING, then READY, Release | everyone, Acquire | makes the verdict visible |
+//! | `Header::failed` | CAS from 0 by a rank that fails, Release, after its `Control::verdict` | everyone, Acquire | makes that rank's verdict visible |
 //! | `Control::shrinking` | its rank, Release | the decider, Acquire | the rank is out of its call |
 //! | `Header::decider` | CAS by the lowest living rank, AcqRel; a dead decider is replaced | itself | one decides |
 //! | `Header::decided` | the decider, Release, after `decision` | everyone, Acquire | makes the decision visible |
-//! | `Header::left` | each rank once, when it leaves, AcqRel | itself | the last to leave comes after all others |
 //! | `LaneHead::written` | the lane's sender, Release, after the bytes | the receiver, Acquire | makes the bytes visible |
 //! | `LaneHead::read` | the lane's receiver, Release, after copying | the sender, Acquire | the bytes may be overwritten |
-//! | `CallRecord` words | its rank, Relaxed; `seq` Release | peers, after a flag of that call | what the rank called, for error messages |
+//! | `Control::records` | its rank: see `record` | anyone | what the rank called |
+//! | `Control::looked`, `awaits` | its rank, Relaxed, while it waits for long | anyone | says who keeps whom waiting; nothing depends on it |
+//! | `Control::pid` | its rank, Relaxed, when it joins | anyone | a number for a person |
+//!
+//! All zeros is the state that a group begins in.
 
-use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-
-use tensorwire_core::Call;
-
-use super::layout::{FLAG, INLINE, MAX_WORLD, PAGE};
+use super::bell::Doorbell;
+use super::layout::{INLINE, MAX_WORLD};
+use super::memory::PartHead;
+use super::record::Records;
+use super::sync::{AtomicU32, AtomicU64, UnsafeCell};
 use super::verdict::Verdict;
-
-/// Calls a rank keeps on record.
-const RECORDS: usize = 32;
 
 #[repr(C, align(4096))]
 pub(super) struct Header {
-    pub(super) verdict_state: AtomicU32,
-    pub(super) verdict: UnsafeCell<Verdict>,
-    /// Ranks that have left.
-    pub(super) left: AtomicU32,
+    /// What every part of the memory begins with.
+    pub(super) part: PartHead,
+    /// The rank whose verdict ended the group, plus 1.
+    pub(super) failed: AtomicU32,
     /// After a failure, the rank that decides who goes on, plus 1.
     pub(super) decider: AtomicU32,
     /// 1 once `decision` can be read.
@@ -44,11 +43,18 @@ pub(super) struct Header {
 #[repr(C, align(4096))]
 pub(super) struct Control {
     pub(super) state: AtomicU32,
-    pub(super) sleeping: AtomicU32,
+    /// The rank's process, as it numbers itself; 0 before it has joined.
+    pub(super) pid: AtomicU32,
     /// 1 once the rank wants to go on without those that are gone.
     pub(super) shrinking: AtomicU32,
-    pub(super) doorbell: Line<AtomicU32>,
-    calls: Line<[CallRecord; RECORDS]>,
+    pub(super) sleeping: AtomicU32,
+    /// While the rank waits for long: the peer that it waits for, and when it last looked around.
+    pub(super) awaits: AtomicU32,
+    pub(super) looked: AtomicU64,
+    pub(super) doorbell: Line<Doorbell>,
+    /// Why this rank says that the group ended.
+    pub(super) verdict: UnsafeCell<Verdict>,
+    pub(super) records: Line<Records>,
 }
 
 /// Who goes on after a failure, and in which part of the memory.
@@ -72,7 +78,7 @@ impl Decision {
     }
 }
 
-/// `Control::state` of a rank that has left the group. 0 is a member.
+/// `Control::state` of a rank that has left the group. 0 is a member, or one to be.
 pub(super) const LEFT: u32 = 1;
 
 /// A value on cache lines of its own.
@@ -88,12 +94,6 @@ pub(super) struct LaneHead {
     pub(super) read: Line<AtomicU64>,
 }
 
-#[repr(C)]
-struct CallRecord {
-    seq: AtomicU64,
-    words: [AtomicU64; 4],
-}
-
 /// One rank's word to its peers about one step, with the payload of small messages in the same cache line.
 #[repr(C, align(128))]
 pub(super) struct Flag {
@@ -105,31 +105,17 @@ pub(super) struct Flag {
 }
 
 /// Aligned for any element type.
+#[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub(super) struct Payload(pub(super) [u8; INLINE]);
 
-const _: () =
-    assert!(size_of::<Header>() == PAGE && size_of::<Control>() == PAGE && size_of::<Flag>() == FLAG);
-// Step, fingerprint and payload arrive together: they share one 64-byte cache line.
-const _: () = assert!(std::mem::offset_of!(Flag, payload) + INLINE <= 64);
+#[cfg(not(loom))]
+mod sizes {
+    use super::*;
+    use crate::shm::layout::{FLAG, PAGE};
 
-impl Control {
-    /// Records that this rank's call number `seq` is `call`.
-    #[inline]
-    pub(super) fn record(&self, seq: u64, call: &Call) {
-        let record = &self.calls.0[seq as usize % RECORDS];
-        for (word, value) in record.words.iter().zip(call.to_words()) {
-            word.store(value, Ordering::Relaxed);
-        }
-        record.seq.store(seq, Ordering::Release);
-    }
-
-    /// This rank's call number `seq`, if it is still on record.
-    pub(super) fn recorded(&self, seq: u64) -> Option<Call> {
-        let record = &self.calls.0[seq as usize % RECORDS];
-        let before = record.seq.load(Ordering::Acquire);
-        let words = record.words.each_ref().map(|w| w.load(Ordering::Acquire));
-        // A rank that runs ahead may be overwriting the record: then its number has changed.
-        (before == seq && record.seq.load(Ordering::Relaxed) == seq).then(|| Call::from_words(words))?
-    }
+    const _: () =
+        assert!(size_of::<Header>() == PAGE && size_of::<Control>() == PAGE && size_of::<Flag>() == FLAG);
+    // Step, fingerprint and payload arrive together: they share one 64-byte cache line.
+    const _: () = assert!(std::mem::offset_of!(Flag, payload) + INLINE <= 64);
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
@@ -12,7 +11,8 @@ use super::control::{Decision, LEFT};
 use super::group::Group;
 use super::layout::Layout;
 use super::memory::Memory;
-use super::shared::futex_wait;
+use super::sync::Ordering;
+use super::words::Words;
 use super::{Options, region::Region};
 use crate::liveness::Liveness;
 
@@ -32,7 +32,7 @@ impl Group {
     ) -> Result<Group> {
         let part = memory.map(start, layout.len)?;
         let slots = part.start() + layout.slot(rank, 0) as u64;
-        let group = Group::new(part, layout, rank, liveness, options);
+        let group = Group::new(Words { part, layout }, rank, liveness, options);
         match memory.reserve(slots, layout.slots()) {
             Ok(()) => Ok(group),
             // The others learn why, and not only that this rank has left.
@@ -45,7 +45,7 @@ impl Group {
     }
 
     fn memory(&self) -> &Arc<Memory> {
-        self.shared.part.memory()
+        self.shared.words.part.memory()
     }
 
     /// Forms groups of the ranks that give the same `color`, ordered by `key`, then rank; a rank without a
@@ -69,10 +69,10 @@ impl Group {
         let ranks: Vec<usize> = ours.into_iter().map(|(_, rank)| rank).collect();
 
         // The first of each new group takes its memory and tells the others where it starts; 0 says it failed.
-        let layout = Layout::new(ranks.len().max(1), self.shared.layout.slots());
+        let layout = Layout::new(ranks.len().max(1), self.shared.words.layout.slots());
         let first = ranks.first().copied();
         let taken = match (&layout, first == Some(self.rank())) {
-            (Ok(layout), true) => self.take_head(layout),
+            (Ok(layout), true) => layout.take(self.memory()),
             _ => Ok(0),
         };
         let start = *taken.as_ref().unwrap_or(&0);
@@ -106,30 +106,22 @@ impl Group {
             root: None,
             layout: 0,
         })?;
-        let len = Region::len(self.world(), bytes);
-        let taken = match (self.rank(), len) {
-            (0, Ok(len)) => self.memory().take(len),
-            (_, Err(e)) => Err(e),
-            _ => Ok(0),
+        let taken = match self.rank() {
+            0 => Region::take(self.memory(), self.world(), bytes),
+            _ => Region::len(self.world(), bytes).map(|_| 0),
         };
         let start = u64::from_le_bytes(self.exchange(taken.as_ref().unwrap_or(&0).to_le_bytes())?[0]);
         let made = match taken {
             Err(e) => Err(e),
             Ok(_) if start == 0 => Err(self.no_memory(0)),
-            Ok(_) => Region::map(&self.shared.part, start, self.world(), self.rank(), bytes),
+            Ok(_) => Region::map(&self.shared.words.part, start, self.world(), self.rank(), bytes),
         };
         self.agree(made)
     }
 
     /// Whether the region was taken by this group.
     pub fn owns(&self, region: &Region) -> bool {
-        region.is_of(&self.shared.part)
-    }
-
-    fn take_head(&self, layout: &Layout) -> Result<u64> {
-        let start = self.memory().take(layout.len)?;
-        self.memory().reserve(start, layout.head)?;
-        Ok(start)
+        region.is_of(&self.shared.words.part)
     }
 
     fn no_memory(&self, by: usize) -> Error {
@@ -165,60 +157,62 @@ impl Group {
         let deadline = Deadline::after(self.options.timeout);
         // Others may wait for a rank until then; this one waits for them.
         let patience = Deadline::after(self.options.timeout + LOOK * 100);
-        let header = shared.header();
-        shared.control(me).shrinking.store(1, Ordering::Release);
+        let header = shared.words.header();
+        shared.words.control(me).shrinking.store(1, Ordering::Release);
         shared.wake_everyone();
         let lost = shared.lost();
+        let doorbell = &shared.words.control(me).doorbell.0;
         loop {
-            let bell = shared.control(me).doorbell.0.load(Ordering::Acquire);
+            let bell = doorbell.look();
             if header.decided.load(Ordering::Acquire) == 1 {
                 break;
             }
             let gone = |r: usize| {
-                shared.control(r).state.load(Ordering::Acquire) == LEFT
+                shared.words.control(r).state.load(Ordering::Acquire) == LEFT
                     || self.liveness.ended(r)
                     || lost.contains(&r)
             };
             let there: Vec<usize> = (0..world).filter(|r| *r == me || !gone(*r)).collect();
-            let ready = |r: &usize| shared.control(*r).shrinking.load(Ordering::Acquire) == 1;
+            let ready = |r: &usize| shared.words.control(*r).shrinking.load(Ordering::Acquire) == 1;
             if there.first() == Some(&me) && (there.iter().all(ready) || deadline.passed()) {
                 let members: Vec<usize> = there.into_iter().filter(ready).collect();
                 self.decide(&members, |decider| self.liveness.ended(decider))?;
-                continue;
             }
             if patience.passed() {
                 return Err(failed(format!("no rank decided who goes on within {:?}", patience.budget())));
             }
-            futex_wait(&shared.control(me).doorbell.0, bell, LOOK);
+            doorbell.sleep(bell, LOOK);
         }
         // SAFETY: `decided` is stored after the decision was written, and nobody writes it again.
-        let decision = unsafe { *header.decision.get() };
+        let decision = header.decision.with(|d| unsafe { *d });
         let members = decision.ranks();
         let rank = members.iter().position(|r| *r == me);
         let rank = rank.ok_or_else(|| {
             failed(format!("ranks {members:?} went on without this one, which came too late"))
         })?;
-        let layout = Layout::new(members.len(), shared.layout.slots())?;
+        let layout = Layout::new(members.len(), shared.words.layout.slots())?;
         let liveness = self.liveness.subset(&members);
         Group::enter_part(self.memory(), decision.start, layout, rank, liveness, &self.options)
     }
 
     /// Decides who goes on, unless another rank that lives does.
     fn decide(&self, members: &[usize], ended: impl Fn(usize) -> bool) -> Result<()> {
-        let header = self.shared.header();
+        let header = self.shared.words.header();
         let before = header.decider.load(Ordering::Acquire);
         let mine = self.rank() as u32 + 1;
         if before != 0 && (before == mine || !ended(before as usize - 1)) {
             return Ok(());
         }
-        let layout = Layout::new(members.len(), self.shared.layout.slots())?;
-        let start = self.take_head(&layout)?;
+        let layout = Layout::new(members.len(), self.shared.words.layout.slots())?;
+        let start = layout.take(self.memory())?;
         if header.decider.compare_exchange(before, mine, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             // SAFETY: winning the exchange makes this rank the decision's only writer: an earlier decider has
             // ended, and nobody reads it before `decided`.
-            unsafe { header.decision.get().write(Decision::new(start, members)) };
+            header.decision.with_mut(|d| unsafe { d.write(Decision::new(start, members)) });
             header.decided.store(1, Ordering::Release);
             self.shared.wake_everyone();
+        } else {
+            self.memory().give_back(start, layout.len as u64);
         }
         Ok(())
     }

@@ -10,15 +10,17 @@
 //! it sleeps or returns itself.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
 
 use super::control::LEFT;
-use super::layout::{DEPTH, INLINE, Layout};
-use super::memory::Part;
-use super::shared::{NO_VERDICT, Shared, futex_wait};
+use super::flight::FlightRecord;
+use super::layout::{DEPTH, INLINE};
+use super::record::Label;
+use super::shared::Shared;
+use super::sync::{Ordering, fence};
+use super::words::Words;
 use super::{Failure, Options, wait::Patience};
 use crate::liveness::Liveness;
 
@@ -40,6 +42,8 @@ pub struct Group {
     seen: Vec<u64>,
     /// This rank's collective calls so far.
     pub(super) seq: u64,
+    /// Its calls of every kind so far.
+    recorded: u64,
     pub(super) call: Call,
     fingerprint: u32,
     /// When the current call gives up; set by its first wait that isn't short.
@@ -61,11 +65,15 @@ impl Awaited {
         let me = shared.rank;
         match *self {
             // Acquire: pairs with the Release store in the peer's `publish`.
-            Awaited::Step { peer, step } => shared.flag(peer, step).step.load(Ordering::Acquire) >= step,
+            Awaited::Step { peer, step } => {
+                shared.words.flag(peer, step).step.load(Ordering::Acquire) >= step
+            }
             // Acquire: pairs with the Release stores of the lane's other end.
             Awaited::Lanes { from, to } => {
-                from.is_some_and(|(peer, at)| shared.lane(peer, me).written.0.load(Ordering::Acquire) > at)
-                    || to.is_some_and(|(peer, at)| shared.lane(me, peer).read.0.load(Ordering::Acquire) > at)
+                from.is_some_and(|(peer, at)| {
+                    shared.words.lane(peer, me).written.0.load(Ordering::Acquire) > at
+                }) || to
+                    .is_some_and(|(peer, at)| shared.words.lane(me, peer).read.0.load(Ordering::Acquire) > at)
             }
         }
     }
@@ -79,11 +87,12 @@ impl Awaited {
         a.into_iter().chain(b)
     }
 
-    /// The ranks that a timeout names.
+    /// The peers that haven't come.
     fn late(&self, shared: &Shared) -> Vec<usize> {
         match *self {
             Awaited::Step { step, .. } => {
-                shared.peers().filter(|p| shared.flag(*p, step).step.load(Ordering::Acquire) < step).collect()
+                let has_come = |p| shared.words.flag(p, step).step.load(Ordering::Acquire) >= step;
+                shared.peers().filter(|p| !has_come(*p)).collect()
             }
             Awaited::Lanes { .. } => self.peers().collect(),
         }
@@ -91,22 +100,18 @@ impl Awaited {
 }
 
 impl Group {
-    pub(super) fn new(
-        part: Part,
-        layout: Layout,
-        rank: usize,
-        liveness: Liveness,
-        options: &Options,
-    ) -> Group {
+    pub(super) fn new(words: Words, rank: usize, liveness: Liveness, options: &Options) -> Group {
+        let world = words.layout.world;
         Group {
-            shared: Arc::new(Shared { part, layout, rank }),
+            shared: Arc::new(Shared::new(words, rank)),
             liveness,
-            patience: Patience::for_world(layout.world),
+            patience: Patience::for_world(world),
             options: options.clone(),
             step: 0,
             published: 0,
-            seen: vec![0; layout.world],
+            seen: vec![0; world],
             seq: 0,
+            recorded: 0,
             call: Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 },
             fingerprint: 0,
             deadline: None,
@@ -128,12 +133,17 @@ impl Group {
     /// Bytes that a slot holds.
     #[inline]
     pub fn slot_bytes(&self) -> usize {
-        self.shared.layout.slot
+        self.shared.words.layout.slot
     }
 
-    /// What another thread of this rank needs to end the group.
-    pub fn aborter(&self) -> Aborter {
-        Aborter { shared: self.shared.clone(), timeout: self.options.timeout }
+    /// What other threads of this rank may do with the group.
+    pub fn handle(&self) -> Handle {
+        Handle { shared: self.shared.clone(), liveness: self.liveness.clone() }
+    }
+
+    /// What every rank is doing, and did last.
+    pub fn flight_record(&self) -> FlightRecord {
+        FlightRecord::of(&self.shared, &self.liveness)
     }
 
     /// Begins a call: every wait until the next one checks that peers are in the same call.
@@ -141,13 +151,13 @@ impl Group {
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
         self.fingerprint = call.fingerprint();
-        self.shared.control(self.rank()).record(self.seq, &call);
         self.enter(call)
     }
 
-    /// Notes what this rank is doing, for errors; fails if the group has ended.
+    /// Notes what this rank is doing, for errors and the flight record; fails if the group has ended.
     #[inline]
     pub(super) fn enter(&mut self, call: Call) -> Result<(), Failure> {
+        self.record(&call);
         self.call = call;
         self.deadline = None;
         if self.shared.ended() {
@@ -156,10 +166,31 @@ impl Group {
         Ok(())
     }
 
+    #[inline]
+    pub(super) fn record(&mut self, call: &Call) {
+        self.recorded += 1;
+        let records = &self.shared.words.control(self.rank()).records.0;
+        records.begin(self.recorded, self.seq, call, self.shared.clock.now());
+    }
+
+    /// Notes how the call that has begun is carried out, for the flight record.
+    #[inline]
+    pub fn note(&mut self, label: Label) {
+        self.shared.words.control(self.rank()).records.0.label(self.recorded, label);
+    }
+
     /// Ends a call: wakes peers that sleep on what this rank has published.
     #[inline]
-    pub fn end(&self) {
+    pub fn end(&mut self) {
+        self.finish(0);
         self.shared.ring();
+    }
+
+    /// Records that the call `before` the last one is done.
+    #[inline]
+    pub(super) fn finish(&mut self, before: u64) {
+        let records = &self.shared.words.control(self.rank()).records.0;
+        records.finish(self.recorded - before, self.shared.clock.now());
     }
 
     /// Enters the next step and returns its number. The rank's slot for it may be written from now on: every
@@ -184,18 +215,18 @@ impl Group {
     #[inline]
     pub fn slot(&mut self) -> &mut [u8] {
         assert!(self.published < self.step, "the slot of a published step belongs to its readers");
-        let layout = &self.shared.layout;
-        let at = self.shared.part.at(layout.slot(self.rank(), self.step));
+        let words = &self.shared.words;
+        let at = words.slot(self.rank(), self.step);
         // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) this rank alone writes it, and
         // `self` is borrowed; (3) peers don't read it: what was there they have read (`next_step`), and what
         // will be there they read only once it is published, which needs `self` again.
-        unsafe { std::slice::from_raw_parts_mut(at, layout.slot) }
+        unsafe { std::slice::from_raw_parts_mut(at, words.layout.slot) }
     }
 
     /// Publishes the step: what was written to the slot before is visible to whoever waits for it.
     #[inline]
     pub fn publish(&mut self) {
-        let flag = self.shared.flag(self.rank(), self.step);
+        let flag = self.shared.words.flag(self.rank(), self.step);
         flag.fingerprint.store(self.fingerprint, Ordering::Relaxed);
         flag.step.store(self.step, Ordering::Release);
         self.published = self.step;
@@ -205,9 +236,10 @@ impl Group {
     #[inline]
     pub fn publish_inline(&mut self, payload: &[u8]) {
         assert!(payload.len() <= INLINE && self.published < self.step);
-        let to = self.shared.flag(self.rank(), self.step).payload.get().cast::<u8>();
-        // SAFETY: (1) the payload has room for INLINE bytes; (2) as for `slot`.
-        unsafe { std::ptr::copy_nonoverlapping(payload.as_ptr(), to, payload.len()) };
+        self.shared.words.flag(self.rank(), self.step).payload.with_mut(|to| {
+            // SAFETY: (1) the payload has room for INLINE bytes; (2) as for `slot`.
+            unsafe { std::ptr::copy_nonoverlapping(payload.as_ptr(), to.cast::<u8>(), payload.len()) }
+        });
         self.publish();
     }
 
@@ -216,11 +248,11 @@ impl Group {
     #[inline]
     pub fn peer_slot(&self, peer: usize, step: u64) -> &[u8] {
         self.assert_readable(peer, step);
-        let layout = &self.shared.layout;
+        let words = &self.shared.words;
         // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) `peer` published `step`, and
         // the Acquire load that showed it makes the slot's bytes visible; (3) `peer` writes there again only
         // when this rank has published a later step, which needs `self` mutably.
-        unsafe { std::slice::from_raw_parts(self.shared.part.at(layout.slot(peer, step)), layout.slot) }
+        unsafe { std::slice::from_raw_parts(words.slot(peer, step), words.layout.slot) }
     }
 
     /// What `peer` published in its flag's cache line in `step`; the conditions of
@@ -229,7 +261,7 @@ impl Group {
     pub fn peer_inline(&self, peer: usize, step: u64) -> &[u8; INLINE] {
         self.assert_readable(peer, step);
         // SAFETY: as for `peer_slot`.
-        unsafe { &(*self.shared.flag(peer, step).payload.get()).0 }
+        self.shared.words.flag(peer, step).payload.with(|payload| unsafe { &(*payload).0 })
     }
 
     #[inline]
@@ -244,7 +276,7 @@ impl Group {
     #[inline]
     pub fn wait(&mut self, peer: usize, step: u64) -> Result<(), Failure> {
         self.wait_any_call(peer, step)?;
-        if self.shared.flag(peer, step).fingerprint.load(Ordering::Relaxed) != self.fingerprint {
+        if self.shared.words.flag(peer, step).fingerprint.load(Ordering::Relaxed) != self.fingerprint {
             return Err(self.mismatch(peer));
         }
         Ok(())
@@ -303,39 +335,43 @@ impl Group {
         if self.patience.spin_until(arrived) {
             return Ok(());
         }
+        let me = self.shared.words.control(self.rank());
         loop {
+            // Whatever happens from here on rings, and ends the sleep.
+            let bell = me.doorbell.0.look();
             for peer in awaited.peers() {
                 self.check_peer(peer, awaited, deadline)?;
+                me.awaits.store(peer as u32, Ordering::Relaxed);
             }
-            self.sleep(awaited, deadline);
+            me.looked.store(self.shared.clock.now(), Ordering::Relaxed);
+            self.sleep(awaited, bell, deadline);
             if arrived() {
+                me.looked.store(0, Ordering::Relaxed);
                 return Ok(());
             }
         }
     }
 
     /// Sleeps until somebody rings, or it is time to look whether the peers are alive.
-    fn sleep(&self, awaited: Awaited, deadline: Deadline) {
-        let me = self.shared.control(self.rank());
-        let header = self.shared.header();
+    fn sleep(&self, awaited: Awaited, bell: u32, deadline: Deadline) {
+        let me = self.shared.words.control(self.rank());
+        let sleepers = &self.shared.words.header().sleepers.0;
         me.sleeping.store(1, Ordering::Relaxed);
-        header.sleepers.0.fetch_add(1, Ordering::Relaxed);
-        // Acquire: a ring that comes after this look changes the word, and the kernel sees that.
-        let bell = me.doorbell.0.load(Ordering::Acquire);
+        sleepers.fetch_add(1, Ordering::Relaxed);
         // Pairs with the fence in `Shared::ring`: either this rank sees what was published, or the publisher
         // sees a sleeper.
         fence(Ordering::SeqCst);
-        if !awaited.arrived(&self.shared) && header.verdict_state.load(Ordering::Acquire) == NO_VERDICT {
-            futex_wait(&me.doorbell.0, bell, LIVENESS_INTERVAL.min(deadline.remaining()));
+        if !awaited.arrived(&self.shared) {
+            me.doorbell.0.sleep(bell, LIVENESS_INTERVAL.min(deadline.remaining()));
         }
         me.sleeping.store(0, Ordering::Relaxed);
-        header.sleepers.0.fetch_sub(1, Ordering::Relaxed);
+        sleepers.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Fails if waiting for `peer` has become useless: the group ended, the peer is gone, or time is up.
     fn check_peer(&self, peer: usize, awaited: Awaited, deadline: Deadline) -> Result<(), Failure> {
         self.check_verdict()?;
-        let left = self.shared.control(peer).state.load(Ordering::Acquire) == LEFT;
+        let left = self.shared.words.control(peer).state.load(Ordering::Acquire) == LEFT;
         let ended = !left && self.liveness.ended(peer);
         // The peer may have published before it went: its state was read first.
         if awaited.arrived(&self.shared) {
@@ -343,12 +379,14 @@ impl Group {
         }
         let (rank, call, seq) = (self.rank(), self.call, self.seq);
         if left || ended {
-            let how = if left { "it left the group" } else { "its process ended" }.to_owned();
+            let how = if left { "it left the group" } else { "its process ended" };
+            let how = format!("{how}{}", self.flight_record().last_seen(peer));
             return Err(self.fail(Error::PeerLost { rank, peer, call, seq, how }));
         }
         if deadline.passed() {
-            let waiting_for = awaited.late(&self.shared);
-            return Err(self.fail(Error::Timeout { rank, call, seq, waiting_for, after: deadline.budget() }));
+            let waiting_for = self.shared.blamed(&awaited.late(&self.shared), deadline.budget());
+            let (after, instead) = (deadline.budget(), self.flight_record().difference());
+            return Err(self.fail(Error::Timeout { rank, call, seq, waiting_for, after, instead }));
         }
         Ok(())
     }
@@ -357,7 +395,8 @@ impl Group {
     #[inline(never)]
     fn mismatch(&self, peer: usize) -> Failure {
         let (rank, seq, ours) = (self.rank(), self.seq, self.call);
-        let Some(theirs) = self.shared.control(peer).recorded(seq).filter(|theirs| *theirs != ours) else {
+        let theirs = self.shared.words.control(peer).records.0.collective(seq);
+        let Some(theirs) = theirs.filter(|theirs| *theirs != ours) else {
             let why = format!("rank {peer} is in another call than {ours}, which it no longer has on record");
             return self.fail(Error::Aborted { rank, by: rank, call: ours, seq, why });
         };
@@ -375,11 +414,11 @@ impl Group {
     /// Ends the group for every rank, with `error` as the reason unless another was first; returns what this
     /// rank reports.
     pub fn fail(&self, error: Error) -> Failure {
-        self.shared.fail(error, self.call, self.seq, self.options.timeout)
+        self.shared.fail(error, self.call, self.seq)
     }
 
     fn check_verdict(&self) -> Result<(), Failure> {
-        self.shared.verdict(self.call, self.seq, self.options.timeout).map_or(Ok(()), Err)
+        self.shared.verdict(self.call, self.seq).map_or(Ok(()), Err)
     }
 }
 
@@ -389,18 +428,23 @@ impl Drop for Group {
     }
 }
 
-/// Ends a group from any thread of a rank, whatever the rank is waiting for.
+/// What any thread of a rank may do with its group, whatever the rank is waiting for.
 #[derive(Clone, Debug)]
-pub struct Aborter {
+pub struct Handle {
     shared: Arc<Shared>,
-    timeout: Duration,
+    liveness: Liveness,
 }
 
-impl Aborter {
+impl Handle {
     /// Ends the group: every rank's current or next call fails with [`Error::Aborted`] and `why`. Does nothing
     /// if the group has ended already.
     pub fn abort(&self, why: &str) {
         let call = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 };
-        self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0, self.timeout);
+        self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
+    }
+
+    /// What every rank is doing, and did last.
+    pub fn flight_record(&self) -> FlightRecord {
+        FlightRecord::of(&self.shared, &self.liveness)
     }
 }

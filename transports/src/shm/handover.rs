@@ -19,13 +19,11 @@ use rustix::net::{
 use tensorwire_core::{Deadline, Error, Result};
 
 use super::layout::Layout;
-use super::memory::Memory;
+use super::memory::{Memory, VERSION};
 use crate::liveness;
 use crate::local_socket;
 use crate::store::Store;
 
-/// Changes with any change of a group's layout or of the messages here.
-const VERSION: u32 = 1;
 const MAGIC: [u8; 4] = *b"TWsh";
 /// The kernel passes at most 253 descriptors at once.
 const FDS_A_MESSAGE: usize = 128;
@@ -47,8 +45,7 @@ pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadl
     let world = layout.world;
     let rendezvous = |what: String| Error::Rendezvous { rank: 0, world, what };
     let memory = Memory::create()?;
-    let start = memory.take(layout.len)?;
-    memory.reserve(start, layout.head)?;
+    let start = layout.take(&memory)?;
     let name = local_socket::fresh_name("shm").map_err(|e| Error::os("naming a socket", e))?;
     let listener = local_socket::listen(&name).map_err(|e| Error::os("listening for the other ranks", e))?;
     listener.set_nonblocking(true).map_err(|e| Error::os("listening for the other ranks", e))?;

@@ -4,14 +4,12 @@
 //! group began. A message is a header (the sender's call) and its payload, each padded to 16 bytes; one
 //! longer than the lane flows through it while both ends are in their calls.
 
-use std::sync::atomic::Ordering;
-
 use tensorwire_core::{Call, DType, Op};
 
 use super::Failure;
-use super::control::LaneHead;
 use super::group::{Awaited, Group};
 use super::layout::LANE_DATA;
+use super::sync::Ordering;
 
 const HEADER: usize = 32;
 const PAD: usize = 16;
@@ -77,6 +75,10 @@ impl Group {
         let sent = out.map(|o| call(Op::Send, o.data.len(), o.to));
         let received = into.as_ref().map(|i| call(Op::Recv, i.data.len(), i.from));
         let Some(doing) = received.or(sent) else { return Ok(()) };
+        let both = sent.is_some() && received.is_some();
+        if let Some(sent) = sent.filter(|_| both) {
+            self.record(&sent);
+        }
         self.enter(doing)?;
         let mut sending = out.map(|o| Progress::new(o.data.len()));
         let mut receiving = into.as_ref().map(|i| Progress::new(i.data.len()));
@@ -96,6 +98,9 @@ impl Group {
                 from = (!p.finished()).then_some((i.from, p.seen));
             }
             if from.is_none() && to.is_none() {
+                if both {
+                    self.finish(1);
+                }
                 self.end();
                 return Ok(());
             }
@@ -107,7 +112,7 @@ impl Group {
 
     /// Writes as much of a message as the lane has room for; whether that was anything.
     fn push(&self, out: &Outgoing<'_>, call: &Call, p: &mut Progress) -> bool {
-        let lane = self.shared.lane(self.rank(), out.to);
+        let lane = self.shared.words.lane(self.rank(), out.to);
         let data = Ring { group: self, from: self.rank(), to: out.to };
         let mut written = lane.written.0.load(Ordering::Relaxed);
         let start = p.done;
@@ -138,7 +143,7 @@ impl Group {
 
     /// Reads as much of a message as has come; whether that was anything. Fails if it isn't the one expected.
     fn pull(&self, into: &mut Incoming<'_>, call: &Call, p: &mut Progress) -> Result<bool, Failure> {
-        let lane = self.shared.lane(into.from, self.rank());
+        let lane = self.shared.words.lane(into.from, self.rank());
         let data = Ring { group: self, from: into.from, to: self.rank() };
         let read = lane.read.0.load(Ordering::Relaxed);
         let start = p.done;
@@ -176,31 +181,26 @@ struct Ring<'a> {
 }
 
 impl Ring<'_> {
-    fn base(&self) -> *mut u8 {
-        let shared = &self.group.shared;
-        shared.part.at(shared.layout.lane(self.from, self.to) + size_of::<LaneHead>())
-    }
-
     /// Copies `bytes` to `position`, going around the end if need be. The reader has read what was there.
     fn write(&self, position: u64, bytes: &[u8]) {
-        let at = (position % LANE_DATA as u64) as usize;
-        let first = bytes.len().min(LANE_DATA - at);
+        let (words, at) = (&self.group.shared.words, (position % LANE_DATA as u64) as usize);
+        let (first, rest) = bytes.split_at(bytes.len().min(LANE_DATA - at));
         // SAFETY: (1) both pieces lie in the lane; (2) this rank is the lane's only writer, and the reader
         // looks at these bytes only when `written` is beyond them.
         unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base().add(at), first);
-            std::ptr::copy_nonoverlapping(bytes[first..].as_ptr(), self.base(), bytes.len() - first);
+            words.write_lane(self.from, self.to, at, first);
+            words.write_lane(self.from, self.to, 0, rest);
         }
     }
 
     /// Copies the bytes at `position`, which the writer has counted.
     fn read(&self, position: u64, bytes: &mut [u8]) {
-        let at = (position % LANE_DATA as u64) as usize;
-        let first = bytes.len().min(LANE_DATA - at);
+        let (words, at) = (&self.group.shared.words, (position % LANE_DATA as u64) as usize);
+        let (first, rest) = bytes.split_at_mut(bytes.len().min(LANE_DATA - at));
         // SAFETY: (1) as for `write`; (2) the writer doesn't touch these bytes until `read` is beyond them.
         unsafe {
-            std::ptr::copy_nonoverlapping(self.base().add(at), bytes.as_mut_ptr(), first);
-            std::ptr::copy_nonoverlapping(self.base(), bytes[first..].as_mut_ptr(), bytes.len() - first);
+            words.read_lane(self.from, self.to, at, first);
+            words.read_lane(self.from, self.to, 0, rest);
         }
     }
 }

@@ -1,10 +1,12 @@
-//! Where everything lies in a group's part of the memory. Pure arithmetic.
+//! Where everything lies in a group's part of the memory. Arithmetic, but for taking the memory.
 //!
 //! ```text
 //! | group header, one page | control page of each rank | flag lines of each rank | slots of each rank | lanes of each pair |
 //! ```
 
 use tensorwire_core::{Error, Result};
+
+use super::memory::{About, Kind, Memory};
 
 /// Steps whose data a rank keeps at once. A rank may write step `t` once every peer has published step
 /// `t - DEPTH + 1`, which says that the peer has read step `t - DEPTH`, whose place `t` takes.
@@ -20,7 +22,11 @@ pub const MAX_WORLD: usize = 1024;
 pub const DEFAULT_SLOTS: usize = 4 << 20;
 
 /// Bytes that wait in a lane between two ranks, and what the lane adds to them.
+#[cfg(not(loom))]
 pub(super) const LANE_DATA: usize = (64 << 10) - 256;
+/// Room for one message without payload and the header of a second.
+#[cfg(loom)]
+pub(super) const LANE_DATA: usize = 64;
 const LANE: usize = 64 << 10;
 
 pub(super) const PAGE: usize = 4096;
@@ -59,6 +65,14 @@ impl Layout {
         layout.head = layout.slot(0, 0);
         layout.len = layout.lane(world, 0);
         Ok(layout)
+    }
+
+    /// Takes a group's part of the memory and reserves what isn't any one rank's. Returns where it starts.
+    pub(super) fn take(&self, memory: &Memory) -> Result<u64> {
+        let about = About { kind: Kind::Group, world: self.world, bytes: self.slots() };
+        let start = memory.take(about, self.len)?;
+        memory.reserve(start, self.head)?;
+        Ok(start)
     }
 
     /// The control page of `rank`.

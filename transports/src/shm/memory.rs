@@ -7,26 +7,32 @@
 //! and not a signal later.
 //!
 //! The first page counts how far parts have been given out. A part is handed out once; when its users are
-//! done, its pages go back to the system.
+//! done, its pages go back to the system. Each part says at its start what it is, so that whoever opens the file
+//! from outside finds its way (see `inspect`).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+// Not loom's: no words of the protocol.
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, memfd_create,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, pwrite};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use tensorwire_core::{Error, Result};
 
-use super::layout::PAGE;
+use super::inspect::MEMORY_NAME;
+use super::layout::{MAX_WORLD, PAGE};
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::SEAL);
 
 /// Parts of this size and more start at a multiple of it, so that they can be mapped with huge pages.
-const HUGE: u64 = 2 << 20;
+pub(super) const HUGE: u64 = 2 << 20;
+
+/// Changes with any change of what lies where in the memory, or of how it is handed over.
+pub(super) const VERSION: u32 = 2;
 
 /// The file that all ranks of a host share.
 #[derive(Debug)]
@@ -37,21 +43,93 @@ pub(super) struct Memory {
 
 /// The first page of the file.
 #[repr(C)]
-struct Root {
+pub(super) struct Root {
+    pub(super) magic: AtomicU64,
+    pub(super) version: AtomicU64,
     /// Where the next part starts. Whoever takes a part adds to it, Relaxed: the number alone matters.
     end: AtomicU64,
 }
 
+/// What the file begins with.
+pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"tensorwi");
+
+/// What each part begins with.
+#[repr(C)]
+pub(super) struct PartHead {
+    pub(super) magic: AtomicU64,
+    /// Its length.
+    pub(super) len: AtomicU64,
+    /// A kind of part.
+    pub(super) kind: AtomicU32,
+    /// Ranks that map it.
+    pub(super) world: AtomicU32,
+    /// Bytes of slots a rank, or of a block.
+    pub(super) bytes: AtomicU64,
+    /// Ranks that are done with it. Each adds to it once, AcqRel: what any of them did with the part happened
+    /// before the last one gives it back.
+    left: AtomicU32,
+}
+
+/// What a part is, for whoever opens the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct About {
+    pub(super) kind: Kind,
+    pub(super) world: usize,
+    pub(super) bytes: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Kind {
+    Group = 1,
+    Region = 2,
+}
+
+impl About {
+    /// Bytes of a part's head but for its last word, which begins as zero.
+    pub(super) const BYTES: usize = 32;
+
+    fn to_bytes(self, len: u64) -> [u8; About::BYTES] {
+        let mut bytes = [0; About::BYTES];
+        bytes[..8].copy_from_slice(&PART_MAGIC.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&len.to_ne_bytes());
+        bytes[16..20].copy_from_slice(&(self.kind as u32).to_ne_bytes());
+        bytes[20..24].copy_from_slice(&(self.world as u32).to_ne_bytes());
+        bytes[24..].copy_from_slice(&(self.bytes as u64).to_ne_bytes());
+        bytes
+    }
+
+    /// What the part with this head is, and its length, if that makes sense for one of which `most` bytes are
+    /// there. Any bytes will do.
+    pub(super) fn from_bytes(bytes: &[u8; About::BYTES], most: u64) -> Option<(About, u64)> {
+        let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let short = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let kind = [Kind::Group, Kind::Region].into_iter().find(|k| *k as u32 == short(16))?;
+        let (len, world) = (long(8), short(20) as usize);
+        let sound = long(0) == PART_MAGIC
+            && (1..=MAX_WORLD).contains(&world)
+            && len > 0
+            && len.is_multiple_of(HUGE)
+            && len <= most;
+        sound.then(|| Some((About { kind, world, bytes: usize::try_from(long(24)).ok()? }, len)))?
+    }
+}
+
+const PART_MAGIC: u64 = u64::from_le_bytes(*b"tw part\0");
+
 impl Memory {
     /// Makes a file with nothing given out.
     pub(super) fn create() -> Result<Memory> {
-        let fd = memfd_create("tensorwire", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        let fd = memfd_create(MEMORY_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|e| Error::os("making shared memory (memfd_create)", e))?;
         fallocate(&fd, FallocateFlags::empty(), 0, PAGE as u64)
             .map_err(|e| Error::os("reserving a page", e))?;
         fcntl_add_seals(&fd, SEALS).map_err(|e| Error::os("sealing shared memory", e))?;
         let memory = Memory::open(fd)?;
-        memory.root().end.store(PAGE as u64, Ordering::Relaxed);
+        let root = memory.root();
+        root.magic.store(MAGIC, Ordering::Relaxed);
+        root.version.store(u64::from(VERSION), Ordering::Relaxed);
+        root.end.store(PAGE as u64, Ordering::Relaxed);
         Ok(memory)
     }
 
@@ -73,18 +151,21 @@ impl Memory {
     }
 
     fn root(&self) -> &Root {
-        // SAFETY: (1) the first page is mapped and aligned; (2) `Root` is an atomic, valid from any bytes.
+        // SAFETY: (1) the first page is mapped and aligned; (2) `Root` is atomics, valid from any bytes.
         unsafe { &*self.root.at(0).cast() }
     }
 
-    /// Takes `len` bytes, all zero, which take memory when they are touched or reserved. Returns where they
-    /// start.
-    pub(super) fn take(&self, len: usize) -> Result<u64> {
+    /// Takes `len` bytes, all zero but for the head of a part, which take memory when they are touched or
+    /// reserved. Returns where they start.
+    pub(super) fn take(&self, about: About, len: usize) -> Result<u64> {
         // A whole number of huge pages keeps every part's start aligned for them.
         let len = (len as u64).next_multiple_of(HUGE);
         let start = self.root().end.fetch_add(len + HUGE, Ordering::Relaxed).next_multiple_of(HUGE);
         // The file must reach to the part's end for it to be mapped: its last page does that.
         self.reserve(start + len - PAGE as u64, PAGE)?;
+        self.reserve(start, PAGE)?;
+        pwrite(&self.fd, &about.to_bytes(len), start)
+            .map_err(|e| Error::os("writing to shared memory", e))?;
         Ok(start)
     }
 
@@ -108,7 +189,8 @@ impl Memory {
     }
 
     /// Returns a part's pages to the system. Nobody may look at them again.
-    fn give_back(&self, start: u64, len: u64) {
+    pub(super) fn give_back(&self, start: u64, len: u64) {
+        let len = len.next_multiple_of(HUGE);
         // Where holes can't be punched the pages stay until the file goes.
         let _ = fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, len);
     }
@@ -144,10 +226,11 @@ impl Part {
     }
 
     /// Counts one user of `world` as done with the part; the last one returns its pages to the system.
-    pub(super) fn leave(&self, left: &AtomicU32, world: usize) {
-        // AcqRel: what any rank did with the memory happened before the last one gives it back.
-        if left.fetch_add(1, Ordering::AcqRel) as usize + 1 == world {
-            self.memory.give_back(self.start, (self.mapping.len as u64).next_multiple_of(HUGE));
+    pub(super) fn leave(&self, world: usize) {
+        // SAFETY: (1) the part begins with its head, aligned to a page; (2) atomics are valid from any bytes.
+        let head = unsafe { &*self.at(0).cast::<PartHead>() };
+        if head.left.fetch_add(1, Ordering::AcqRel) as usize + 1 == world {
+            self.memory.give_back(self.start, self.mapping.len as u64);
         }
     }
 }
@@ -223,7 +306,8 @@ mod tests {
     fn parts_are_shared_apart_and_given_back() {
         let a = Arc::new(Memory::create().unwrap());
         let b = Arc::new(Memory::open(a.fd().try_clone_to_owned().unwrap()).unwrap());
-        let (first, second) = (a.take(100).unwrap(), b.take(5 << 20).unwrap());
+        let about = About { kind: Kind::Region, world: 2, bytes: 1 };
+        let (first, second) = (a.take(about, 100).unwrap(), b.take(about, 5 << 20).unwrap());
         assert!(first + 100 <= second && second.is_multiple_of(HUGE));
         let (ours, theirs) = (a.map(second, 5 << 20).unwrap(), b.map(second, 5 << 20).unwrap());
         // SAFETY: the offset lies in the mapping and nobody else touches it.
@@ -234,7 +318,9 @@ mod tests {
         assert!(blocks(&a) < 1 << 20, "only what is touched takes memory");
         a.reserve(second, 5 << 20).unwrap();
         assert!(blocks(&a) >= 5 << 20);
-        ours.leave(&AtomicU32::new(1), 2);
+        ours.leave(2);
+        assert!(blocks(&a) >= 5 << 20, "one still needs it");
+        theirs.leave(2);
         assert!(blocks(&a) < 1 << 20, "{}", blocks(&a));
         assert!(ftruncate(a.fd(), 0).is_err(), "nobody can shrink it");
     }
@@ -242,7 +328,8 @@ mod tests {
     #[test]
     fn what_cannot_be_had_is_said_with_both_figures() {
         let memory = Memory::create().unwrap();
-        let start = memory.take(1 << 50).unwrap();
+        let about = About { kind: Kind::Region, world: 1, bytes: 1 };
+        let start = memory.take(about, 1 << 50).unwrap();
         let message = memory.reserve(start, 1 << 50).unwrap_err().to_string();
         assert!(
             message.contains("reserving 1125899906842624 bytes") && message.contains("bytes available"),

@@ -7,26 +7,36 @@
 //! to 64 KiB for each peer that it sends messages to, from an anonymous file: the size of /dev/shm doesn't
 //! matter and nothing is left behind, however a job ends.
 
+mod bell;
+mod clock;
 mod control;
+mod flight;
 mod form;
 mod group;
 mod handover;
+mod inspect;
 mod lane;
 mod layout;
 mod memory;
+mod record;
 mod region;
 mod shared;
+mod sync;
 mod verdict;
 mod wait;
+mod words;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tensorwire_core::{DEFAULT_TIMEOUT, Deadline, Error, Result};
 
-pub use group::{Aborter, Group};
+pub use flight::{CallRecord, FlightRecord, RankRecord, RankState};
+pub use group::{Group, Handle};
+pub use inspect::{MEMORY_NAME, inspect};
 pub use lane::{Incoming, Outgoing};
 pub use layout::{DEFAULT_SLOTS, DEPTH, INLINE, MAX_WORLD};
+pub use record::Label;
 pub use region::Region;
 
 use crate::liveness::Liveness;
@@ -83,8 +93,7 @@ impl Options {
 pub fn in_process(world: usize, options: &Options) -> Result<Vec<Group>> {
     let layout = Layout::new(world, options.slot_bytes)?;
     let memory = Arc::new(Memory::create()?);
-    let start = memory.take(layout.len)?;
-    memory.reserve(start, layout.head)?;
+    let start = layout.take(&memory)?;
     let enter = |rank| Group::enter_part(&memory, start, layout, rank, Liveness::default(), options);
     (0..world).map(enter).collect()
 }

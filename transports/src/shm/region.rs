@@ -1,12 +1,11 @@
 //! Memory of which each rank has a block, mapped by all ranks of a group.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 use tensorwire_core::{Error, Result};
 
 use super::layout::PAGE;
-use super::memory::Part;
+use super::memory::{About, Kind, Memory, Part};
 
 /// Equal blocks of memory, one a rank, that every rank of the group maps. The last rank to drop it returns
 /// the memory to the system.
@@ -25,7 +24,7 @@ impl Region {
         bytes.checked_next_multiple_of(PAGE)
     }
 
-    /// Bytes of the whole, behind a page for its own use.
+    /// Bytes of the whole, behind a page for the part's head.
     pub(super) fn len(world: usize, bytes: usize) -> Result<usize> {
         let len = Region::stride(bytes).and_then(|s| s.checked_mul(world)?.checked_add(PAGE));
         len.filter(|l| *l < 1 << 46).ok_or_else(|| {
@@ -35,11 +34,15 @@ impl Region {
         })
     }
 
+    /// Takes memory for `world` blocks. Returns where it starts.
+    pub(super) fn take(memory: &Memory, world: usize, bytes: usize) -> Result<u64> {
+        memory.take(About { kind: Kind::Region, world, bytes }, Region::len(world, bytes)?)
+    }
+
     pub(super) fn map(group: &Part, start: u64, world: usize, rank: usize, bytes: usize) -> Result<Region> {
         let memory = group.memory();
         let part = memory.map(start, Region::len(world, bytes)?)?;
         let region = Region { part, world, rank, bytes, group: group.start() };
-        memory.reserve(start, PAGE)?;
         if bytes > 0 {
             memory.reserve(start + region.offset(rank) as u64, bytes)?;
         }
@@ -78,9 +81,6 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: (1) the first page is mapped, aligned, and used for nothing else; (2) an atomic is valid from
-        // any bytes, and starts as zero.
-        let left = unsafe { &*self.part.at(0).cast::<AtomicU32>() };
-        self.part.leave(left, self.world);
+        self.part.leave(self.world);
     }
 }

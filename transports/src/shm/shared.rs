@@ -1,32 +1,38 @@
-//! A group's part of the memory as one rank sees it, and what any thread of the rank may do with it: end the
-//! group, and wake those who sleep.
+//! A group as one rank sees it, and what any thread of the rank may do with it: end it, wake those who sleep,
+//! and look at what every rank is doing.
 
-use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::time::Duration;
 
-use rustix::thread::futex;
 use tensorwire_core::{Call, Error};
 
 use super::Failure;
-use super::control::{Control, Flag, Header, LEFT, LaneHead};
-use super::layout::Layout;
-use super::memory::Part;
+use super::clock::{Clock, Reading};
+use super::control::LEFT;
+use super::sync::{Mutex, Ordering, fence};
 use super::verdict::Verdict;
+use super::words::Words;
 
-pub(super) const NO_VERDICT: u32 = 0;
-const WRITING: u32 = 1;
-const READY: u32 = 2;
+/// A rank that waits looks around much more often than this, however busy the machine is.
+const RECENTLY: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) part: Part,
-    pub(super) layout: Layout,
+    pub(super) words: Words,
     pub(super) rank: usize,
+    pub(super) clock: Clock,
+    /// Held by the thread of this rank that writes the rank's verdict.
+    failing: Mutex,
 }
 
 impl Shared {
+    pub(super) fn new(words: Words, rank: usize) -> Shared {
+        // Relaxed: a number for a person.
+        words.control(rank).pid.store(std::process::id(), Ordering::Relaxed);
+        Shared { words, rank, clock: Clock::of_this_machine(), failing: Mutex::default() }
+    }
+
     pub(super) fn world(&self) -> usize {
-        self.layout.world
+        self.words.layout.world
     }
 
     pub(super) fn peers(&self) -> impl Iterator<Item = usize> + use<> {
@@ -34,64 +40,51 @@ impl Shared {
         (0..self.world()).filter(move |r| *r != rank)
     }
 
-    pub(super) fn header(&self) -> &Header {
-        // SAFETY: (1) the layout puts a header here, aligned to a page; (2) all its fields are atomics, or
-        // guarded by one (`verdict`), valid from all zeros; (3) the part outlives `self`.
-        unsafe { &*self.part.at(0).cast() }
-    }
-
-    pub(super) fn control(&self, rank: usize) -> &Control {
-        // SAFETY: as for `header`; `rank` is below the world's size at every caller.
-        unsafe { &*self.part.at(self.layout.control(rank)).cast() }
-    }
-
-    #[inline]
-    pub(super) fn flag(&self, rank: usize, step: u64) -> &Flag {
-        debug_assert!(rank < self.world());
-        // SAFETY: as for `header`; `payload` is guarded by `step`.
-        unsafe { &*self.part.at(self.layout.flag(rank, step)).cast() }
-    }
-
-    pub(super) fn lane(&self, from: usize, to: usize) -> &LaneHead {
-        debug_assert!(from < self.world() && to < self.world());
-        // SAFETY: as for `header`.
-        unsafe { &*self.part.at(self.layout.lane(from, to)).cast() }
-    }
-
     #[inline]
     pub(super) fn ended(&self) -> bool {
-        self.header().verdict_state.load(Ordering::Relaxed) != NO_VERDICT
+        // Relaxed: whoever goes on to read the verdict looks again.
+        self.words.header().failed.load(Ordering::Relaxed) != 0
     }
 
-    /// Ends the group for every rank, with `error` as the reason unless another rank was first; returns what
-    /// this rank reports, which was in call number `seq`, `call`.
-    pub(super) fn fail(&self, error: Error, call: Call, seq: u64, timeout: Duration) -> Failure {
-        let header = self.header();
-        let state = &header.verdict_state;
-        // Acquire on failure: the winner's verdict may be read below.
-        if state.compare_exchange(NO_VERDICT, WRITING, Ordering::Relaxed, Ordering::Acquire).is_ok() {
-            // SAFETY: winning the exchange makes this rank the verdict's only writer, and nobody reads it
-            // before READY.
-            unsafe { header.verdict.get().write(Verdict::new(self.rank, &error)) };
-            state.store(READY, Ordering::Release);
-            self.wake_everyone();
-        } else if let Some(first) = self.verdict(call, seq, timeout) {
-            return first;
+    /// Ends the group for every rank, with `error` as the reason unless another was first; returns what this
+    /// rank reports, which was in call number `seq`, `call`.
+    pub(super) fn fail(&self, error: Error, call: Call, seq: u64) -> Failure {
+        let failed = &self.words.header().failed;
+        let writing = self.failing.lock();
+        if failed.load(Ordering::Acquire) == 0 {
+            let verdict = Verdict::new(self.rank, &error);
+            // SAFETY: this rank alone writes its verdict, one thread at a time, and nobody reads it before the
+            // exchange below, after which it isn't written again.
+            self.words.control(self.rank).verdict.with_mut(|v| unsafe { v.write(verdict) });
+            let mine = self.rank as u32 + 1;
+            // Release: makes the verdict visible. There is no moment at which a rank that dies or stops would
+            // leave the others with half a verdict.
+            if failed.compare_exchange(0, mine, Ordering::Release, Ordering::Relaxed).is_ok() {
+                self.wake_everyone();
+                return Box::new(error);
+            }
         }
-        Box::new(error)
+        drop(writing);
+        self.verdict(call, seq).unwrap_or_else(|| Box::new(error))
     }
 
     /// The error that ended the group, if one did, as this rank reports it.
     #[cold]
-    pub(super) fn verdict(&self, call: Call, seq: u64, timeout: Duration) -> Option<Failure> {
-        let header = self.header();
-        // Acquire: pairs with the Release store of READY in `fail`.
-        if header.verdict_state.load(Ordering::Acquire) != READY {
-            return None;
-        }
-        // SAFETY: READY is stored after the verdict was written, and nobody writes it again.
-        let verdict = unsafe { &*header.verdict.get() };
-        Some(Box::new(verdict.error(self.rank, call, seq, timeout)))
+    pub(super) fn verdict(&self, call: Call, seq: u64) -> Option<Failure> {
+        self.look_at_verdict(|_, v| Box::new(v.error(self.rank, call, seq)))
+    }
+
+    /// The ranks that the verdict says are gone or don't answer.
+    pub(super) fn lost(&self) -> Vec<usize> {
+        self.look_at_verdict(|_, v| v.lost()).unwrap_or_default()
+    }
+
+    /// Calls `look` with the rank that ended the group, if one did, and its verdict.
+    pub(super) fn look_at_verdict<R>(&self, look: impl FnOnce(usize, &Verdict) -> R) -> Option<R> {
+        // Acquire: pairs with the exchange in `fail`.
+        let by = self.words.header().failed.load(Ordering::Acquire).checked_sub(1)? as usize;
+        // SAFETY: it was written before the exchange that named its rank, and isn't written again.
+        Some(self.words.control(by).verdict.with(|v| look(by, unsafe { &*v })))
     }
 
     /// Wakes peers that sleep, if any do.
@@ -99,7 +92,7 @@ impl Shared {
     pub(super) fn ring(&self) {
         // Pairs with the fence in `Group::sleep`.
         fence(Ordering::SeqCst);
-        if self.header().sleepers.0.load(Ordering::Relaxed) != 0 {
+        if self.words.header().sleepers.0.load(Ordering::Relaxed) != 0 {
             self.wake_sleepers();
         }
     }
@@ -108,51 +101,57 @@ impl Shared {
     #[inline(never)]
     fn wake_sleepers(&self) {
         for peer in self.peers() {
-            let control = self.control(peer);
+            let control = self.words.control(peer);
             if control.sleeping.load(Ordering::Relaxed) != 0 {
-                control.doorbell.0.fetch_add(1, Ordering::Release);
-                futex_wake(&control.doorbell.0);
+                control.doorbell.0.ring();
             }
         }
     }
 
     /// Wakes every rank, this one's other threads included.
     pub(super) fn wake_everyone(&self) {
-        for rank in 0..self.world() {
-            let bell = &self.control(rank).doorbell.0;
-            bell.fetch_add(1, Ordering::Release);
-            futex_wake(bell);
-        }
+        (0..self.world()).for_each(|rank| self.words.control(rank).doorbell.0.ring());
     }
 
-    /// Leaves the group. The last rank to leave returns its memory to the system.
+    /// The peer that a rank waits for, if it is seen to wait: it looks around every now and then, and has done
+    /// so within `recently`.
+    pub(super) fn awaited_by(&self, rank: usize, recently: Duration, reading: &Reading) -> Option<usize> {
+        let control = self.words.control(rank);
+        let looked = control.looked.load(Ordering::Relaxed);
+        (looked != 0 && reading.since(looked) < recently)
+            .then(|| control.awaits.load(Ordering::Relaxed) as usize)
+            .filter(|peer| *peer < self.world())
+    }
+
+    /// Who keeps this rank from going on, of whom it knows that `late` haven't come within `timeout`: not those
+    /// who wait themselves, but whom they wait for. Where all wait for each other, it is all who are late.
+    pub(super) fn blamed(&self, late: &[usize], timeout: Duration) -> Vec<usize> {
+        let (reading, recently) = (self.clock.reading(), RECENTLY.min(timeout / 2));
+        let mut blamed = Vec::new();
+        for first in late {
+            let mut rank = *first;
+            // A chain that is longer than the group is a circle.
+            for _ in 0..self.world() {
+                match self.awaited_by(rank, recently, &reading) {
+                    Some(next) if next != self.rank => rank = next,
+                    Some(_) => break,
+                    None => {
+                        blamed.push(rank);
+                        break;
+                    }
+                }
+            }
+        }
+        blamed.sort_unstable();
+        blamed.dedup();
+        if blamed.is_empty() { late.to_vec() } else { blamed }
+    }
+
+    /// Leaves the group.
     pub(super) fn leave(&self) {
         // Release: pairs with the Acquire load in `Group::check_peer`, which then sees all that was published.
-        self.control(self.rank).state.store(LEFT, Ordering::Release);
+        self.words.control(self.rank).state.store(LEFT, Ordering::Release);
         self.wake_everyone();
-        self.part.leave(&self.header().left, self.world());
+        self.words.leave();
     }
-
-    /// The ranks that the verdict says are gone or don't answer.
-    pub(super) fn lost(&self) -> Vec<usize> {
-        let header = self.header();
-        if header.verdict_state.load(Ordering::Acquire) != READY {
-            return Vec::new();
-        }
-        // SAFETY: as in `verdict`.
-        unsafe { &*header.verdict.get() }.lost()
-    }
-}
-
-/// Sleeps until `word` is no longer `expected`, somebody wakes it, or the time is over; which of them doesn't
-/// matter to any caller. The futex is shared between processes, so neither call may use the PRIVATE flag.
-pub(super) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Duration) {
-    let timeout =
-        futex::Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
-    let _ = futex::wait(word, futex::Flags::empty(), expected, Some(&timeout));
-}
-
-fn futex_wake(word: &AtomicU32) {
-    // It can fail only for an address that isn't mapped.
-    let _ = futex::wake(word, futex::Flags::empty(), i32::MAX as u32);
 }

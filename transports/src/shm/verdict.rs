@@ -1,9 +1,11 @@
 //! Why a group ended: written once by the first rank that fails, read by all the others.
 
+use std::time::Duration;
+
 use tensorwire_core::{Call, Error};
 
-/// Bytes of text that a verdict carries.
-const TEXT: usize = 192;
+/// Bytes of text that a verdict carries; the rest is cut.
+const TEXT: usize = 256;
 /// Ranks that a timeout names.
 const WAITING: usize = 32;
 
@@ -12,7 +14,7 @@ const TIMEOUT: u32 = 2;
 const MISMATCH: u32 = 3;
 const ABORTED: u32 = 4;
 
-/// An [`Error`] in plain words that every process reads alike. Zero is "none".
+/// An [`Error`] in plain words that every process reads alike, valid from any bytes.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Verdict {
@@ -24,6 +26,8 @@ pub(super) struct Verdict {
     waiting: [u16; WAITING],
     waiting_len: u32,
     text_len: u32,
+    /// Nanoseconds that a timeout allowed.
+    after: u64,
     text: [u8; TEXT],
 }
 
@@ -39,6 +43,7 @@ impl Verdict {
             waiting: [0; WAITING],
             waiting_len: 0,
             text_len: 0,
+            after: 0,
             text: [0; TEXT],
         };
         match error {
@@ -47,8 +52,10 @@ impl Verdict {
                 v.ranks[0] = *peer as u32;
                 v.set_text(how);
             }
-            Error::Timeout { waiting_for, .. } => {
+            Error::Timeout { waiting_for, after, instead, .. } => {
                 v.kind = TIMEOUT;
+                v.after = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);
+                v.set_text(instead);
                 v.waiting_len = waiting_for.len().min(WAITING) as u32;
                 for (to, from) in v.waiting.iter_mut().zip(waiting_for) {
                     *to = *from as u16;
@@ -86,12 +93,14 @@ impl Verdict {
     }
 
     /// The error as `rank` reports it, which was in call number `seq`, `call`.
-    pub(super) fn error(&self, rank: usize, call: Call, seq: u64, after: std::time::Duration) -> Error {
-        let text = String::from_utf8_lossy(&self.text[..(self.text_len as usize).min(TEXT)]).into_owned();
-        let by = self.by as usize;
+    pub(super) fn error(&self, rank: usize, call: Call, seq: u64) -> Error {
+        let text = String::from_utf8_lossy(&self.text[..(self.text_len as usize).min(TEXT)]);
+        // It may come from memory that anybody wrote.
+        let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let (by, after) = (self.by as usize, Duration::from_nanos(self.after));
         match self.kind {
             PEER_LOST => Error::PeerLost { rank, peer: self.ranks[0] as usize, call, seq, how: text },
-            TIMEOUT => Error::Timeout { rank, call, seq, waiting_for: self.lost(), after },
+            TIMEOUT => Error::Timeout { rank, call, seq, waiting_for: self.lost(), after, instead: text },
             MISMATCH => Error::Mismatch {
                 rank,
                 seq,
@@ -108,7 +117,6 @@ impl Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
     use tensorwire_core::{DType, Op, ReduceOp};
 
     #[test]
@@ -125,15 +133,15 @@ mod tests {
         let s = Duration::from_secs(1);
         let errors = [
             Error::PeerLost { rank: 1, peer: 2, call, seq: 5, how: "its process ended".into() },
-            Error::Timeout { rank: 1, call, seq: 5, waiting_for: vec![0, 3], after: s },
+            Error::Timeout { rank: 1, call, seq: 5, waiting_for: vec![0, 3], after: s, instead: "é".into() },
             Error::Mismatch { rank: 1, seq: 5, a: 0, a_call: call, b: 2, b_call: other },
             Error::Aborted { rank: 1, by: 0, call, seq: 5, why: "é".repeat(300) },
         ];
         for error in &errors[..3] {
-            assert_eq!(Verdict::new(0, error).error(1, call, 5, s).to_string(), error.to_string());
+            assert_eq!(Verdict::new(0, error).error(1, call, 5).to_string(), error.to_string());
         }
-        match Verdict::new(0, &Error::invalid("é".repeat(300))).error(1, call, 5, s) {
-            Error::Aborted { by: 0, why, .. } => assert_eq!(why, "é".repeat(96)),
+        match Verdict::new(0, &Error::invalid("é".repeat(300))).error(1, call, 5) {
+            Error::Aborted { by: 0, why, .. } => assert_eq!(why, "é".repeat(128)),
             wrong => panic!("{wrong}"),
         }
     }
