@@ -167,9 +167,6 @@ impl Communicator {
             // A panic in the caller's code is the caller's error, not the end of the thread.
             let panicked = |_| Err(Error::InvalidArgument(format!("rank {rank}: a started call panicked")));
             let result = std::panic::catch_unwind(work).unwrap_or_else(panicked);
-            pending.count.fetch_sub(1, Ordering::Release);
-            drop(lock(&pending.lock));
-            pending.done.notify_all();
             let mut state = lock(&told.state);
             state.0 = Some(result);
             let waker = state.1.take();
@@ -178,6 +175,10 @@ impl Communicator {
             if let Some(waker) = waker {
                 waker.wake();
             }
+            // Last, so that a blocking call which waited for this one finds its result there.
+            pending.count.fetch_sub(1, Ordering::Release);
+            drop(lock(&pending.lock));
+            pending.done.notify_all();
         });
         let mut jobs = lock(&started.jobs);
         if jobs.is_none() {
