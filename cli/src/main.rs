@@ -1,10 +1,11 @@
 //! The command line of tensorwire: run a model over several ranks, plan its sharding, measure the collectives,
-//! start ranks of any program.
+//! start ranks of any program, look at jobs that hang.
 //!
 //! Failure is one line on standard error, `tensorwire: ...`, and an exit status: 2 for bad usage or an
 //! impossible request, 1 for a run that failed (`launch`: the status of the rank that failed first).
 
 mod bench;
+mod doctor;
 mod failure;
 mod infer;
 mod launch;
@@ -22,6 +23,7 @@ Examples:
   tensorwire plan --model DIR --tp 4                  who holds what, who exchanges what
   tensorwire bench --collective all_reduce --ranks 4 --bytes 8,65536
   tensorwire launch --ranks 4 -- ./my-program         4 ranks of any program
+  tensorwire doctor                                   why does it hang?
 
 Exit status: 0 success; 2 bad usage or an impossible request; 1 a failed run (launch: the status of the
 rank that failed first).";
@@ -40,6 +42,7 @@ enum Command {
     Plan(plan::Args),
     Bench(bench::Args),
     Launch(launch::Args),
+    Doctor(doctor::Args),
     /// One rank of `infer`: started by it, not by hand.
     #[command(name = infer::RANK_COMMAND, hide = true)]
     InferRank(infer::Args),
@@ -62,6 +65,7 @@ fn main() {
         Command::Bench(args) => bench::main(&args),
         Command::BenchRank(args) => bench::rank_main(&args),
         Command::Launch(args) => launch::main(&args),
+        Command::Doctor(args) => doctor::main(&args),
         Command::InferRank(args) => infer::rank_main(&args),
     });
     if let Err(failure) = done {
