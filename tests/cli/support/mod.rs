@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -31,6 +32,16 @@ where
     limit_time();
     let mut command = Command::new(env!("CARGO_BIN_EXE_tensorwire"));
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // Under nohup, or in a shell's background, signals come ignored, and the launcher leaves those so.
+    let heed = || {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // SAFETY: 1. `signal` may be called between fork and exec; 2. the default action is no handler.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: `heed` makes no call but `signal`, and allocates nothing.
+    unsafe { command.pre_exec(heed) };
     command
 }
 
