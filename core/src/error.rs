@@ -48,7 +48,7 @@ pub enum Error {
         /// The time allowed.
         after: Duration,
         /// What the ranks are doing, for a person.
-        instead: String,
+        instead: Box<str>,
     },
 
     /// Two ranks made different calls at the same place in the program.

@@ -386,7 +386,14 @@ impl Group {
         if deadline.passed() {
             let waiting_for = self.shared.blamed(&awaited.late(&self.shared), deadline.budget());
             let (after, instead) = (deadline.budget(), self.flight_record().difference());
-            return Err(self.fail(Error::Timeout { rank, call, seq, waiting_for, after, instead }));
+            return Err(self.fail(Error::Timeout {
+                rank,
+                call,
+                seq,
+                waiting_for,
+                after,
+                instead: instead.into(),
+            }));
         }
         Ok(())
     }

@@ -100,7 +100,9 @@ impl Verdict {
         let (by, after) = (self.by as usize, Duration::from_nanos(self.after));
         match self.kind {
             PEER_LOST => Error::PeerLost { rank, peer: self.ranks[0] as usize, call, seq, how: text },
-            TIMEOUT => Error::Timeout { rank, call, seq, waiting_for: self.lost(), after, instead: text },
+            TIMEOUT => {
+                Error::Timeout { rank, call, seq, waiting_for: self.lost(), after, instead: text.into() }
+            }
             MISMATCH => Error::Mismatch {
                 rank,
                 seq,
