@@ -64,11 +64,11 @@ pub enum Error {
         /// One of the two ranks.
         a: usize,
         /// What it called.
-        a_call: Call,
+        a_call: Box<Call>,
         /// The other rank.
         b: usize,
         /// What that one called.
-        b_call: Call,
+        b_call: Box<Call>,
     },
 
     /// A peer gave the group up and said so.

@@ -415,7 +415,7 @@ impl Group {
         let (rank, seq) = (self.rank(), self.seq);
         let ((a, a_call), (b, b_call)) =
             if rank < peer { ((rank, ours), (peer, theirs)) } else { ((peer, theirs), (rank, ours)) };
-        self.fail(Error::Mismatch { rank, seq, a, a_call, b, b_call })
+        self.fail(Error::Mismatch { rank, seq, a, a_call: Box::new(a_call), b, b_call: Box::new(b_call) })
     }
 
     /// Ends the group for every rank, with `error` as the reason unless another was first; returns what this

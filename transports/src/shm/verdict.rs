@@ -107,9 +107,9 @@ impl Verdict {
                 rank,
                 seq,
                 a: self.ranks[0] as usize,
-                a_call: Call::from_words(self.calls[0]).unwrap_or(call),
+                a_call: Box::new(Call::from_words(self.calls[0]).unwrap_or(call)),
                 b: self.ranks[1] as usize,
-                b_call: Call::from_words(self.calls[1]).unwrap_or(call),
+                b_call: Box::new(Call::from_words(self.calls[1]).unwrap_or(call)),
             },
             _ => Error::Aborted { rank, by, call, seq, why: text },
         }
@@ -136,7 +136,7 @@ mod tests {
         let errors = [
             Error::PeerLost { rank: 1, peer: 2, call, seq: 5, how: "its process ended".into() },
             Error::Timeout { rank: 1, call, seq: 5, waiting_for: vec![0, 3], after: s, instead: "é".into() },
-            Error::Mismatch { rank: 1, seq: 5, a: 0, a_call: call, b: 2, b_call: other },
+            Error::Mismatch { rank: 1, seq: 5, a: 0, a_call: call.into(), b: 2, b_call: other.into() },
             Error::Aborted { rank: 1, by: 0, call, seq: 5, why: "é".repeat(300) },
         ];
         for error in &errors[..3] {
