@@ -2,6 +2,7 @@
 
 mod common;
 mod conformance;
+mod faults;
 mod groups;
 mod job;
 mod mismatch;

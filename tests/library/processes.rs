@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::faults;
 use crate::job::{Job, run_rank};
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
@@ -16,6 +17,8 @@ fn rank_process() {
         ("endless", endless),
         ("leave", leave),
         ("mismatch", mismatch),
+        ("struck", faults::struck),
+        ("late", faults::late),
         ("join", || {
             println!("{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()))
         }),

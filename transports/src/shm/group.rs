@@ -371,9 +371,10 @@ impl Group {
     /// Fails if waiting for `peer` has become useless: the group ended, the peer is gone, or time is up.
     fn check_peer(&self, peer: usize, awaited: Awaited, deadline: Deadline) -> Result<(), Failure> {
         self.check_verdict()?;
+        // In this order: a process that leaves and ends between the two has left. And before the last look at
+        // what is awaited, which the peer may have published before it went.
+        let ended = self.liveness.ended(peer);
         let left = self.shared.words.control(peer).state.load(Ordering::Acquire) == LEFT;
-        let ended = !left && self.liveness.ended(peer);
-        // The peer may have published before it went: its state was read first.
         if awaited.arrived(&self.shared) {
             return Ok(());
         }
