@@ -11,18 +11,50 @@ use super::{Args, Buffer};
 /// Elements whose right value is worked out at once.
 const CHUNK: usize = 4096;
 
+const PAGE: usize = 4096;
+
 pub(super) struct Case<'a, T> {
     comm: &'a Communicator,
     collective: Collective,
     reduce: ReduceOp,
     input: Input<T>,
     /// Empty for a collective in place.
-    output: Vec<T>,
+    output: Aligned<T>,
 }
 
 enum Input<T> {
-    User(Vec<T>),
+    User(Aligned<T>),
     Symmetric(Symmetric<T>),
+}
+
+/// Ordinary memory from the start of a page on, as the programs that others are measured with have it.
+struct Aligned<T> {
+    room: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Element> Aligned<T> {
+    /// `len` zeros.
+    fn new(len: usize) -> Aligned<T> {
+        let room = vec![T::zeroed(); len + PAGE / size_of::<T>()];
+        let start = room.as_ptr().align_offset(PAGE);
+        Aligned { room, start, len }
+    }
+}
+
+impl<T> Deref for Aligned<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.room[self.start..self.start + self.len]
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.room[self.start..self.start + self.len]
+    }
 }
 
 impl<T: Element> Deref for Input<T> {
@@ -53,10 +85,10 @@ impl<'a, T: Element> Case<'a, T> {
         let Lengths { input, output } = lengths
             .ok_or_else(|| Error::InvalidArgument(format!("{bytes} bytes are more than memory holds")))?;
         let input = match args.buffer {
-            Buffer::User => Input::User(vec![T::zeroed(); input]),
+            Buffer::User => Input::User(Aligned::new(input)),
             Buffer::Symmetric => Input::Symmetric(comm.symmetric(input)?),
         };
-        let output = vec![T::zeroed(); output];
+        let output = Aligned::new(output);
         Ok(Case { comm, collective: args.collective, reduce: args.op, input, output })
     }
 
@@ -217,7 +249,7 @@ mod tests {
                         // A rank that works on another round's values makes the others' results wrong.
                         let round = if spoil && comm.rank() == 0 { 7 } else { 1 };
                         let wrong = case.first_wrong(round).unwrap();
-                        assert!(case.input.iter().chain(&case.output).all(|x| *x == 0.0));
+                        assert!(case.input.iter().chain(&*case.output).all(|x| *x == 0.0));
                         wrong
                     })
                 })
