@@ -105,6 +105,7 @@ pub struct Call {
 
 impl Call {
     /// The call in four words, for memory that ranks share.
+    #[inline]
     pub fn to_words(&self) -> [u64; 4] {
         let head = self.op as u64
             | (self.dtype.map_or(0, |d| d as u64) << 8)
@@ -132,6 +133,7 @@ impl Call {
     }
 
     /// A digest that differs, but for a 1 in 2^32 chance, when two ranks' calls differ.
+    #[inline]
     pub fn fingerprint(&self) -> u32 {
         let [head, count, root, factor] = self.to_words();
         let mut h = head.wrapping_mul(0x9E37_79B9_7F4A_7C15);

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use tensorwire_transports::shm::Failure;
 
+use super::copy::copy_from_peer;
 use super::{Buffers, CHUNK, Engine, REDUCE_BLOCK, Reduction};
 use crate::schedule::{Pieces, part};
 use crate::select::Algorithm;
@@ -45,6 +46,7 @@ impl Engine {
         } else {
             self.group.slot()[..data.len()].copy_from_slice(data.input());
             self.group.publish();
+            self.group.prefetch(data.len());
         }
         if self.wants(root) {
             self.group.wait_all(step)?;
@@ -104,7 +106,7 @@ impl Engine {
                 for who in self.peers() {
                     let part = part_of(t - 2, who);
                     let reduced = &self.group.peer_slot(who, before)[chunk_bytes..][..part.len()];
-                    data.output[part].copy_from_slice(reduced);
+                    copy_from_peer(&mut data.output[part], reduced);
                 }
             }
             if t <= count {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use tensorwire_core::Error;
 use tensorwire_transports::shm::{Failure, INLINE};
 
+use super::copy::copy_from_peer;
 use super::{Buffers, CHUNK, Engine, Reduction};
 use crate::schedule::Pieces;
 
@@ -52,8 +53,8 @@ impl Engine {
             |engine, output, read, step| {
                 for who in engine.peers().filter(|_| wanted) {
                     let (piece, start) = (pieces(who).range(read), block(who).start);
-                    output[start + piece.start..start + piece.end]
-                        .copy_from_slice(&engine.group.peer_slot(who, step)[..piece.len()]);
+                    let from = &engine.group.peer_slot(who, step)[..piece.len()];
+                    copy_from_peer(&mut output[start + piece.start..start + piece.end], from);
                 }
             },
             output,
@@ -92,7 +93,7 @@ impl Engine {
             |engine, output, read, step| {
                 if rank != root {
                     let to = &mut output[pieces(rank).range(read)];
-                    to.copy_from_slice(&engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
+                    copy_from_peer(to, &engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
                 }
             },
             output,
@@ -133,7 +134,7 @@ impl Engine {
                     let block = receives(who);
                     let piece = Pieces::new(block.len(), 1, room).range(read);
                     let to = &mut output[block.start + piece.start..block.start + piece.end];
-                    to.copy_from_slice(&engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
+                    copy_from_peer(to, &engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
                 }
             },
             output,
@@ -224,7 +225,7 @@ impl Engine {
                 } else {
                     self.group.peer_slot(root, step)
                 };
-                piece.copy_from_slice(&from[..piece.len()]);
+                copy_from_peer(piece, &from[..piece.len()]);
             }
         }
         Ok(())

@@ -5,6 +5,7 @@
 
 mod all_reduce;
 mod blocks;
+mod copy;
 mod symmetric;
 
 use tensorwire_core::{Call, DType, Error, ReduceOp};
@@ -17,7 +18,7 @@ use crate::reduce::{Kernel, Kernels};
 const CHUNK: usize = 256 << 10;
 
 /// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
-const REDUCE_BLOCK: usize = 8 << 10;
+const REDUCE_BLOCK: usize = 16 << 10;
 
 #[derive(Debug)]
 pub(crate) struct Engine {

@@ -11,37 +11,61 @@ use super::{Kernel, Kernels, OPS};
 /// block are read before it is written, so the destination may be a source.
 const BLOCK: usize = 64;
 
+/// Pages that are walked side by side: processors fetch ahead within a page, so that four at once bring a
+/// peer's data, which lies in another processor's cache, a fifth faster than one after the other.
+const PAGES: usize = 4;
+const PAGE: usize = 4096;
+
 /// # Safety
 /// As for [`Kernel`], for elements of type `T`.
 #[inline(always)]
 unsafe fn body<T: Number, C: Combine<T::Wide>>(dst: *mut T, sources: &[*const T], count: usize, factor: f64) {
-    let (first, rest) = (sources[0], &sources[1..]);
-    let n = sources.len();
-    let blocks = count / BLOCK;
-    for block in 0..blocks {
-        let at = block * BLOCK;
-        // SAFETY: `at + BLOCK <= count`, and the caller vouches for `count` elements of each pointer.
-        unsafe {
-            let mut sum: [T::Wide; BLOCK] =
-                std::array::from_fn(|j| C::load(first.add(at + j).read().widen(), factor));
-            for source in rest {
-                for (j, s) in sum.iter_mut().enumerate() {
-                    *s = C::combine(*s, C::load(source.add(at + j).read().widen(), factor));
-                }
-            }
-            for (j, s) in sum.iter().enumerate() {
-                dst.add(at + j).write(T::narrow(C::finish(*s, n)));
+    let page = PAGE / size_of::<T>();
+    let side_by_side = count - count % (PAGES * page);
+    for start in (0..side_by_side).step_by(PAGES * page) {
+        for at in (start..start + page).step_by(BLOCK) {
+            for at in (0..PAGES).map(|p| at + p * page) {
+                // SAFETY: (1) the caller vouches for `count` elements; (2) `at` is the last page's at most, and
+                // pages are whole blocks: `at + BLOCK <= side_by_side`.
+                unsafe { block::<T, C>(dst, sources, at, factor) }
             }
         }
     }
-    for i in blocks * BLOCK..count {
+    let blocks = count - count % BLOCK;
+    for at in (side_by_side..blocks).step_by(BLOCK) {
+        // SAFETY: (1) as above; (2) `at + BLOCK <= blocks`.
+        unsafe { block::<T, C>(dst, sources, at, factor) }
+    }
+    for i in blocks..count {
         // SAFETY: `i < count`, as above.
         unsafe {
-            let mut sum = C::load(first.add(i).read().widen(), factor);
-            for source in rest {
+            let mut sum = C::load(sources[0].add(i).read().widen(), factor);
+            for source in &sources[1..] {
                 sum = C::combine(sum, C::load(source.add(i).read().widen(), factor));
             }
-            dst.add(i).write(T::narrow(C::finish(sum, n)));
+            dst.add(i).write(T::narrow(C::finish(sum, sources.len())));
+        }
+    }
+}
+
+/// Reduces the elements from `at` to `at + BLOCK`.
+///
+/// # Safety
+/// As for [`Kernel`], of `at + BLOCK` elements of type `T`.
+#[inline(always)]
+unsafe fn block<T: Number, C: Combine<T::Wide>>(dst: *mut T, sources: &[*const T], at: usize, factor: f64) {
+    // SAFETY: the caller vouches for these elements of each pointer.
+    unsafe {
+        let first = sources[0].add(at);
+        let mut sum: [T::Wide; BLOCK] = std::array::from_fn(|j| C::load(first.add(j).read().widen(), factor));
+        for source in &sources[1..] {
+            let source = source.add(at);
+            for (j, s) in sum.iter_mut().enumerate() {
+                *s = C::combine(*s, C::load(source.add(j).read().widen(), factor));
+            }
+        }
+        for (j, s) in sum.iter().enumerate() {
+            dst.add(at + j).write(T::narrow(C::finish(*s, sources.len())));
         }
     }
 }

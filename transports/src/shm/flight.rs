@@ -454,6 +454,8 @@ mod tests {
         }
         a.send_recv(DType::F32, Some(crate::shm::Outgoing { to: 1, data: &[0; 4] }), None).unwrap();
         b.begin(call(Op::Barrier)).unwrap();
+        b.next_step().unwrap();
+        b.publish();
         let record = groups[2].flight_record();
         assert_eq!(record.failure, None);
         let [a, b, c] = &record.ranks[..] else { panic!("{record}") };

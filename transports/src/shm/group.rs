@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
 
+use super::cache;
 use super::control::LEFT;
 use super::flight::FlightRecord;
 use super::layout::{DEPTH, INLINE};
@@ -26,6 +27,12 @@ use crate::liveness::Liveness;
 
 /// How long a sleeping rank goes without looking whether its peers are alive.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Elements of a call that a rank copies in no time.
+const SMALL: u64 = 4096;
+
+/// How long a rank's call may take to be on record when a peer has seen it published, on a busy machine.
+const RECORDED_WITHIN: Duration = Duration::from_millis(100);
 
 /// One rank's membership in a group of ranks that share memory. Dropping it leaves the group.
 #[derive(Debug)]
@@ -42,8 +49,11 @@ pub struct Group {
     seen: Vec<u64>,
     /// This rank's collective calls so far.
     pub(super) seq: u64,
-    /// Its calls of every kind so far.
+    /// Its calls of every kind on record so far.
     recorded: u64,
+    /// Whether the current call is still to be put on record, and how it is carried out.
+    unrecorded: bool,
+    label: Label,
     pub(super) call: Call,
     fingerprint: u32,
     /// When the current call gives up; set by its first wait that isn't short.
@@ -112,6 +122,8 @@ impl Group {
             seen: vec![0; world],
             seq: 0,
             recorded: 0,
+            unrecorded: false,
+            label: Label::NONE,
             call: Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 },
             fingerprint: 0,
             deadline: None,
@@ -151,13 +163,18 @@ impl Group {
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
         self.fingerprint = call.fingerprint();
-        self.enter(call)
+        self.unrecorded = true;
+        self.label = Label::NONE;
+        self.enter(call)?;
+        if call.count > SMALL {
+            self.record_call();
+        }
+        Ok(())
     }
 
-    /// Notes what this rank is doing, for errors and the flight record; fails if the group has ended.
+    /// Notes what this rank is doing, for errors; fails if the group has ended.
     #[inline]
     pub(super) fn enter(&mut self, call: Call) -> Result<(), Failure> {
-        self.record(&call);
         self.call = call;
         self.deadline = None;
         if self.shared.ended() {
@@ -166,22 +183,36 @@ impl Group {
         Ok(())
     }
 
-    #[inline]
-    pub(super) fn record(&mut self, call: &Call) {
-        self.recorded += 1;
-        let records = &self.shared.words.control(self.rank()).records.0;
-        records.begin(self.recorded, self.seq, call, self.shared.clock.now());
-    }
-
     /// Notes how the call that has begun is carried out, for the flight record.
     #[inline]
     pub fn note(&mut self, label: Label) {
-        self.shared.words.control(self.rank()).records.0.label(self.recorded, label);
+        self.label = label;
+        if !self.unrecorded {
+            self.shared.words.control(self.rank()).records.0.label(self.recorded, label);
+        }
+    }
+
+    /// Puts the call that has begun on record, if it isn't yet. Peers wait for a small call's first publication,
+    /// so it goes on record behind that, or before its first long wait.
+    #[inline]
+    fn record_call(&mut self) {
+        if std::mem::take(&mut self.unrecorded) {
+            let (call, label) = (self.call, self.label);
+            self.record(&call, label);
+        }
+    }
+
+    #[inline]
+    pub(super) fn record(&mut self, call: &Call, label: Label) {
+        self.recorded += 1;
+        let records = &self.shared.words.control(self.rank()).records.0;
+        records.begin(self.recorded, self.seq, call, label, self.shared.clock.now());
     }
 
     /// Ends a call: wakes peers that sleep on what this rank has published.
     #[inline]
     pub fn end(&mut self) {
+        self.record_call();
         self.finish(0);
         self.shared.ring();
     }
@@ -230,6 +261,18 @@ impl Group {
         flag.fingerprint.store(self.fingerprint, Ordering::Relaxed);
         flag.step.store(self.step, Ordering::Release);
         self.published = self.step;
+        let next = self.shared.words.flag(self.rank(), self.step + 1);
+        cache::fetch_for_writing(std::ptr::from_ref(next).cast(), 1);
+        self.record_call();
+    }
+
+    /// Asks the processor for the slot that the next step will write, if its `bytes` are few. Peers have read
+    /// these cache lines, and it takes time to get them back; here it passes while this rank waits.
+    #[inline]
+    pub fn prefetch(&self, bytes: usize) {
+        let words = &self.shared.words;
+        let bytes = bytes.min(cache::FEW).min(words.layout.slot);
+        cache::fetch_for_writing(words.slot(self.rank(), self.step + 1), bytes);
     }
 
     /// Publishes the step with up to [`INLINE`] bytes in the flag's own cache line.
@@ -329,6 +372,7 @@ impl Group {
     #[cold]
     #[inline(never)]
     fn wait_long(&mut self, awaited: Awaited) -> Result<(), Failure> {
+        self.record_call();
         let deadline = *self.deadline.get_or_insert_with(|| Deadline::after(self.options.timeout));
         let arrived = || awaited.arrived(&self.shared);
         self.shared.ring();
@@ -403,7 +447,12 @@ impl Group {
     #[inline(never)]
     fn mismatch(&self, peer: usize) -> Failure {
         let (rank, seq, ours) = (self.rank(), self.seq, self.call);
-        let theirs = self.shared.words.control(peer).records.0.collective(seq);
+        // The peer may have published before it put its call on record, and not after.
+        let soon = Deadline::after(RECORDED_WITHIN);
+        let mut theirs = None;
+        while theirs.is_none() && !soon.passed() {
+            theirs = self.shared.words.control(peer).records.0.collective(seq);
+        }
         let Some(theirs) = theirs.filter(|theirs| *theirs != ours) else {
             let why = format!("rank {peer} is in another call than {ours}, which it no longer has on record");
             return self.fail(Error::Aborted { rank, by: rank, call: ours, seq, why });

@@ -9,6 +9,7 @@ use tensorwire_core::{Call, DType, Op};
 use super::Failure;
 use super::group::{Awaited, Group};
 use super::layout::LANE_DATA;
+use super::record::Label;
 use super::sync::Ordering;
 
 const HEADER: usize = 32;
@@ -77,8 +78,9 @@ impl Group {
         let Some(doing) = received.or(sent) else { return Ok(()) };
         let both = sent.is_some() && received.is_some();
         if let Some(sent) = sent.filter(|_| both) {
-            self.record(&sent);
+            self.record(&sent, Label::NONE);
         }
+        self.record(&doing, Label::NONE);
         self.enter(doing)?;
         let mut sending = out.map(|o| Progress::new(o.data.len()));
         let mut receiving = into.as_ref().map(|i| Progress::new(i.data.len()));

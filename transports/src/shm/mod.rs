@@ -8,6 +8,7 @@
 //! matter and nothing is left behind, however a job ends.
 
 mod bell;
+mod cache;
 mod clock;
 mod control;
 mod flight;

@@ -14,6 +14,8 @@ pub(super) const RECORDS: usize = 32;
 pub struct Label([u64; 2]);
 
 impl Label {
+    pub(super) const NONE: Label = Label([0; 2]);
+
     /// The label that reads `name`, cut to 16 bytes.
     pub const fn new(name: &str) -> Label {
         let (name, mut words, mut i) = (name.as_bytes(), [0; 2], 0);
@@ -69,9 +71,9 @@ impl Records {
         &self.0[number as usize % RECORDS]
     }
 
-    /// Records that call number `number`, from 1, begins.
+    /// Records that call number `number`, from 1, begins, and how it is carried out.
     #[inline]
-    pub(super) fn begin(&self, number: u64, seq: u64, call: &Call, now: u64) {
+    pub(super) fn begin(&self, number: u64, seq: u64, call: &Call, label: Label, now: u64) {
         let r = self.place(number);
         r.number.store(0, Ordering::Relaxed);
         // The record is marked as changing before it changes.
@@ -82,7 +84,7 @@ impl Records {
         }
         r.started.store(now, Ordering::Relaxed);
         r.finished.store(0, Ordering::Relaxed);
-        self.label(number, Label([0; 2]));
+        self.label(number, label);
         r.number.store(number, Ordering::Release);
     }
 
@@ -156,8 +158,7 @@ mod tests {
         let records = empty();
         assert!(records.read().is_empty());
         for n in 1..=100 {
-            records.begin(n, n, &call(Op::AllGather, n), 10 * n);
-            records.label(n, Label::new("two_shot"));
+            records.begin(n, n, &call(Op::AllGather, n), Label::new("two_shot"), 10 * n);
             if n < 100 {
                 records.finish(n, 10 * n + 5);
             }
@@ -176,8 +177,8 @@ mod tests {
     #[test]
     fn messages_share_a_collectives_number_and_are_not_taken_for_it() {
         let records = empty();
-        records.begin(1, 7, &call(Op::Barrier, 0), 1);
-        records.begin(2, 7, &call(Op::Send, 3), 2);
+        records.begin(1, 7, &call(Op::Barrier, 0), Label::NONE, 1);
+        records.begin(2, 7, &call(Op::Send, 3), Label::NONE, 2);
         assert_eq!(records.collective(7), Some(call(Op::Barrier, 0)));
     }
 
@@ -188,7 +189,7 @@ mod tests {
         std::thread::scope(|s| {
             s.spawn(|| {
                 for n in 1..=200_000 {
-                    records.begin(n, n, &call(Op::AllGather, n), n);
+                    records.begin(n, n, &call(Op::AllGather, n), Label::NONE, n);
                 }
                 done.store(true, Ordering::Release);
             });
