@@ -349,7 +349,7 @@ impl fmt::Display for FlightRecord {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::shm::{Label, Options, in_process};

@@ -32,7 +32,7 @@ impl Group {
     ) -> Result<Group> {
         let part = memory.map(start, layout.len)?;
         let slots = part.start() + layout.slot(rank, 0) as u64;
-        let group = Group::new(Words { part, layout }, rank, liveness, options);
+        let group = Group::new(Words::new(part, layout), rank, liveness, options);
         match memory.reserve(slots, layout.slots()) {
             Ok(()) => Ok(group),
             // The others learn why, and not only that this rank has left.

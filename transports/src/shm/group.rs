@@ -295,7 +295,7 @@ impl Group {
         // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) `peer` published `step`, and
         // the Acquire load that showed it makes the slot's bytes visible; (3) `peer` writes there again only
         // when this rank has published a later step, which needs `self` mutably.
-        unsafe { std::slice::from_raw_parts(words.slot(peer, step), words.layout.slot) }
+        unsafe { std::slice::from_raw_parts(words.peer_slot(peer, step), words.layout.slot) }
     }
 
     /// What `peer` published in its flag's cache line in `step`; the conditions of

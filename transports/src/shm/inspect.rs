@@ -17,9 +17,6 @@ use super::layout::{Layout, PAGE};
 use super::memory::{About, HUGE, Kind, MAGIC, VERSION};
 use super::sync::Ordering;
 
-/// What the file of the memory is called: the end of a link in /proc/PID/fd reads `memfd:` and this.
-pub const MEMORY_NAME: &str = "tensorwire";
-
 /// The flight records of the groups in a job's memory, in the order in which they were formed. `file` is the
 /// memory, opened through /proc/PID/fd; `process` says of a member's process id, as that process numbers itself,
 /// whether it is [`Member`](RankState::Member), [`Stopped`](RankState::Stopped) or [`Ended`](RankState::Ended).

@@ -72,6 +72,8 @@ impl Layout {
         let about = About { kind: Kind::Group, world: self.world, bytes: self.slots() };
         let start = memory.take(about, self.len)?;
         memory.reserve(start, self.head)?;
+        #[cfg(loom)]
+        super::loom::Model::make(memory, start, self);
         Ok(start)
     }
 

@@ -23,8 +23,10 @@ use rustix::io::{Errno, pwrite};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use tensorwire_core::{Error, Result};
 
-use super::inspect::MEMORY_NAME;
 use super::layout::{MAX_WORLD, PAGE};
+
+/// What the file of the memory is called: the end of a link in /proc/PID/fd reads `memfd:` and this.
+pub const MEMORY_NAME: &str = "tensorwire";
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::SEAL);
 
@@ -101,6 +103,8 @@ impl About {
 
     /// What the part with this head is, and its length, if that makes sense for one of which `most` bytes are
     /// there. Any bytes will do.
+    // `inspect` alone asks, which isn't there under loom.
+    #[cfg_attr(loom, allow(dead_code))]
     pub(super) fn from_bytes(bytes: &[u8; About::BYTES], most: u64) -> Option<(About, u64)> {
         let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));
         let short = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]));

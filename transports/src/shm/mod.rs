@@ -15,9 +15,13 @@ mod flight;
 mod form;
 mod group;
 mod handover;
+// It reads words from a file, where loom's aren't.
+#[cfg(not(loom))]
 mod inspect;
 mod lane;
 mod layout;
+#[cfg(loom)]
+mod loom;
 mod memory;
 mod record;
 mod region;
@@ -34,9 +38,11 @@ use tensorwire_core::{DEFAULT_TIMEOUT, Deadline, Error, Result};
 
 pub use flight::{CallRecord, FlightRecord, RankRecord, RankState};
 pub use group::{Group, Handle};
-pub use inspect::{MEMORY_NAME, inspect};
+#[cfg(not(loom))]
+pub use inspect::inspect;
 pub use lane::{Incoming, Outgoing};
 pub use layout::{DEFAULT_SLOTS, DEPTH, INLINE, MAX_WORLD};
+pub use memory::MEMORY_NAME;
 pub use record::Label;
 pub use region::Region;
 
