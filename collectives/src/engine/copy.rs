@@ -34,7 +34,7 @@ mod tests {
     #[test]
     fn every_byte_is_copied() {
         for len in [0, 1, SIDE_BY_SIDE_FROM - 1, SIDE_BY_SIDE_FROM, SIDE_BY_SIDE_FROM + 77, 200_001] {
-            let from: Vec<u8> = (0..len).map(|i| (i * 31 >> 3) as u8).collect();
+            let from: Vec<u8> = (0..len).map(|i| ((i * 31) >> 3) as u8).collect();
             let mut to = vec![0; len];
             copy_from_peer(&mut to, &from);
             assert!(to == from);
