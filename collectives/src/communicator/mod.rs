@@ -188,12 +188,11 @@ impl Communicator {
 impl State {
     #[inline]
     fn choose(&self, bytes: usize, world: usize) -> Result<Algorithm> {
-        let slot = self.engine.slot_bytes();
-        let Some(forced) = self.algorithm else { return Ok(Algorithm::all_reduce(bytes, world, slot)) };
-        if bytes > forced.limit(slot) {
+        let Some(forced) = self.algorithm else { return Ok(Algorithm::all_reduce(bytes, world)) };
+        if bytes > forced.limit() {
             return Err(Error::invalid(format!(
                 "{forced} carries at most {} bytes, not {bytes}",
-                forced.limit(slot)
+                forced.limit()
             )));
         }
         Ok(forced)

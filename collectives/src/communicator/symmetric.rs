@@ -10,7 +10,6 @@ use tensorwire_transports::shm::Region;
 use super::Communicator;
 use super::collectives::call;
 use crate::engine::Reduction;
-use crate::select::Algorithm;
 
 /// A rank's block of memory that every rank of its communicator maps, so that a collective on it need not copy
 /// to send. It reads and writes as a slice. The memory is freed when all ranks have dropped theirs.
@@ -89,7 +88,7 @@ impl Communicator {
         let reduction = Reduction::new(T::DTYPE, op)?;
         let bytes = buf.len * size_of::<T>();
         // What is small travels in the flag or a slot, as from any other memory.
-        if self.world == 1 || Algorithm::all_reduce(bytes, self.world, usize::MAX) != Algorithm::TwoShot {
+        if self.world == 1 || bytes < SYMMETRIC_FROM {
             return self.all_reduce(buf, op);
         }
         let call = Call { reduce: Some(op), layout: SYMMETRIC, ..call::<T>(Op::AllReduce, buf.len) };
@@ -102,6 +101,9 @@ impl Communicator {
         })
     }
 }
+
+/// Bytes from which two more meetings cost less than copying.
+const SYMMETRIC_FROM: usize = 1 << 10;
 
 /// Tells an all-reduce of a symmetric buffer from one of ordinary memory, which takes other steps.
 const SYMMETRIC: u32 = 1;

@@ -9,6 +9,16 @@ use super::{Buffers, CHUNK, Engine, REDUCE_BLOCK, Reduction};
 use crate::schedule::{Pieces, part};
 use crate::select::Algorithm;
 
+/// Bytes of a chunk of an all-reduce of `len` bytes in one shot: the first is reduced alone and the last one
+/// published alone, so that a few of them are worth more than few steps.
+fn one_shot_chunk(len: usize) -> usize {
+    (len / 4).clamp(CHUNK / 2, CHUNK)
+}
+
+/// Bytes of a chunk of an all-reduce in two shots, of which each rank's slot holds the peers' parts and its own,
+/// reduced.
+const TWO_SHOT_CHUNK: usize = CHUNK / 2;
+
 impl Engine {
     /// Reduces every rank's input into every rank's output, or into `root`'s alone.
     #[inline]
@@ -21,8 +31,8 @@ impl Engine {
     ) -> Result<(), Failure> {
         self.group.note(algorithm.label());
         match algorithm {
-            Algorithm::Inline => self.all_reduce_one_step(data, r, root, true),
-            Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false),
+            Algorithm::Inline => self.all_reduce_inline(data, r, root),
+            Algorithm::OneShot => self.all_reduce_one_shot(data, r, root),
             Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root),
         }
     }
@@ -31,31 +41,62 @@ impl Engine {
         root.is_none_or(|root| root == self.group.rank())
     }
 
-    /// Each rank publishes its whole input, in the flag's cache line or its slot, and reduces everybody's.
+    /// Each rank publishes its whole input in the flag's cache line, and reduces everybody's.
     #[inline]
-    fn all_reduce_one_step(
+    fn all_reduce_inline(
         &mut self,
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
-        inline: bool,
     ) -> Result<(), Failure> {
         let step = self.group.next_step()?;
-        if inline {
-            self.group.publish_inline(data.input());
-        } else {
-            self.group.slot()[..data.len()].copy_from_slice(data.input());
-            self.group.publish();
-            self.group.prefetch(data.len());
-        }
+        self.group.publish_inline(data.input());
         if self.wants(root) {
             self.group.wait_all(step)?;
             let Engine { group, sources } = self;
             let len = data.len();
-            data.reduce(r, 0..len, group.rank(), sources, |peer, _| match inline {
-                true => &group.peer_inline(peer, step)[..],
-                false => group.peer_slot(peer, step),
-            });
+            data.reduce(r, 0..len, group.rank(), sources, |peer, _| &group.peer_inline(peer, step)[..]);
+        }
+        Ok(())
+    }
+
+    /// Each rank publishes its whole input, a chunk a step, and reduces everybody's, one step behind.
+    fn all_reduce_one_shot(
+        &mut self,
+        mut data: Buffers<'_>,
+        r: &Reduction,
+        root: Option<usize>,
+    ) -> Result<(), Failure> {
+        let (rank, size) = (self.group.rank(), r.dtype.size());
+        let chunks = Pieces::new(data.len() / size, size, one_shot_chunk(data.len()).min(self.slot_bytes()));
+        self.group.use_slots(chunks.range(0).len() * size);
+        let count = chunks.count();
+        let bytes = |i: usize| {
+            let chunk = chunks.range(i);
+            chunk.start * size..chunk.end * size
+        };
+        let mut last = 0;
+        for t in 0..=count {
+            let before = last;
+            if t < count {
+                last = self.group.next_step()?;
+                let chunk = bytes(t);
+                self.group.slot()[..chunk.len()].copy_from_slice(&data.input()[chunk]);
+                if t == 0 {
+                    self.group.publish();
+                    self.group.prefetch(chunks.range(0).len() * size);
+                }
+            }
+            if t > 0 && self.wants(root) {
+                self.group.wait_all(before)?;
+                let Engine { group, sources } = self;
+                data.reduce(r, bytes(t - 1), rank, sources, |peer, len| {
+                    &group.peer_slot(peer, before)[..len]
+                });
+            }
+            if t > 0 && t < count {
+                self.group.publish();
+            }
         }
         Ok(())
     }
@@ -71,8 +112,10 @@ impl Engine {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let wanted = self.wants(root);
         // A slot holds a chunk and, behind it, a reduced part, which is at most half a chunk and a line.
-        let chunk_bytes = CHUNK.min(self.group.slot_bytes() / 2) / 64 * 64;
+        let chunk_bytes = TWO_SHOT_CHUNK.min(self.group.slot_bytes() / 2) / 64 * 64;
         let chunks = Pieces::new(data.len() / size, size, chunk_bytes);
+        let reduced_bytes = part(chunks.range(0).len(), size, world, 0).len() * size;
+        self.group.use_slots(chunk_bytes + reduced_bytes);
         // The bytes of the buffer that are `who`'s part of chunk `i`.
         let part_of = |i: usize, who: usize| {
             let chunk = chunks.range(i);

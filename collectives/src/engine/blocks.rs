@@ -37,6 +37,7 @@ impl Engine {
         }
         let chunk = CHUNK.min(self.slot_bytes());
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
+        self.group.use_slots(chunk.min(longest));
         self.rounds(
             Pieces::new(longest, 1, chunk).count(),
             |_| wanted,
@@ -72,7 +73,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world) = (self.group.rank(), self.group.world());
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
-        let room = self.room();
+        let room = self.room(longest);
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, room);
         self.rounds(
             Pieces::new(longest, 1, room).count(),
@@ -111,7 +112,7 @@ impl Engine {
         longest: usize,
     ) -> Result<(), Failure> {
         let rank = self.group.rank();
-        let room = self.room();
+        let room = self.room(longest);
         self.rounds(
             Pieces::new(longest, 1, room).count(),
             |_| true,
@@ -146,6 +147,7 @@ impl Engine {
     pub(crate) fn agree_on_counts(&mut self, sends: &[u64], expects: &[u64]) -> Result<u64, Failure> {
         let step = self.group.next_step()?;
         let bytes = bytemuck::cast_slice::<u64, u8>(sends);
+        self.group.use_slots(bytes.len());
         self.group.slot()[..bytes.len()].copy_from_slice(bytes);
         self.group.publish();
         self.group.wait_all(step)?;
@@ -173,7 +175,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
-        let room = self.room();
+        let room = self.room(longest);
         // The bytes of piece `i` of a block.
         let piece = |block: &Range<usize>, i: usize| {
             let p = Pieces::new(block.len() / size, size, room).range(i);
@@ -205,6 +207,7 @@ impl Engine {
 
     pub(crate) fn broadcast(&mut self, buf: &mut [u8], root: usize) -> Result<(), Failure> {
         let pieces = Pieces::new(buf.len(), 1, CHUNK.min(self.slot_bytes()));
+        self.group.use_slots(pieces.range(0).len());
         // An empty broadcast is a step too: it shows whether the ranks agree.
         for i in 0..pieces.count().max(1) {
             let piece = &mut buf[pieces.range(i)];
@@ -231,9 +234,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Bytes of a slot for each rank, where a slot holds a piece for each, in whole cache lines.
-    fn room(&self) -> usize {
+    /// Bytes of a slot for each rank, where a slot holds a piece of up to `longest` bytes for each, in whole cache
+    /// lines. From here on the call uses slots of that many.
+    fn room(&mut self, longest: usize) -> usize {
         let world = self.group.world();
-        (CHUNK.min(self.slot_bytes()) / world / 64 * 64).max(64)
+        let most = (CHUNK.min(self.slot_bytes()) / world / 64 * 64).max(64);
+        let room = longest.next_multiple_of(64).clamp(64, most);
+        self.group.use_slots(room * world);
+        room
     }
 }

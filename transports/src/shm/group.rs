@@ -17,7 +17,7 @@ use tensorwire_core::{Call, Deadline, Error, Op, Result};
 use super::cache;
 use super::control::LEFT;
 use super::flight::FlightRecord;
-use super::layout::{DEPTH, INLINE};
+use super::layout::{DEPTH, INLINE, Span};
 use super::record::Label;
 use super::shared::Shared;
 use super::sync::{Ordering, fence};
@@ -43,6 +43,8 @@ pub struct Group {
     pub(super) patience: Patience,
     /// The step that this rank is in.
     step: u64,
+    /// Where the current call's steps keep their bytes.
+    span: Span,
     /// The last step that this rank has published: `step`, or the one before while `step` is being written.
     published: u64,
     /// The highest step seen of each rank.
@@ -118,6 +120,7 @@ impl Group {
             patience: Patience::for_world(world),
             options: options.clone(),
             step: 0,
+            span: Span::NONE,
             published: 0,
             seen: vec![0; world],
             seq: 0,
@@ -165,6 +168,7 @@ impl Group {
         self.fingerprint = call.fingerprint();
         self.unrecorded = true;
         self.label = Label::NONE;
+        self.span = Span::NONE;
         self.enter(call)?;
         if call.count > SMALL {
             self.record_call();
@@ -224,6 +228,14 @@ impl Group {
         records.finish(self.recorded - before, self.shared.clock.now());
     }
 
+    /// Says that each of the call's steps from here on uses up to `bytes` of its slot, before the first that does.
+    /// Every rank says the same.
+    #[inline]
+    pub fn use_slots(&mut self, bytes: usize) {
+        assert!(bytes <= self.slot_bytes());
+        self.span = self.shared.words.layout.span(bytes);
+    }
+
     /// Enters the next step and returns its number. The rank's slot for it may be written from now on: every
     /// peer has read what was there.
     #[inline]
@@ -242,16 +254,16 @@ impl Group {
         Ok(step)
     }
 
-    /// The rank's own slot in the step it is in, which isn't published yet.
+    /// What the step that the rank is in uses of its slot. It isn't published yet.
     #[inline]
     pub fn slot(&mut self) -> &mut [u8] {
         assert!(self.published < self.step, "the slot of a published step belongs to its readers");
         let words = &self.shared.words;
-        let at = words.slot(self.rank(), self.step);
-        // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) this rank alone writes it, and
+        let at = words.slot(self.rank(), self.step, self.span);
+        // SAFETY: (1) the span lies within the slot, and the slot lies in the mapping, which outlives `self`; (2) this rank alone writes it, and
         // `self` is borrowed; (3) peers don't read it: what was there they have read (`next_step`), and what
         // will be there they read only once it is published, which needs `self` again.
-        unsafe { std::slice::from_raw_parts_mut(at, words.layout.slot) }
+        unsafe { std::slice::from_raw_parts_mut(at, self.span.bytes) }
     }
 
     /// Publishes the step: what was written to the slot before is visible to whoever waits for it.
@@ -271,8 +283,8 @@ impl Group {
     #[inline]
     pub fn prefetch(&self, bytes: usize) {
         let words = &self.shared.words;
-        let bytes = bytes.min(cache::FEW).min(words.layout.slot);
-        cache::fetch_for_writing(words.slot(self.rank(), self.step + 1), bytes);
+        let bytes = bytes.min(cache::FEW).min(self.span.bytes);
+        cache::fetch_for_writing(words.slot(self.rank(), self.step + 1, self.span), bytes);
     }
 
     /// Publishes the step with up to [`INLINE`] bytes in the flag's own cache line.
@@ -292,10 +304,10 @@ impl Group {
     pub fn peer_slot(&self, peer: usize, step: u64) -> &[u8] {
         self.assert_readable(peer, step);
         let words = &self.shared.words;
-        // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) `peer` published `step`, and
+        // SAFETY: (1) the span lies within the slot, and the slot in the mapping, which outlives `self`; (2) `peer` published `step`, and
         // the Acquire load that showed it makes the slot's bytes visible; (3) `peer` writes there again only
         // when this rank has published a later step, which needs `self` mutably.
-        unsafe { std::slice::from_raw_parts(words.peer_slot(peer, step), words.layout.slot) }
+        unsafe { std::slice::from_raw_parts(words.peer_slot(peer, step, self.span), self.span.bytes) }
     }
 
     /// What `peer` published in its flag's cache line in `step`; the conditions of
