@@ -92,7 +92,8 @@ impl Communicator {
         if self.world == 1 || Algorithm::all_reduce(bytes, self.world, usize::MAX) != Algorithm::TwoShot {
             return self.all_reduce(buf, op);
         }
-        let call = Call { reduce: Some(op), layout: SYMMETRIC, ..call::<T>(Op::AllReduce, buf.len) };
+        // Two ranks with different buffers don't make the same call.
+        let call = Call { reduce: Some(op), layout: buf.region.id(), ..call::<T>(Op::AllReduce, buf.len) };
         self.run(|state| {
             if !state.engine.group.owns(&buf.region) {
                 let what = format!("rank {}: the symmetric buffer is another communicator's", self.rank);
@@ -102,6 +103,3 @@ impl Communicator {
         })
     }
 }
-
-/// Tells an all-reduce of a symmetric buffer from one of ordinary memory, which takes other steps.
-const SYMMETRIC: u32 = 1;

@@ -9,7 +9,7 @@
 //! A wait spins, then sleeps on the rank's doorbell. Whoever publishes rings the doorbells of sleepers before
 //! it sleeps or returns itself.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
@@ -58,6 +58,16 @@ pub struct Group {
     fingerprint: u32,
     /// When the current call gives up; set by its first wait that isn't short.
     pub(super) deadline: Option<Deadline>,
+    /// The groups that this one was split from, whose ranks may come to wait for this one's.
+    pub(super) above: Vec<Above>,
+}
+
+/// A group that another was split from.
+#[derive(Clone, Debug)]
+pub(super) struct Above {
+    pub(super) shared: Weak<Shared>,
+    /// What it calls the other group's ranks.
+    pub(super) ranks: Vec<usize>,
 }
 
 /// What a rank waits for.
@@ -85,6 +95,14 @@ impl Awaited {
                 }) || to
                     .is_some_and(|(peer, at)| shared.words.lane(me, peer).read.0.load(Ordering::Acquire) > at)
             }
+        }
+    }
+
+    /// The same of another peer.
+    fn of(&self, peer: usize) -> Awaited {
+        match *self {
+            Awaited::Step { step, .. } => Awaited::Step { peer, step },
+            lanes @ Awaited::Lanes { .. } => lanes,
         }
     }
 
@@ -127,6 +145,7 @@ impl Group {
             call: Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 },
             fingerprint: 0,
             deadline: None,
+            above: Vec::new(),
         }
     }
 
@@ -383,15 +402,26 @@ impl Group {
         loop {
             // Whatever happens from here on rings, and ends the sleep.
             let bell = me.doorbell.0.look();
-            for peer in awaited.peers() {
-                self.check_peer(peer, awaited, deadline)?;
-                me.awaits.store(peer as u32, Ordering::Relaxed);
+            // Every peer that hasn't come to a step is needed, by this rank or by one that it waits for, and that
+            // one may be elsewhere for long: so a death is known at once.
+            for peer in awaited.late(&self.shared) {
+                self.check_peer(peer, awaited.of(peer), deadline).inspect_err(|_| self.show_waiting(None))?;
             }
-            me.looked.store(self.shared.clock.now(), Ordering::Relaxed);
+            self.show_waiting(awaited.peers().last());
             self.sleep(awaited, bell, deadline);
             if arrived() {
-                me.looked.store(0, Ordering::Relaxed);
+                self.show_waiting(None);
                 return Ok(());
+            }
+        }
+    }
+
+    /// Shows everyone for whom this rank waits: in the groups above too, where its peers may wait for it.
+    fn show_waiting(&self, peer: Option<usize>) {
+        self.shared.show_waiting(peer);
+        for above in &self.above {
+            if let Some(shared) = above.shared.upgrade() {
+                shared.show_waiting(peer.map(|peer| above.ranks[peer]));
             }
         }
     }
@@ -481,7 +511,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.shared.leave();
+        self.shared.leave(|rank| self.liveness.ended(rank));
     }
 }
 
