@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::faults;
 use crate::job::{Job, run_rank};
+use crate::{faults, survivors};
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
 
@@ -19,6 +19,10 @@ fn rank_process() {
         ("mismatch", mismatch),
         ("struck", faults::struck),
         ("late", faults::late),
+        ("bystander", survivors::bystander),
+        ("dwindle", survivors::dwindle),
+        ("undecided", survivors::undecided),
+        ("indirect", survivors::indirect),
         ("join", || {
             println!("{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()))
         }),

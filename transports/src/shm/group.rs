@@ -18,7 +18,7 @@ use super::cache;
 use super::control::LEFT;
 use super::flight::FlightRecord;
 use super::layout::{DEPTH, INLINE};
-use super::record::Label;
+use super::record::{Label, RECORDS};
 use super::shared::Shared;
 use super::sync::{Ordering, fence};
 use super::words::Words;
@@ -181,7 +181,9 @@ impl Group {
     #[inline]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
-        self.fingerprint = call.fingerprint();
+        // Of all calls so far: a rank that waits for nobody, as the root of a broadcast, is found out later. What is
+        // done to the last value can be undone, so that once it differs between ranks it always does.
+        self.fingerprint = call.fingerprint() ^ self.fingerprint.wrapping_mul(0x9E37_79B1);
         self.unrecorded = true;
         self.label = Label::NONE;
         self.enter(call)?;
@@ -476,23 +478,31 @@ impl Group {
     #[cold]
     #[inline(never)]
     fn mismatch(&self, peer: usize) -> Failure {
-        let (rank, seq, ours) = (self.rank(), self.seq, self.call);
+        let (rank, seq, call) = (self.rank(), self.seq, self.call);
+        let records = |rank: usize| &self.shared.words.control(rank).records.0;
         // The peer may have published before it put its call on record, and not after.
         let soon = Deadline::after(RECORDED_WITHIN);
-        let mut theirs = None;
-        while theirs.is_none() && !soon.passed() {
-            theirs = self.shared.words.control(peer).records.0.collective(seq);
-        }
-        let Some(theirs) = theirs.filter(|theirs| *theirs != ours) else {
-            let why = format!("rank {peer} is in another call than {ours}, which it no longer has on record");
-            return self.fail(Error::Aborted { rank, by: rank, call: ours, seq, why });
+        while records(peer).collective(seq).is_none() && !soon.passed() {}
+        let ours = |of: u64| if of == seq { Some(call) } else { records(rank).collective(of) };
+        let differs = |of: u64| {
+            let (ours, theirs) = (ours(of)?, records(peer).collective(of)?);
+            (ours != theirs).then_some((of, ours, theirs))
         };
-        self.disagree(peer, ours, theirs)
+        // It may have been an earlier call, in which neither waited for the other.
+        match (seq.saturating_sub(RECORDS as u64)..=seq).find_map(differs) {
+            Some((seq, ours, theirs)) => self.disagree(peer, seq, ours, theirs),
+            None => {
+                let why = format!(
+                    "rank {peer} made another call than this rank, in {call} or before it, that is no longer on record"
+                );
+                self.fail(Error::Aborted { rank, by: rank, call, seq, why })
+            }
+        }
     }
 
-    /// Ends the group because this rank and `peer` made calls that don't fit together.
-    pub(super) fn disagree(&self, peer: usize, ours: Call, theirs: Call) -> Failure {
-        let (rank, seq) = (self.rank(), self.seq);
+    /// Ends the group because this rank and `peer` made calls that don't fit together, as their number `seq`.
+    pub(super) fn disagree(&self, peer: usize, seq: u64, ours: Call, theirs: Call) -> Failure {
+        let rank = self.rank();
         let ((a, a_call), (b, b_call)) =
             if rank < peer { ((rank, ours), (peer, theirs)) } else { ((peer, theirs), (rank, ours)) };
         self.fail(Error::Mismatch { rank, seq, a, a_call: Box::new(a_call), b, b_call: Box::new(b_call) })
