@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::job::{Job, run_rank};
-use crate::{faults, survivors};
+use crate::{faults, limits, survivors};
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
 
@@ -19,6 +19,10 @@ fn rank_process() {
         ("mismatch", mismatch),
         ("struck", faults::struck),
         ("late", faults::late),
+        ("many_calls", limits::many_calls),
+        ("tiny_dev_shm", limits::tiny_dev_shm),
+        ("cramped", limits::cramped),
+        ("few_files", limits::few_files),
         ("bystander", survivors::bystander),
         ("dwindle", survivors::dwindle),
         ("undecided", survivors::undecided),
