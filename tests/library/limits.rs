@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tensorwire::transports::shm::MEMORY_NAME;
@@ -45,12 +45,21 @@ struct Held {
     own: u64,
 }
 
-fn held() -> Held {
-    Held {
-        shared: shared_bytes(),
-        files: entries("/proc/self/fd"),
-        threads: entries("/proc/self/task"),
-        own: status("RssAnon"),
+/// What is held once it is `enough`: the threads of started calls end on their own, and let go of their group then.
+fn held(enough: impl Fn(&Held) -> bool) -> Held {
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let held = Held {
+            shared: shared_bytes(),
+            files: entries("/proc/self/fd"),
+            threads: entries("/proc/self/task"),
+            own: status("RssAnon"),
+        };
+        if enough(&held) {
+            return held;
+        }
+        assert!(Instant::now() < end, "{held:?}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -102,7 +111,8 @@ pub(crate) fn many_calls() {
         (0..640).for_each(mixed);
         million(1000);
         comm.barrier().unwrap();
-        let before = held();
+        // The harness's thread, the test's, the ranks', and those of their started calls.
+        let before = held(|h| h.threads == 6);
         comm.barrier().unwrap();
         if me == 0 {
             let most = 2 * (8 * MIB + (64 << 10));
@@ -113,15 +123,14 @@ pub(crate) fn many_calls() {
         (0..100_000).for_each(mixed);
         million(1_000_000);
         comm.barrier().unwrap();
-        let after = held();
+        let after = held(|h| (h.shared, h.files, h.threads) == (before.shared, before.files, before.threads));
         comm.barrier().unwrap();
         if me == 0 {
             println!("\nbefore {before:?}, after {after:?}");
-            assert_eq!((after.shared, after.files), (before.shared, before.files));
-            assert!(after.threads <= before.threads && after.own < before.own + 4 * MIB, "{after:?}");
+            assert!(after.own < before.own + 4 * MIB);
         }
     });
-    assert_eq!((shared_bytes(), entries("/proc/self/task")), (0, 2), "with the test harness's thread");
+    held(|h| (h.shared, h.threads) == (0, 2));
 }
 
 #[test]
@@ -194,6 +203,7 @@ pub(crate) fn cramped() {
     let comm = Communicator::from_env().unwrap();
     comm.barrier().unwrap();
     let before = shared_bytes();
+    comm.barrier().unwrap();
     cramp(16 * MIB);
     for _ in 0..3 {
         let error = comm.symmetric::<u8>(64 << 20).unwrap_err();
@@ -238,7 +248,8 @@ pub(crate) fn few_files() {
     }
     println!("\n{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()));
     if rank == limited {
-        std::thread::sleep(SOON);
+        // The others know without its end.
+        std::thread::sleep(SOON / 6);
     }
 }
 
@@ -247,8 +258,8 @@ fn too_few_files_on_one_rank_is_everyones_error() {
     for (limited, more) in [("0", "1"), ("0", "4"), ("0", "7"), ("1", "3")] {
         let mut job = Job::start("few_files", 4, &[("FEW_FILES", limited), ("MORE_FILES", more)]);
         for rank in (0..4).filter(|rank| rank.to_string() != limited) {
-            let (_, text) = job.join_within(rank, SOON / 2);
-            assert!(!text.contains("joined") && text.contains("of 4: rank "), "{text}");
+            let (_, text) = job.join_within(rank, SOON / 8);
+            assert!(!text.contains("\njoined") && text.contains("of 4: rank "), "{text}");
         }
         let limited = limited.parse().unwrap();
         job.wait_for(limited, "Too many open files");
