@@ -71,7 +71,7 @@ pub(crate) fn many_calls() {
             let len = [3, 300, 3000][i % 3];
             let mut x = vec![i as u32; len];
             match i % 160 {
-                0 if i % 320 == 0 => {
+                0 if i.is_multiple_of(320) => {
                     let mut x = comm.symmetric::<u32>(100_000).unwrap();
                     x.fill(i as u32);
                     comm.all_reduce_symmetric(&mut x, ReduceOp::Sum).unwrap();
