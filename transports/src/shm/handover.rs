@@ -190,7 +190,8 @@ pub(super) fn take(
     if let Some(why) = name.strip_prefix(FAILED) {
         return Err(rendezvous(format!("rank 0 could not begin: {why}")));
     }
-    let mut stream = local_socket::connect(&name, deadline)
+    // It listened before it published the name: if it doesn't now, it has given up.
+    let mut stream = local_socket::connect(&name, Deadline::after(Duration::ZERO))
         .map_err(|e| rendezvous(format!("rank 0 can't be reached on this host ({name}): {e}")))?;
     let mut hello = Vec::from(MAGIC);
     for word in [VERSION, rank as u32, world as u32] {
