@@ -5,5 +5,7 @@ mod conformance;
 mod faults;
 mod groups;
 mod job;
+mod limits;
 mod mismatch;
 mod processes;
+mod survivors;

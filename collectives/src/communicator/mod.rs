@@ -2,6 +2,7 @@
 
 mod collectives;
 mod groups;
+mod placement;
 mod prepared;
 mod symmetric;
 mod work;

@@ -91,7 +91,8 @@ impl Communicator {
         if self.world == 1 || bytes < SYMMETRIC_FROM {
             return self.all_reduce(buf, op);
         }
-        let call = Call { reduce: Some(op), layout: SYMMETRIC, ..call::<T>(Op::AllReduce, buf.len) };
+        // Two ranks with different buffers don't make the same call.
+        let call = Call { reduce: Some(op), layout: buf.region.id(), ..call::<T>(Op::AllReduce, buf.len) };
         self.run(|state| {
             if !state.engine.group.owns(&buf.region) {
                 let what = format!("rank {}: the symmetric buffer is another communicator's", self.rank);
@@ -104,6 +105,3 @@ impl Communicator {
 
 /// Bytes from which two more meetings cost less than copying.
 const SYMMETRIC_FROM: usize = 1 << 10;
-
-/// Tells an all-reduce of a symmetric buffer from one of ordinary memory, which takes other steps.
-const SYMMETRIC: u32 = 1;

@@ -11,10 +11,10 @@ use crate::schedule::Pieces;
 
 impl Engine {
     /// `block(r)` are the bytes of `output` that rank `r`'s `input` becomes, on every rank or on `root` alone,
-    /// whose `output` alone is looked at then.
+    /// whose `output` alone is looked at then. Without an input, the rank's block of its `output` is it.
     pub(crate) fn all_gather(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         root: Option<usize>,
@@ -24,9 +24,11 @@ impl Engine {
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
         if longest <= INLINE {
             let step = self.group.next_step()?;
-            self.group.publish_inline(input);
+            self.group.publish_inline(input.unwrap_or_else(|| &output[block(rank)]));
             if wanted {
-                output[block(rank)].copy_from_slice(input);
+                if let Some(input) = input {
+                    output[block(rank)].copy_from_slice(input);
+                }
                 self.group.wait_all(step)?;
                 for who in self.peers() {
                     let to = &mut output[block(who)];
@@ -41,12 +43,12 @@ impl Engine {
         self.rounds(
             Pieces::new(longest, 1, chunk).count(),
             |_| wanted,
-            |engine, write| {
-                let own = &input[pieces(rank).range(write)];
+            |engine, output, write| {
+                let own = &input.unwrap_or_else(|| &output[block(rank)])[pieces(rank).range(write)];
                 engine.group.slot()[..own.len()].copy_from_slice(own);
             },
             |output, written| {
-                if wanted {
+                if let (true, Some(input)) = (wanted, input) {
                     let (piece, start) = (pieces(rank).range(written), block(rank).start);
                     output[start + piece.start..start + piece.end].copy_from_slice(&input[piece]);
                 }
@@ -63,10 +65,10 @@ impl Engine {
     }
 
     /// `block(r)` are the bytes of `root`'s `input` that become rank `r`'s `output`; no other `input` is looked
-    /// at.
+    /// at. Without an input, the root's `output` is it, of which nothing changes.
     pub(crate) fn scatter(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         root: usize,
@@ -78,7 +80,8 @@ impl Engine {
         self.rounds(
             Pieces::new(longest, 1, room).count(),
             |who| who == root,
-            |engine, write| {
+            |engine, output, write| {
+                let input = input.unwrap_or(output);
                 for who in engine.peers().filter(|_| rank == root) {
                     let (piece, from) = (pieces(who).range(write), block(who).start);
                     let to = &mut engine.group.slot()[who * room..][..piece.len()];
@@ -86,7 +89,7 @@ impl Engine {
                 }
             },
             |output, written| {
-                if rank == root {
+                if let (true, Some(input)) = (rank == root, input) {
                     let (piece, from) = (pieces(rank).range(written), block(rank).start);
                     output[piece.clone()].copy_from_slice(&input[from + piece.start..from + piece.end]);
                 }
@@ -102,10 +105,11 @@ impl Engine {
     }
 
     /// `sends(r)` are the bytes of `input` that go to rank `r`, `receives(r)` those of `output` that come from
-    /// it; `longest` is the most that any rank sends to any.
+    /// it; `longest` is the most that any rank sends to any. Without an input, `output` is it, and `receives` what
+    /// `sends` is.
     pub(crate) fn all_to_all(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         sends: impl Fn(usize) -> Range<usize>,
         receives: impl Fn(usize) -> Range<usize>,
@@ -116,7 +120,8 @@ impl Engine {
         self.rounds(
             Pieces::new(longest, 1, room).count(),
             |_| true,
-            |engine, write| {
+            |engine, output, write| {
+                let input = input.unwrap_or(output);
                 for who in engine.peers() {
                     let block = sends(who);
                     let piece = Pieces::new(block.len(), 1, room).range(write);
@@ -125,6 +130,7 @@ impl Engine {
                 }
             },
             |output, written| {
+                let Some(input) = input else { return };
                 let (from, to) = (sends(rank).start, receives(rank).start);
                 let piece = Pieces::new(sends(rank).len(), 1, room).range(written);
                 output[to + piece.start..to + piece.end]
@@ -165,10 +171,11 @@ impl Engine {
         Ok(most)
     }
 
-    /// Block `block(r)` of the input is reduced into rank `r`'s `output`.
+    /// Block `block(r)` of the input is reduced into rank `r`'s `output`. Without an input, `output` is it, and
+    /// the rank's block of it is reduced where it lies.
     pub(crate) fn reduce_scatter(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         r: &Reduction,
@@ -184,7 +191,8 @@ impl Engine {
         self.rounds(
             Pieces::new(longest / size, size, room).count(),
             |_| true,
-            |engine, write| {
+            |engine, output, write| {
+                let input = input.unwrap_or(output);
                 for who in engine.peers() {
                     let block = block(who);
                     let piece = piece(&block, write);
@@ -196,7 +204,10 @@ impl Engine {
             |engine, output, read, step| {
                 let Engine { group, sources } = engine;
                 let own = piece(&block(rank), read);
-                let mut data = Buffers { input: Some(&input[block(rank)]), output };
+                let mut data = match input {
+                    Some(input) => Buffers { input: Some(&input[block(rank)]), output },
+                    None => Buffers::in_place(&mut output[block(rank)]),
+                };
                 data.reduce(r, own, rank, sources, |peer, len| {
                     &group.peer_slot(peer, step)[rank * room..][..len]
                 });
@@ -205,20 +216,31 @@ impl Engine {
         )
     }
 
-    pub(crate) fn broadcast(&mut self, buf: &mut [u8], root: usize) -> Result<(), Failure> {
-        let pieces = Pieces::new(buf.len(), 1, CHUNK.min(self.slot_bytes()));
+    /// Copies `root`'s input, or without one its `output`, into every rank's `output`.
+    pub(crate) fn broadcast(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        root: usize,
+    ) -> Result<(), Failure> {
+        let pieces = Pieces::new(output.len(), 1, CHUNK.min(self.slot_bytes()));
         self.group.use_slots(pieces.range(0).len());
         // An empty broadcast is a step too: it shows whether the ranks agree.
         for i in 0..pieces.count().max(1) {
-            let piece = &mut buf[pieces.range(i)];
+            let own = input.map(|input| &input[pieces.range(i)]);
+            let piece = &mut output[pieces.range(i)];
             let step = self.group.next_step()?;
             let inline = piece.len() <= INLINE;
             if self.group.rank() == root {
+                let from = own.unwrap_or(piece);
                 if inline {
-                    self.group.publish_inline(piece);
+                    self.group.publish_inline(from);
                 } else {
-                    self.group.slot()[..piece.len()].copy_from_slice(piece);
+                    self.group.slot()[..from.len()].copy_from_slice(from);
                     self.group.publish();
+                }
+                if let Some(own) = own {
+                    piece.copy_from_slice(own);
                 }
             } else {
                 self.group.publish();

@@ -57,7 +57,8 @@ impl Reduction {
     }
 }
 
-/// A rank's contribution and where its result goes: two buffers of one length, or one for both.
+/// A rank's contribution and where its result goes: two buffers of one length, or one for both. Where a rank gets
+/// no result, its output isn't looked at unless it is the contribution.
 #[derive(Debug)]
 pub(crate) struct Buffers<'a> {
     pub(crate) input: Option<&'a [u8]>,
@@ -75,8 +76,8 @@ impl Buffers<'_> {
     }
 
     #[inline]
-    fn len(&self) -> usize {
-        self.output.len()
+    pub(crate) fn len(&self) -> usize {
+        self.input().len()
     }
 
     /// Reduces the bytes `range` of this rank's contribution with the peers', in rank order, into the same
@@ -175,13 +176,14 @@ impl Engine {
     }
 
     /// `count` rounds in which ranks write their slots and read their peers', the reading one round behind the
-    /// writing. `write(i)` fills this rank's slot for round `i`; `meanwhile(i)` does what needs no peer once it
-    /// is published; `read(i, step)` uses what the ranks in `sources` wrote for it.
+    /// writing. `write(output, i)` fills this rank's slot for round `i`; `meanwhile(i)` does what needs no peer
+    /// once it is published; `read(i, step)` uses what the ranks in `sources` wrote for it. What round `i` reads
+    /// may lie where round `i` wrote from, which is how blocks are exchanged in place.
     fn rounds(
         &mut self,
         count: usize,
         sources: impl Fn(usize) -> bool,
-        mut write: impl FnMut(&mut Engine, usize),
+        mut write: impl FnMut(&mut Engine, &[u8], usize),
         mut meanwhile: impl FnMut(&mut [u8], usize),
         mut read: impl FnMut(&mut Engine, &mut [u8], usize, u64),
         output: &mut [u8],
@@ -192,7 +194,7 @@ impl Engine {
         for t in 0..=count {
             let step = if t < count { self.group.next_step()? } else { 0 };
             if t < count {
-                write(self, t);
+                write(self, output, t);
             }
             if t > 0 {
                 for who in self.peers().filter(|who| sources(*who)) {

@@ -9,7 +9,7 @@
 //! A wait spins, then sleeps on the rank's doorbell. Whoever publishes rings the doorbells of sleepers before
 //! it sleeps or returns itself.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
@@ -18,7 +18,7 @@ use super::cache;
 use super::control::LEFT;
 use super::flight::FlightRecord;
 use super::layout::{DEPTH, INLINE, Span};
-use super::record::Label;
+use super::record::{Label, RECORDS};
 use super::shared::Shared;
 use super::sync::{Ordering, fence};
 use super::words::Words;
@@ -60,6 +60,16 @@ pub struct Group {
     fingerprint: u32,
     /// When the current call gives up; set by its first wait that isn't short.
     pub(super) deadline: Option<Deadline>,
+    /// The groups that this one was split from, whose ranks may come to wait for this one's.
+    pub(super) above: Vec<Above>,
+}
+
+/// A group that another was split from.
+#[derive(Clone, Debug)]
+pub(super) struct Above {
+    pub(super) shared: Weak<Shared>,
+    /// What it calls the other group's ranks.
+    pub(super) ranks: Vec<usize>,
 }
 
 /// What a rank waits for.
@@ -87,6 +97,14 @@ impl Awaited {
                 }) || to
                     .is_some_and(|(peer, at)| shared.words.lane(me, peer).read.0.load(Ordering::Acquire) > at)
             }
+        }
+    }
+
+    /// The same of another peer.
+    fn of(&self, peer: usize) -> Awaited {
+        match *self {
+            Awaited::Step { step, .. } => Awaited::Step { peer, step },
+            lanes @ Awaited::Lanes { .. } => lanes,
         }
     }
 
@@ -130,6 +148,7 @@ impl Group {
             call: Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 },
             fingerprint: 0,
             deadline: None,
+            above: Vec::new(),
         }
     }
 
@@ -165,7 +184,9 @@ impl Group {
     #[inline]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
-        self.fingerprint = call.fingerprint();
+        // Of all calls so far: a rank that waits for nobody, as the root of a broadcast, is found out later. What is
+        // done to the last value can be undone, so that once it differs between ranks it always does.
+        self.fingerprint = call.fingerprint() ^ self.fingerprint.wrapping_mul(0x9E37_79B1);
         self.unrecorded = true;
         self.label = Label::NONE;
         self.span = Span::NONE;
@@ -395,15 +416,26 @@ impl Group {
         loop {
             // Whatever happens from here on rings, and ends the sleep.
             let bell = me.doorbell.0.look();
-            for peer in awaited.peers() {
-                self.check_peer(peer, awaited, deadline)?;
-                me.awaits.store(peer as u32, Ordering::Relaxed);
+            // Every peer that hasn't come to a step is needed, by this rank or by one that it waits for, and that
+            // one may be elsewhere for long: so a death is known at once.
+            for peer in awaited.late(&self.shared) {
+                self.check_peer(peer, awaited.of(peer), deadline).inspect_err(|_| self.show_waiting(None))?;
             }
-            me.looked.store(self.shared.clock.now(), Ordering::Relaxed);
+            self.show_waiting(awaited.peers().last());
             self.sleep(awaited, bell, deadline);
             if arrived() {
-                me.looked.store(0, Ordering::Relaxed);
+                self.show_waiting(None);
                 return Ok(());
+            }
+        }
+    }
+
+    /// Shows everyone for whom this rank waits: in the groups above too, where its peers may wait for it.
+    fn show_waiting(&self, peer: Option<usize>) {
+        self.shared.show_waiting(peer);
+        for above in &self.above {
+            if let Some(shared) = above.shared.upgrade() {
+                shared.show_waiting(peer.map(|peer| above.ranks[peer]));
             }
         }
     }
@@ -458,23 +490,31 @@ impl Group {
     #[cold]
     #[inline(never)]
     fn mismatch(&self, peer: usize) -> Failure {
-        let (rank, seq, ours) = (self.rank(), self.seq, self.call);
+        let (rank, seq, call) = (self.rank(), self.seq, self.call);
+        let records = |rank: usize| &self.shared.words.control(rank).records.0;
         // The peer may have published before it put its call on record, and not after.
         let soon = Deadline::after(RECORDED_WITHIN);
-        let mut theirs = None;
-        while theirs.is_none() && !soon.passed() {
-            theirs = self.shared.words.control(peer).records.0.collective(seq);
-        }
-        let Some(theirs) = theirs.filter(|theirs| *theirs != ours) else {
-            let why = format!("rank {peer} is in another call than {ours}, which it no longer has on record");
-            return self.fail(Error::Aborted { rank, by: rank, call: ours, seq, why });
+        while records(peer).collective(seq).is_none() && !soon.passed() {}
+        let ours = |of: u64| if of == seq { Some(call) } else { records(rank).collective(of) };
+        let differs = |of: u64| {
+            let (ours, theirs) = (ours(of)?, records(peer).collective(of)?);
+            (ours != theirs).then_some((of, ours, theirs))
         };
-        self.disagree(peer, ours, theirs)
+        // It may have been an earlier call, in which neither waited for the other.
+        match (seq.saturating_sub(RECORDS as u64)..=seq).find_map(differs) {
+            Some((seq, ours, theirs)) => self.disagree(peer, seq, ours, theirs),
+            None => {
+                let why = format!(
+                    "rank {peer} made another call than this rank, in {call} or before it, that is no longer on record"
+                );
+                self.fail(Error::Aborted { rank, by: rank, call, seq, why })
+            }
+        }
     }
 
-    /// Ends the group because this rank and `peer` made calls that don't fit together.
-    pub(super) fn disagree(&self, peer: usize, ours: Call, theirs: Call) -> Failure {
-        let (rank, seq) = (self.rank(), self.seq);
+    /// Ends the group because this rank and `peer` made calls that don't fit together, as their number `seq`.
+    pub(super) fn disagree(&self, peer: usize, seq: u64, ours: Call, theirs: Call) -> Failure {
+        let rank = self.rank();
         let ((a, a_call), (b, b_call)) =
             if rank < peer { ((rank, ours), (peer, theirs)) } else { ((peer, theirs), (rank, ours)) };
         self.fail(Error::Mismatch { rank, seq, a, a_call: Box::new(a_call), b, b_call: Box::new(b_call) })
@@ -493,7 +533,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.shared.leave();
+        self.shared.leave(|rank| self.liveness.ended(rank));
     }
 }
 

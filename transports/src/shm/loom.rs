@@ -121,7 +121,7 @@ impl Words {
         unsafe { self.at(offset) }
     }
 
-    pub(super) fn leave(&self) {
+    pub(super) fn leave(&self, _: usize, _: impl Fn(usize) -> bool) {
         if self.model.left.fetch_add(1, Ordering::Relaxed) + 1 == self.layout.world {
             MODELS.lock().unwrap().remove(&Words::key(&self.part));
         }

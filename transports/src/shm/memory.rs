@@ -23,6 +23,7 @@ use rustix::io::{Errno, pwrite};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use tensorwire_core::{Error, Result};
 
+use super::available::available_memory;
 use super::layout::{MAX_WORLD, PAGE};
 
 /// What the file of the memory is called: the end of a link in /proc/PID/fd reads `memfd:` and this.
@@ -34,7 +35,7 @@ const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::SEAL);
 pub(super) const HUGE: u64 = 2 << 20;
 
 /// Changes with any change of what lies where in the memory, or of how it is handed over.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// The file that all ranks of a host share.
 #[derive(Debug)]
@@ -67,9 +68,9 @@ pub(super) struct PartHead {
     pub(super) world: AtomicU32,
     /// Bytes of slots a rank, or of a block.
     pub(super) bytes: AtomicU64,
-    /// Ranks that are done with it. Each adds to it once, AcqRel: what any of them did with the part happened
-    /// before the last one gives it back.
-    left: AtomicU32,
+    /// A bit for each rank that is done with it. Each sets its own, then looks at all, SeqCst: what any of them did
+    /// with the part happened before one gives it back, and of two that set theirs at once one sees both.
+    left: [AtomicU64; MAX_WORLD / 64],
 }
 
 /// What a part is, for whoever opens the file.
@@ -88,7 +89,7 @@ pub(super) enum Kind {
 }
 
 impl About {
-    /// Bytes of a part's head but for its last word, which begins as zero.
+    /// Bytes of a part's head but for its last words, which begin as zeros.
     pub(super) const BYTES: usize = 32;
 
     fn to_bytes(self, len: u64) -> [u8; About::BYTES] {
@@ -201,8 +202,14 @@ impl Memory {
 
     /// Maps a part.
     pub(super) fn map(self: &Arc<Memory>, start: u64, len: usize) -> Result<Part> {
-        let mapping = map(self.fd(), start, len)?;
-        Ok(Part { mapping, start, memory: self.clone() })
+        self.map_head(start, len, len)
+    }
+
+    /// Maps only `head` bytes of a part of `len`: enough for a rank that can't map all of it to say so and to be
+    /// counted.
+    pub(super) fn map_head(self: &Arc<Memory>, start: u64, len: usize, head: usize) -> Result<Part> {
+        let mapping = map(self.fd(), start, head)?;
+        Ok(Part { mapping, start, len, memory: self.clone() })
     }
 }
 
@@ -211,6 +218,7 @@ impl Memory {
 pub(super) struct Part {
     mapping: Mapping,
     start: u64,
+    len: usize,
     memory: Arc<Memory>,
 }
 
@@ -229,12 +237,16 @@ impl Part {
         self.mapping.at(offset)
     }
 
-    /// Counts one user of `world` as done with the part; the last one returns its pages to the system.
-    pub(super) fn leave(&self, world: usize) {
+    /// Counts `rank` of `world` as done with the part; the last one, but for ranks that have `ended` without saying
+    /// so, returns its pages to the system.
+    pub(super) fn leave(&self, rank: usize, world: usize, ended: impl Fn(usize) -> bool) {
         // SAFETY: (1) the part begins with its head, aligned to a page; (2) atomics are valid from any bytes.
         let head = unsafe { &*self.at(0).cast::<PartHead>() };
-        if head.left.fetch_add(1, Ordering::AcqRel) as usize + 1 == world {
-            self.memory.give_back(self.start, self.mapping.len as u64);
+        head.left[rank / 64].fetch_or(1 << (rank % 64), Ordering::SeqCst);
+        let left = |r: usize| head.left[r / 64].load(Ordering::SeqCst) >> (r % 64) & 1 == 1;
+        // Two may both find themselves the last: what is given back a second time is nothing.
+        if (0..world).all(|r| left(r) || ended(r)) {
+            self.memory.give_back(self.start, self.len as u64);
         }
     }
 }
@@ -285,18 +297,6 @@ impl Drop for Mapping {
     }
 }
 
-/// Bytes that could still be had: on the machine, or under the control group's limit if that is less.
-fn available_memory() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    let machine = line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)?;
-    let group =
-        |name| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
-    // Without a limit, memory.max reads "max".
-    let group = group("memory.max").zip(group("memory.current")).map(|(max, used)| max.saturating_sub(used));
-    Some(group.map_or(machine, |g| g.min(machine)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -322,10 +322,18 @@ mod tests {
         assert!(blocks(&a) < 1 << 20, "only what is touched takes memory");
         a.reserve(second, 5 << 20).unwrap();
         assert!(blocks(&a) >= 5 << 20);
-        ours.leave(2);
+        let nobody = |_| false;
+        ours.leave(0, 2, nobody);
         assert!(blocks(&a) >= 5 << 20, "one still needs it");
-        theirs.leave(2);
+        theirs.leave(1, 2, nobody);
         assert!(blocks(&a) < 1 << 20, "{}", blocks(&a));
+        let third = a.take(about, 5 << 20).unwrap();
+        a.reserve(third, 5 << 20).unwrap();
+        let part = a.map_head(third, 5 << 20, PAGE).unwrap();
+        part.leave(1, 3, |rank| rank == 0);
+        assert!(blocks(&a) >= 5 << 20, "rank 2 still needs it");
+        part.leave(2, 3, |rank| rank == 0);
+        assert!(blocks(&a) < 1 << 20, "the dead don't keep it: {}", blocks(&a));
         assert!(ftruncate(a.fd(), 0).is_err(), "nobody can shrink it");
     }
 

@@ -7,6 +7,7 @@
 //! to 64 KiB for each peer that it sends messages to, from an anonymous file: the size of /dev/shm doesn't
 //! matter and nothing is left behind, however a job ends.
 
+mod available;
 mod bell;
 mod cache;
 mod clock;

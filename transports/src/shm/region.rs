@@ -5,13 +5,15 @@ use std::sync::Arc;
 use tensorwire_core::{Error, Result};
 
 use super::layout::PAGE;
-use super::memory::{About, Kind, Memory, Part};
+use super::memory::{About, HUGE, Kind, Memory, Part};
+use crate::liveness::Liveness;
 
 /// Equal blocks of memory, one a rank, that every rank of the group maps. The last rank to drop it returns
-/// the memory to the system.
+/// the memory to the system; one that has ended doesn't keep it.
 #[derive(Debug)]
 pub struct Region {
     part: Part,
+    liveness: Liveness,
     world: usize,
     rank: usize,
     bytes: usize,
@@ -39,10 +41,22 @@ impl Region {
         memory.take(About { kind: Kind::Region, world, bytes }, Region::len(world, bytes)?)
     }
 
-    pub(super) fn map(group: &Part, start: u64, world: usize, rank: usize, bytes: usize) -> Result<Region> {
-        let memory = group.memory();
-        let part = memory.map(start, Region::len(world, bytes)?)?;
-        let region = Region { part, world, rank, bytes, group: group.start() };
+    pub(super) fn map(
+        group: &Part,
+        start: u64,
+        world: usize,
+        rank: usize,
+        bytes: usize,
+        liveness: &Liveness,
+    ) -> Result<Region> {
+        let (memory, len) = (group.memory(), Region::len(world, bytes)?);
+        let part = memory.map(start, len).inspect_err(|_| {
+            // The others let go of it too, and the last one gives it back.
+            if let Ok(head) = memory.map_head(start, len, PAGE) {
+                head.leave(rank, world, |r| liveness.ended(r));
+            }
+        })?;
+        let region = Region { part, liveness: liveness.clone(), world, rank, bytes, group: group.start() };
         if bytes > 0 {
             memory.reserve(start + region.offset(rank) as u64, bytes)?;
         }
@@ -51,6 +65,11 @@ impl Region {
 
     pub(super) fn is_of(&self, group: &Part) -> bool {
         Arc::ptr_eq(self.part.memory(), group.memory()) && self.group == group.start()
+    }
+
+    /// A number that no other region of the memory has, the same on every rank.
+    pub fn id(&self) -> u32 {
+        (self.part.start() / HUGE) as u32
     }
 
     fn offset(&self, rank: usize) -> usize {
@@ -81,6 +100,6 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        self.part.leave(self.world);
+        self.part.leave(self.rank, self.world, |rank| self.liveness.ended(rank));
     }
 }

@@ -62,9 +62,9 @@ impl Words {
         unsafe { &*self.part.at(offset).cast() }
     }
 
-    /// Counts one rank as gone; the last one returns the memory to the system.
-    pub(super) fn leave(&self) {
-        self.part.leave(self.layout.world);
+    /// Counts a rank as gone; the last one returns the memory to the system.
+    pub(super) fn leave(&self, rank: usize, ended: impl Fn(usize) -> bool) {
+        self.part.leave(rank, self.layout.world, ended);
     }
 
     /// The bytes of this rank's slot for a step, to be written.
