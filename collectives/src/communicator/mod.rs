@@ -1,6 +1,8 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
 mod collectives;
+mod from;
+mod fused;
 mod groups;
 mod prepared;
 mod symmetric;

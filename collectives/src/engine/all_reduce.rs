@@ -23,7 +23,7 @@ impl Engine {
         match algorithm {
             Algorithm::Inline => self.all_reduce_one_step(data, r, root, true),
             Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false),
-            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root),
+            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root, |_, _| {}),
         }
     }
 
@@ -40,14 +40,7 @@ impl Engine {
         root: Option<usize>,
         inline: bool,
     ) -> Result<(), Failure> {
-        let step = self.group.next_step()?;
-        if inline {
-            self.group.publish_inline(data.input());
-        } else {
-            self.group.slot()[..data.len()].copy_from_slice(data.input());
-            self.group.publish();
-            self.group.prefetch(data.len());
-        }
+        let step = self.publish_whole(data.input(), inline)?;
         if self.wants(root) {
             self.group.wait_all(step)?;
             let Engine { group, sources } = self;
@@ -60,13 +53,29 @@ impl Engine {
         Ok(())
     }
 
+    /// Publishes the whole of `input`, in the flag's cache line or its slot, as a step of its own.
+    #[inline]
+    pub(super) fn publish_whole(&mut self, input: &[u8], inline: bool) -> Result<u64, Failure> {
+        let step = self.group.next_step()?;
+        if inline {
+            self.group.publish_inline(input);
+        } else {
+            self.group.slot()[..input.len()].copy_from_slice(input);
+            self.group.publish();
+            self.group.prefetch(input.len());
+        }
+        Ok(step)
+    }
+
     /// In step `t`, counted from the call's first, each rank publishes chunk `t` (but for its own part) and
-    /// its reduced part of chunk `t - 1`, and gathers the peers' reduced parts of chunk `t - 2`.
-    fn all_reduce_two_shot(
+    /// its reduced part of chunk `t - 1`, and gathers the peers' reduced parts of chunk `t - 2`. Calls `arrived`
+    /// with the output and how many of its bytes are the result, whenever there are more.
+    pub(super) fn all_reduce_two_shot(
         &mut self,
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
+        mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let wanted = self.wants(root);
@@ -111,6 +120,9 @@ impl Engine {
             }
             if t <= count {
                 self.group.publish();
+            }
+            if t > 1 && wanted {
+                arrived(data.output, chunks.range(t - 2).end * size);
             }
         }
         Ok(())

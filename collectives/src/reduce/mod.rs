@@ -9,12 +9,15 @@
 //! not specified. Integers wrap around.
 
 mod kernel;
+mod norm;
 mod number;
 mod op;
 
 use std::sync::OnceLock;
 
 use tensorwire_core::{DType, ReduceOp};
+
+pub use norm::AddRmsNorm;
 
 /// Reduces `count` elements of `n` buffers into `dst`: `dst[i] = sources[0][i] ∘ sources[1][i] ∘ ...`, each
 /// element times `factor` first for [`ReduceOp::PreScaledSum`], which alone looks at it.
@@ -33,6 +36,7 @@ const OPS: usize = ReduceOp::ALL.len();
 pub struct Kernels {
     name: &'static str,
     table: [[Option<Kernel>; OPS]; DType::ALL.len()],
+    add_rms_norm: &'static norm::Table,
 }
 
 impl Kernels {
