@@ -90,6 +90,8 @@ unsafe fn body<T: Number<Wide: Real>>(
     Sum: Combine<T::Wide>,
 {
     let mut squares = [T::Wide::from_f32(0.0); LANES];
+    // What is of the type already need not be rounded to it.
+    let one = sources.len() == 1;
     let whole = width - width % LANES;
     for at in (0..whole).step_by(LANES) {
         // SAFETY: (1) the caller vouches for `width` elements; (2) `at + LANES <= whole`.
@@ -103,7 +105,8 @@ unsafe fn body<T: Number<Wide: Real>>(
                 }
             }
             for (j, square) in squares.iter_mut().enumerate() {
-                let x = add(residual.add(at + j), sum[j]);
+                let sum = if one { sum[j] } else { T::round(sum[j]).1 };
+                let x = add(residual.add(at + j), sum);
                 *square = *square + x * x;
             }
         }
@@ -115,7 +118,7 @@ unsafe fn body<T: Number<Wide: Real>>(
             for source in &sources[1..] {
                 sum = Sum::combine(sum, source.add(i).read().widen());
             }
-            let x = add(residual.add(i), sum);
+            let x = add(residual.add(i), T::round(sum).1);
             squares[i - whole] = squares[i - whole] + x * x;
         }
     }
@@ -137,7 +140,7 @@ unsafe fn body<T: Number<Wide: Real>>(
     }
 }
 
-/// Adds a sum to an element of the residual; returns what it is then.
+/// Adds a sum, which is of the type, to an element of the residual; returns what it is then.
 ///
 /// # Safety
 /// The element is valid for reading and writing.
@@ -145,9 +148,9 @@ unsafe fn body<T: Number<Wide: Real>>(
 unsafe fn add<T: Number<Wide: Real>>(residual: *mut T, sum: T::Wide) -> T::Wide {
     // SAFETY: the caller vouches for it.
     unsafe {
-        let new = T::narrow(residual.read().widen() + T::narrow(sum).widen());
+        let (new, wide) = T::round(residual.read().widen() + sum);
         residual.write(new);
-        new.widen()
+        wide
     }
 }
 
