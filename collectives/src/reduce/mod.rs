@@ -7,6 +7,8 @@
 //! Types narrower than 32 bits are accumulated in f32 and rounded once, to nearest even. Subnormals are kept.
 //! Any NaN result is the positive quiet NaN without payload, for which operand a processor's NaN comes from is
 //! not specified. Integers wrap around.
+//!
+//! A second kernel, made in the same way, ends a row of an all-reduce with addition and RMSNorm: [`AddRmsNorm`].
 
 mod kernel;
 mod norm;
