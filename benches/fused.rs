@@ -1,13 +1,19 @@
-//! What all_reduce_add_rms_norm saves: two ranks, as threads, end a row-parallel layer by one call, by two
-//! (all_reduce, then addition and norm fused), and by three (all_reduce, addition, norm).
+//! What it saves to do with an all-reduce what comes before and behind it, between two ranks as threads.
 //!
 //! ```text
 //! cargo bench --bench fused
 //! ```
 //!
-//! Each way takes its turn in every round; the times are medians of the rounds, in microseconds a call. The
-//! separate addition and norm are compiled for the same instruction set as the library's kernels.
+//! * `all_reduce_add_rms_norm`: the end of a row-parallel layer by one call, by two (all_reduce, then addition and
+//!   norm fused), and by three (all_reduce, addition, norm). The separate addition and norm are compiled for the
+//!   same instruction set as the library's kernels.
+//! * `all_reduce_from`: a contribution that is written (here copied from other memory) where the peer reads it, and
+//!   one that is written into the buffer of an all_reduce.
+//!
+//! Each way takes its turn in every round; the times are medians of the rounds, in microseconds a call. Without
+//! `--bench`, as under `cargo test`, each is tried once and means nothing.
 
+use std::cell::RefCell;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -15,18 +21,50 @@ use half::bf16;
 use tensorwire::collectives::reduce::{AddRmsNorm, Kernel, Kernels};
 use tensorwire::{Communicator, Element, ReduceOp, Result};
 
-const ROUNDS: usize = 15;
-const BATCH: Duration = Duration::from_millis(8);
 const EPS: f32 = 1e-5;
 
+/// How long to measure.
 #[derive(Clone, Copy)]
-enum Way {
-    OneCall,
-    TwoCalls,
-    ThreeCalls,
+struct Effort {
+    batch: Duration,
+    rounds: usize,
 }
 
-const WAYS: [Way; 3] = [Way::OneCall, Way::TwoCalls, Way::ThreeCalls];
+impl Effort {
+    /// The median seconds of a call each way. `call(way)` makes one, `reset` comes before each batch.
+    fn seconds<const WAYS: usize>(
+        self,
+        comm: &Communicator,
+        mut reset: impl FnMut(),
+        mut call: impl FnMut(usize) -> Result<()>,
+    ) -> Result<[f64; WAYS]> {
+        let mut batch = |way, calls| {
+            reset();
+            comm.barrier()?;
+            let start = Instant::now();
+            for _ in 0..calls {
+                call(way)?;
+            }
+            let mut seconds = [start.elapsed().as_secs_f64() / f64::from(calls)];
+            comm.all_reduce(&mut seconds, ReduceOp::Max)?;
+            Result::Ok(seconds[0])
+        };
+        let mut calls = 4;
+        for _ in 0..3 {
+            calls = (self.batch.as_secs_f64() / batch(WAYS - 1, calls)?).clamp(1.0, 1e5) as u32;
+        }
+        let mut times = [(); WAYS].map(|()| Vec::with_capacity(self.rounds));
+        for _ in 0..self.rounds {
+            for (way, times) in times.iter_mut().enumerate() {
+                times.push(batch(way, calls)?);
+            }
+        }
+        Ok(times.map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        }))
+    }
+}
 
 trait Number: Element {
     fn widen(self) -> f32;
@@ -124,77 +162,56 @@ impl<'a, T: Number> Layer<'a, T> {
         Layer { comm, x, residual, weight: numbers(width), add, add_rms_norm }
     }
 
-    fn call(&mut self, way: Way) -> Result<()> {
-        let Layer { comm, x, residual, weight, .. } = self;
-        let width = weight.len();
-        if let Way::OneCall = way {
-            return comm.all_reduce_add_rms_norm(x, residual, weight, EPS);
-        }
-        comm.all_reduce(x, ReduceOp::Sum)?;
-        if let Way::TwoCalls = way {
-            for (x, residual) in x.chunks_exact_mut(width).zip(residual.chunks_exact_mut(width)) {
-                let (x, residual, weight) =
-                    (x.as_mut_ptr().cast::<u8>(), residual.as_mut_ptr(), weight.as_ptr());
-                // SAFETY: (1) each has `width` elements of `T`; (2) the output is the only source; (3) the kernel
-                // is for this type and processor.
-                unsafe {
-                    let sources = &x.cast_const();
-                    (self.add_rms_norm)(x, residual.cast(), sources, 1, weight.cast(), width, EPS);
-                }
-            }
-            return Ok(());
-        }
-        let sources = [residual.as_ptr().cast(), x.as_ptr().cast()];
-        // SAFETY: (1) both have as many elements of `T`; (2) the destination is the first; (3) as above.
-        unsafe { (self.add)(residual.as_mut_ptr().cast(), sources.as_ptr(), 2, x.len(), 1.0) };
-        for (x, residual) in x.chunks_exact_mut(width).zip(residual.chunks_exact(width)) {
-            rms_norm_best(x, residual, weight);
+    fn in_one_call(&mut self) -> Result<()> {
+        self.comm.all_reduce_add_rms_norm(&mut self.x, &mut self.residual, &self.weight, EPS)
+    }
+
+    fn in_two(&mut self) -> Result<()> {
+        self.comm.all_reduce(&mut self.x, ReduceOp::Sum)?;
+        let width = self.weight.len();
+        for (x, residual) in self.x.chunks_exact_mut(width).zip(self.residual.chunks_exact_mut(width)) {
+            let (x, residual) = (x.as_mut_ptr().cast::<u8>(), residual.as_mut_ptr().cast());
+            let weight = self.weight.as_ptr().cast();
+            // SAFETY: (1) each has `width` elements of `T`; (2) the output is the only source; (3) the kernel is
+            // for this type and processor.
+            unsafe { (self.add_rms_norm)(x, residual, &x.cast_const(), 1, weight, width, EPS) };
         }
         Ok(())
     }
 
-    /// Seconds a call, of `calls` of them. The numbers begin anew, so that none grows beyond its type.
-    fn batch(&mut self, way: Way, calls: u32) -> Result<f64> {
-        self.residual.fill(T::narrow(1.0));
-        self.comm.barrier()?;
-        let start = Instant::now();
-        for _ in 0..calls {
-            self.call(way)?;
-            black_box(&mut self.x);
+    fn in_three(&mut self) -> Result<()> {
+        let Layer { x, residual, weight, .. } = self;
+        self.comm.all_reduce(x, ReduceOp::Sum)?;
+        let to = residual.as_mut_ptr().cast::<u8>();
+        let sources = [to.cast_const(), x.as_ptr().cast()];
+        // SAFETY: (1) both have as many elements of `T`; (2) the destination is the first; (3) as above.
+        unsafe { (self.add)(to, sources.as_ptr(), 2, x.len(), 1.0) };
+        for (x, residual) in x.chunks_exact_mut(weight.len()).zip(residual.chunks_exact(weight.len())) {
+            rms_norm_best(x, residual, weight);
         }
-        let mut seconds = [start.elapsed().as_secs_f64() / f64::from(calls)];
-        self.comm.all_reduce(&mut seconds, ReduceOp::Max)?;
-        Ok(seconds[0])
+        Ok(())
     }
 }
 
-/// The median seconds of a call each way.
-fn measure<T: Number>(comm: &Communicator, width: usize, tokens: usize) -> Result<[f64; 3]> {
-    let mut layer = Layer::<T>::new(comm, width, tokens);
-    let mut calls = 8;
-    for _ in 0..3 {
-        let once = layer.batch(Way::ThreeCalls, calls)?;
-        calls = (BATCH.as_secs_f64() / once).clamp(4.0, 1e5) as u32;
-    }
-    let mut times = [(); 3].map(|()| Vec::with_capacity(ROUNDS));
-    for _ in 0..ROUNDS {
-        for (way, times) in WAYS.into_iter().zip(&mut times) {
-            times.push(layer.batch(way, calls)?);
+fn add_rms_norm<T: Number>(comm: &Communicator, effort: Effort, width: usize, tokens: usize) -> Result<()> {
+    let layer = RefCell::new(Layer::<T>::new(comm, width, tokens));
+    // The numbers begin anew, so that none grows beyond its type.
+    let reset = || layer.borrow_mut().residual.fill(T::narrow(1.0));
+    let [one, two, three] = effort.seconds(comm, reset, |way| {
+        let mut layer = layer.borrow_mut();
+        match way {
+            0 => layer.in_one_call()?,
+            1 => layer.in_two()?,
+            _ => layer.in_three()?,
         }
-    }
-    Ok(times.map(|mut times| {
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
-    }))
-}
-
-fn row<T: Number>(comm: &Communicator, width: usize, tokens: usize) -> Result<()> {
-    let [one, two, three] = measure::<T>(comm, width, tokens)?;
+        black_box(&mut layer.x);
+        Ok(())
+    })?;
     if comm.rank() == 0 {
-        let algorithm = comm.algorithm(width * tokens * size_of::<T>())?.name();
+        let (dtype, algorithm) = (T::DTYPE, comm.algorithm(width * tokens * size_of::<T>())?);
         println!(
-            "{:>5} {width:>6} {tokens:>6} {algorithm:>9} {:>9.2} {:>9.2} {:>9.2} {:>8.2} {:>8.2}",
-            T::DTYPE.name(),
+            "{dtype:>5} {width:>6} {tokens:>6} {:>9} {:>9.2} {:>9.2} {:>9.2} {:>8.2} {:>10.2}",
+            algorithm.name(),
             one * 1e6,
             two * 1e6,
             three * 1e6,
@@ -205,23 +222,56 @@ fn row<T: Number>(comm: &Communicator, width: usize, tokens: usize) -> Result<()
     Ok(())
 }
 
-fn rank(comm: &Communicator) -> Result<()> {
+fn from(comm: &Communicator, effort: Effort, bytes: usize) -> Result<()> {
+    let product = vec![1f32; bytes / size_of::<f32>()];
+    let mut out = product.clone();
+    let [from, apart] = effort.seconds(
+        comm,
+        || (),
+        |way| {
+            match way {
+                0 => comm.all_reduce_from(&mut out, ReduceOp::Sum, |to| to.copy_from_slice(&product))?,
+                _ => {
+                    out.copy_from_slice(&product);
+                    comm.all_reduce(&mut out, ReduceOp::Sum)?;
+                }
+            }
+            black_box(&mut out);
+            Ok(())
+        },
+    )?;
+    if comm.rank() == 0 {
+        let algorithm = comm.algorithm(bytes)?.name();
+        println!("{bytes:>7} {algorithm:>9} {:>9.2} {:>9.2} {:>6.2}", from * 1e6, apart * 1e6, apart / from);
+    }
+    Ok(())
+}
+
+fn rank(comm: &Communicator, effort: Effort) -> Result<()> {
+    let heading = |text: &str| (comm.rank() == 0).then(|| println!("{text}"));
+    heading("dtype  width tokens algorithm  one (us)       two     three  two/one  three/one");
     for width in [768, 4096, 8192] {
         for tokens in [1, 16, 256] {
-            row::<f32>(comm, width, tokens)?;
-            row::<bf16>(comm, width, tokens)?;
+            add_rms_norm::<f32>(comm, effort, width, tokens)?;
+            add_rms_norm::<bf16>(comm, effort, width, tokens)?;
         }
+    }
+    heading("\n  bytes algorithm from (us)     apart  ratio");
+    for bytes in [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10] {
+        from(comm, effort, bytes)?;
     }
     Ok(())
 }
 
 fn main() -> Result<()> {
-    println!(
-        "dtype  width tokens algorithm  one (us)       two     three  two/one  three/one  ({} kernels)",
-        Kernels::best().name()
-    );
-    let ranks = Communicator::in_process(2)?.into_iter().map(|comm| std::thread::spawn(move || rank(&comm)));
-    let ranks: Vec<_> = ranks.collect();
+    let args: Vec<String> = std::env::args().collect();
+    let effort = match args.iter().any(|a| a == "--bench") {
+        true => Effort { batch: Duration::from_millis(8), rounds: 15 },
+        false => Effort { batch: Duration::ZERO, rounds: 1 },
+    };
+    println!("two ranks, {} kernels", Kernels::best().name());
+    let start = |comm| std::thread::spawn(move || rank(&comm, effort));
+    let ranks: Vec<_> = Communicator::in_process(2)?.into_iter().map(start).collect();
     for rank in ranks {
         rank.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     }
