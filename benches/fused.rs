@@ -1,16 +1,12 @@
-//! What it saves to do with an all-reduce what comes before and behind it, between two ranks as threads.
+//! What all_reduce_add_rms_norm saves: two ranks, as threads, end a row-parallel layer by one call, by two
+//! (all_reduce, then addition and norm fused), and by three (all_reduce, addition, norm).
 //!
 //! ```text
 //! cargo bench --bench fused
 //! ```
 //!
-//! * `all_reduce_add_rms_norm`: the end of a row-parallel layer by one call, by two (all_reduce, then addition and
-//!   norm fused), and by three (all_reduce, addition, norm). The separate addition and norm are compiled for the
-//!   same instruction set as the library's kernels.
-//! * `all_reduce_from`: a contribution that is written (here copied from other memory) where the peer reads it, and
-//!   one that is written into the buffer of an all_reduce.
-//!
-//! Each way takes its turn in every round; the times are medians of the rounds, in microseconds a call. Without
+//! Each way takes its turn in every round; the times are medians of the rounds, in microseconds a call. The
+//! separate addition and norm are compiled for the same instruction set as the library's kernels. Without
 //! `--bench`, as under `cargo test`, each is tried once and means nothing.
 
 use std::cell::RefCell;
@@ -32,12 +28,12 @@ struct Effort {
 
 impl Effort {
     /// The median seconds of a call each way. `call(way)` makes one, `reset` comes before each batch.
-    fn seconds<const WAYS: usize>(
+    fn seconds(
         self,
         comm: &Communicator,
         mut reset: impl FnMut(),
         mut call: impl FnMut(usize) -> Result<()>,
-    ) -> Result<[f64; WAYS]> {
+    ) -> Result<[f64; 3]> {
         let mut batch = |way, calls| {
             reset();
             comm.barrier()?;
@@ -51,9 +47,9 @@ impl Effort {
         };
         let mut calls = 4;
         for _ in 0..3 {
-            calls = (self.batch.as_secs_f64() / batch(WAYS - 1, calls)?).clamp(1.0, 1e5) as u32;
+            calls = (self.batch.as_secs_f64() / batch(2, calls)?).clamp(1.0, 1e5) as u32;
         }
-        let mut times = [(); WAYS].map(|()| Vec::with_capacity(self.rounds));
+        let mut times = [(); 3].map(|()| Vec::with_capacity(self.rounds));
         for _ in 0..self.rounds {
             for (way, times) in times.iter_mut().enumerate() {
                 times.push(batch(way, calls)?);
@@ -208,7 +204,7 @@ fn add_rms_norm<T: Number>(comm: &Communicator, effort: Effort, width: usize, to
         Ok(())
     })?;
     if comm.rank() == 0 {
-        let (dtype, algorithm) = (T::DTYPE, comm.algorithm(width * tokens * size_of::<T>())?);
+        let (dtype, algorithm) = (T::DTYPE.name(), comm.algorithm(width * tokens * size_of::<T>())?);
         println!(
             "{dtype:>5} {width:>6} {tokens:>6} {:>9} {:>9.2} {:>9.2} {:>9.2} {:>8.2} {:>10.2}",
             algorithm.name(),
@@ -222,43 +218,12 @@ fn add_rms_norm<T: Number>(comm: &Communicator, effort: Effort, width: usize, to
     Ok(())
 }
 
-fn from(comm: &Communicator, effort: Effort, bytes: usize) -> Result<()> {
-    let product = vec![1f32; bytes / size_of::<f32>()];
-    let mut out = product.clone();
-    let [from, apart] = effort.seconds(
-        comm,
-        || (),
-        |way| {
-            match way {
-                0 => comm.all_reduce_from(&mut out, ReduceOp::Sum, |to| to.copy_from_slice(&product))?,
-                _ => {
-                    out.copy_from_slice(&product);
-                    comm.all_reduce(&mut out, ReduceOp::Sum)?;
-                }
-            }
-            black_box(&mut out);
-            Ok(())
-        },
-    )?;
-    if comm.rank() == 0 {
-        let algorithm = comm.algorithm(bytes)?.name();
-        println!("{bytes:>7} {algorithm:>9} {:>9.2} {:>9.2} {:>6.2}", from * 1e6, apart * 1e6, apart / from);
-    }
-    Ok(())
-}
-
 fn rank(comm: &Communicator, effort: Effort) -> Result<()> {
-    let heading = |text: &str| (comm.rank() == 0).then(|| println!("{text}"));
-    heading("dtype  width tokens algorithm  one (us)       two     three  two/one  three/one");
     for width in [768, 4096, 8192] {
         for tokens in [1, 16, 256] {
             add_rms_norm::<f32>(comm, effort, width, tokens)?;
             add_rms_norm::<bf16>(comm, effort, width, tokens)?;
         }
-    }
-    heading("\n  bytes algorithm from (us)     apart  ratio");
-    for bytes in [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10] {
-        from(comm, effort, bytes)?;
     }
     Ok(())
 }
@@ -270,6 +235,7 @@ fn main() -> Result<()> {
         false => Effort { batch: Duration::ZERO, rounds: 1 },
     };
     println!("two ranks, {} kernels", Kernels::best().name());
+    println!("dtype  width tokens algorithm  one (us)       two     three  two/one  three/one");
     let start = |comm| std::thread::spawn(move || rank(&comm, effort));
     let ranks: Vec<_> = Communicator::in_process(2)?.into_iter().map(start).collect();
     for rank in ranks {

@@ -182,7 +182,7 @@ mod tests {
             let number = |i: usize| {
                 let h = (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (seed as u64 * 0x85EB_CA6B);
                 let h = (h ^ (h >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 20;
-                match self.special && h % 97 == 0 {
+                match self.special && h.is_multiple_of(97) {
                     true => special[(h / 97) as usize % special.len()],
                     false => (h % 20_011) as f32 / 5000.0 - 2.0,
                 }

@@ -1,7 +1,6 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
 mod collectives;
-mod from;
 mod fused;
 mod groups;
 mod prepared;

@@ -6,7 +6,6 @@
 mod all_reduce;
 mod blocks;
 mod copy;
-mod from;
 mod fused;
 mod symmetric;
 

@@ -254,16 +254,6 @@ impl Group {
         unsafe { std::slice::from_raw_parts_mut(at, words.layout.slot) }
     }
 
-    /// What this rank wrote to its slot in the step that it has published last.
-    #[inline]
-    pub fn own_slot(&self) -> &[u8] {
-        assert!(self.published == self.step, "the slot of a step that isn't published is still written");
-        let words = &self.shared.words;
-        // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) this rank alone writes it, which
-        // needs `self` mutably.
-        unsafe { std::slice::from_raw_parts(words.peer_slot(self.rank(), self.step), words.layout.slot) }
-    }
-
     /// Publishes the step: what was written to the slot before is visible to whoever waits for it.
     #[inline]
     pub fn publish(&mut self) {
