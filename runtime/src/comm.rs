@@ -10,7 +10,7 @@ use tensorwire::{Communicator, ReduceOp};
 
 use crate::Result;
 
-/// A communicator that keeps count of the time spent in it; with one rank, where nobody is waited for, of none.
+/// A communicator that keeps count of the time spent in it: none with one rank, which exchanges nothing.
 pub(crate) struct Comm {
     inner: Arc<Communicator>,
     spent_ns: AtomicU64,
