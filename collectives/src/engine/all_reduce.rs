@@ -19,11 +19,25 @@ impl Engine {
         algorithm: Algorithm,
         root: Option<usize>,
     ) -> Result<(), Failure> {
+        self.all_reduce_then(data, r, algorithm, root, |_, _| {})
+    }
+
+    /// As [`all_reduce`](Engine::all_reduce). Calls `arrived` with the output and how many of its bytes are the
+    /// result, whenever there are more.
+    #[inline]
+    pub(super) fn all_reduce_then(
+        &mut self,
+        data: Buffers<'_>,
+        r: &Reduction,
+        algorithm: Algorithm,
+        root: Option<usize>,
+        arrived: impl FnMut(&mut [u8], usize),
+    ) -> Result<(), Failure> {
         self.group.note(algorithm.label());
         match algorithm {
-            Algorithm::Inline => self.all_reduce_one_step(data, r, root, true),
-            Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false),
-            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root, |_, _| {}),
+            Algorithm::Inline => self.all_reduce_one_step(data, r, root, true, arrived),
+            Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false, arrived),
+            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root, arrived),
         }
     }
 
@@ -39,8 +53,16 @@ impl Engine {
         r: &Reduction,
         root: Option<usize>,
         inline: bool,
+        mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
-        let step = self.publish_whole(data.input(), inline)?;
+        let step = self.group.next_step()?;
+        if inline {
+            self.group.publish_inline(data.input());
+        } else {
+            self.group.slot()[..data.len()].copy_from_slice(data.input());
+            self.group.publish();
+            self.group.prefetch(data.len());
+        }
         if self.wants(root) {
             self.group.wait_all(step)?;
             let Engine { group, sources } = self;
@@ -49,28 +71,14 @@ impl Engine {
                 true => &group.peer_inline(peer, step)[..],
                 false => group.peer_slot(peer, step),
             });
+            arrived(data.output, len);
         }
         Ok(())
     }
 
-    /// Publishes the whole of `input`, in the flag's cache line or its slot, as a step of its own.
-    #[inline]
-    pub(super) fn publish_whole(&mut self, input: &[u8], inline: bool) -> Result<u64, Failure> {
-        let step = self.group.next_step()?;
-        if inline {
-            self.group.publish_inline(input);
-        } else {
-            self.group.slot()[..input.len()].copy_from_slice(input);
-            self.group.publish();
-            self.group.prefetch(input.len());
-        }
-        Ok(step)
-    }
-
     /// In step `t`, counted from the call's first, each rank publishes chunk `t` (but for its own part) and
-    /// its reduced part of chunk `t - 1`, and gathers the peers' reduced parts of chunk `t - 2`. Calls `arrived`
-    /// with the output and how many of its bytes are the result, whenever there are more.
-    pub(super) fn all_reduce_two_shot(
+    /// its reduced part of chunk `t - 1`, and gathers the peers' reduced parts of chunk `t - 2`.
+    fn all_reduce_two_shot(
         &mut self,
         mut data: Buffers<'_>,
         r: &Reduction,

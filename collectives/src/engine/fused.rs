@@ -4,7 +4,7 @@
 use tensorwire_core::{DType, Error, ReduceOp};
 use tensorwire_transports::shm::Failure;
 
-use super::{Buffers, Engine, Reduction};
+use super::{Buffers, CHUNK, Engine, Reduction};
 use crate::reduce::{AddRmsNorm, Kernels};
 use crate::select::Algorithm;
 
@@ -75,18 +75,24 @@ impl Engine {
         mut epilogue: Epilogue<'_>,
         algorithm: Algorithm,
     ) -> Result<(), Failure> {
+        // What isn't one step, or is much, comes in pieces: rows are finished as their last piece arrives.
+        if algorithm == Algorithm::TwoShot || x.len() > CHUNK.min(self.slot_bytes()) {
+            let (sum, mut finished) = (epilogue.sum, 0);
+            return self.all_reduce_then(Buffers::in_place(x), &sum, algorithm, None, |x, arrived| {
+                finished = epilogue.finish_arrived(x, finished, arrived);
+            });
+        }
+        // Else in one pass over everybody's.
         self.group.note(algorithm.label());
-        let inline = match algorithm {
-            Algorithm::Inline => true,
-            Algorithm::OneShot => false,
-            Algorithm::TwoShot => {
-                let (sum, mut finished) = (epilogue.sum, 0);
-                return self.all_reduce_two_shot(Buffers::in_place(x), &sum, None, |x, arrived| {
-                    finished = epilogue.finish_arrived(x, finished, arrived);
-                });
-            }
-        };
-        let step = self.publish_whole(x, inline)?;
+        let inline = algorithm == Algorithm::Inline;
+        let step = self.group.next_step()?;
+        if inline {
+            self.group.publish_inline(x);
+        } else {
+            self.group.slot()[..x.len()].copy_from_slice(x);
+            self.group.publish();
+            self.group.prefetch(x.len());
+        }
         self.group.wait_all(step)?;
         let Engine { group, sources } = self;
         let (rank, row) = (group.rank(), epilogue.weight.len());
