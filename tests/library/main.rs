@@ -3,6 +3,7 @@
 mod common;
 mod conformance;
 mod faults;
+mod fused;
 mod groups;
 mod job;
 mod limits;

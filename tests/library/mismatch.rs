@@ -126,6 +126,27 @@ fn another_type_reduction_or_root() {
     check(|c| c.broadcast(&mut [0f32; 4], 0), |c| c.broadcast(&mut [0f32; 4], 2));
 }
 
+fn fused(comm: &Communicator, width: usize, eps: f32) -> Result<()> {
+    comm.all_reduce_add_rms_norm(&mut [0f32; 600], &mut [0f32; 600], &vec![1f32; width], eps)
+}
+
+#[test]
+fn another_way_to_end_an_all_reduce() {
+    check(|c| fused(c, 60, 1e-5), |c| c.all_reduce(&mut [0f32; 600], ReduceOp::Sum));
+    check(|c| c.all_reduce(&mut [0f32; 600], ReduceOp::Sum), |c| fused(c, 60, 1e-5));
+    check(|c| fused(c, 60, 1e-5), |c| fused(c, 100, 1e-5));
+    check(|c| fused(c, 60, 1e-5), |c| fused(c, 60, 1e-6));
+    threads(2, &Options::default(), |comm| {
+        let error = fused(&comm, [60, 100][comm.rank()], 1e-5).unwrap_err().to_string();
+        for called in ["(600 x f32, sum, width 60, eps 1e-5)", "(600 x f32, sum, width 100, eps 1e-5)"] {
+            assert!(error.contains(&format!("called all_reduce_add_rms_norm{called}")), "{error}");
+        }
+        let record = comm.flight_record().to_string();
+        assert!(record.contains("all_reduce_add_rms_norm(600 x f32, sum, width"), "{record}");
+        assert!(record.contains("one_shot"), "{record}");
+    });
+}
+
 #[test]
 fn another_order() {
     check(

@@ -1,6 +1,7 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
 mod collectives;
+mod fused;
 mod groups;
 mod placement;
 mod prepared;

@@ -29,11 +29,25 @@ impl Engine {
         algorithm: Algorithm,
         root: Option<usize>,
     ) -> Result<(), Failure> {
+        self.all_reduce_then(data, r, algorithm, root, |_, _| {})
+    }
+
+    /// As [`all_reduce`](Engine::all_reduce). Calls `arrived` with the output and how many of its bytes are the
+    /// result, whenever there are more.
+    #[inline]
+    pub(super) fn all_reduce_then(
+        &mut self,
+        data: Buffers<'_>,
+        r: &Reduction,
+        algorithm: Algorithm,
+        root: Option<usize>,
+        arrived: impl FnMut(&mut [u8], usize),
+    ) -> Result<(), Failure> {
         self.group.note(algorithm.label());
         match algorithm {
-            Algorithm::Inline => self.all_reduce_inline(data, r, root),
-            Algorithm::OneShot => self.all_reduce_one_shot(data, r, root),
-            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root),
+            Algorithm::Inline => self.all_reduce_inline(data, r, root, arrived),
+            Algorithm::OneShot => self.all_reduce_one_shot(data, r, root, arrived),
+            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root, arrived),
         }
     }
 
@@ -48,6 +62,7 @@ impl Engine {
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
+        mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
         let step = self.group.next_step()?;
         self.group.publish_inline(data.input());
@@ -56,6 +71,7 @@ impl Engine {
             let Engine { group, sources } = self;
             let len = data.len();
             data.reduce(r, 0..len, group.rank(), sources, |peer, _| &group.peer_inline(peer, step)[..]);
+            arrived(data.output, len);
         }
         Ok(())
     }
@@ -66,6 +82,7 @@ impl Engine {
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
+        mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
         let (rank, size) = (self.group.rank(), r.dtype.size());
         let chunks = Pieces::new(data.len() / size, size, one_shot_chunk(data.len()).min(self.slot_bytes()));
@@ -97,6 +114,9 @@ impl Engine {
             if t > 0 && t < count {
                 self.group.publish();
             }
+            if t > 0 && self.wants(root) {
+                arrived(data.output, bytes(t - 1).end);
+            }
         }
         Ok(())
     }
@@ -108,6 +128,7 @@ impl Engine {
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
+        mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let wanted = self.wants(root);
@@ -154,6 +175,9 @@ impl Engine {
             }
             if t <= count {
                 self.group.publish();
+            }
+            if t > 1 && wanted {
+                arrived(data.output, chunks.range(t - 2).end * size);
             }
         }
         Ok(())
