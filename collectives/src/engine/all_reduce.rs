@@ -5,7 +5,7 @@ use std::ops::Range;
 use tensorwire_transports::shm::Failure;
 
 use super::copy::copy_from_peer;
-use super::{Buffers, CHUNK, Engine, REDUCE_BLOCK, Reduction};
+use super::{Buffers, Engine, REDUCE_BLOCK, Reduction};
 use crate::schedule::{Pieces, part};
 use crate::select::Algorithm;
 
@@ -23,7 +23,8 @@ impl Engine {
         match algorithm {
             Algorithm::Inline => self.all_reduce_one_step(data, r, root, true),
             Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false),
-            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root),
+            // Memory that no peer maps goes through the slots.
+            Algorithm::TwoShot | Algorithm::Symmetric => self.all_reduce_two_shot(data, r, root),
         }
     }
 
@@ -50,7 +51,7 @@ impl Engine {
         }
         if self.wants(root) {
             self.group.wait_all(step)?;
-            let Engine { group, sources } = self;
+            let Engine { group, sources, .. } = self;
             let len = data.len();
             data.reduce(r, 0..len, group.rank(), sources, |peer, _| match inline {
                 true => &group.peer_inline(peer, step)[..],
@@ -71,7 +72,7 @@ impl Engine {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let wanted = self.wants(root);
         // A slot holds a chunk and, behind it, a reduced part, which is at most half a chunk and a line.
-        let chunk_bytes = CHUNK.min(self.group.slot_bytes() / 2) / 64 * 64;
+        let chunk_bytes = self.chunk.min(self.group.slot_bytes() / 2) / 64 * 64;
         let chunks = Pieces::new(data.len() / size, size, chunk_bytes);
         // The bytes of the buffer that are `who`'s part of chunk `i`.
         let part_of = |i: usize, who: usize| {
@@ -130,7 +131,7 @@ impl Engine {
         root: Option<usize>,
     ) {
         let wanted = self.wants(root);
-        let Engine { group, sources } = self;
+        let Engine { group, sources, .. } = self;
         let rank = group.rank();
         for at in part.clone().step_by(REDUCE_BLOCK) {
             let block = at..(at + REDUCE_BLOCK).min(part.end);

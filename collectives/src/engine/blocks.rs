@@ -6,7 +6,7 @@ use tensorwire_core::Error;
 use tensorwire_transports::shm::{Failure, INLINE};
 
 use super::copy::copy_from_peer;
-use super::{Buffers, CHUNK, Engine, Reduction};
+use super::{Buffers, Engine, Reduction};
 use crate::schedule::Pieces;
 
 impl Engine {
@@ -35,7 +35,7 @@ impl Engine {
             }
             return Ok(());
         }
-        let chunk = CHUNK.min(self.slot_bytes());
+        let chunk = self.chunk;
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
         self.rounds(
             Pieces::new(longest, 1, chunk).count(),
@@ -192,7 +192,7 @@ impl Engine {
             },
             |_, _| {},
             |engine, output, read, step| {
-                let Engine { group, sources } = engine;
+                let Engine { group, sources, .. } = engine;
                 let own = piece(&block(rank), read);
                 let mut data = Buffers { input: Some(&input[block(rank)]), output };
                 data.reduce(r, own, rank, sources, |peer, len| {
@@ -204,7 +204,7 @@ impl Engine {
     }
 
     pub(crate) fn broadcast(&mut self, buf: &mut [u8], root: usize) -> Result<(), Failure> {
-        let pieces = Pieces::new(buf.len(), 1, CHUNK.min(self.slot_bytes()));
+        let pieces = Pieces::new(buf.len(), 1, self.chunk);
         // An empty broadcast is a step too: it shows whether the ranks agree.
         for i in 0..pieces.count().max(1) {
             let piece = &mut buf[pieces.range(i)];
@@ -234,6 +234,6 @@ impl Engine {
     /// Bytes of a slot for each rank, where a slot holds a piece for each, in whole cache lines.
     fn room(&self) -> usize {
         let world = self.group.world();
-        (CHUNK.min(self.slot_bytes()) / world / 64 * 64).max(64)
+        (self.chunk / world / 64 * 64).max(64)
     }
 }

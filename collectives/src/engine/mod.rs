@@ -12,10 +12,7 @@ use tensorwire_core::{Call, DType, Error, ReduceOp};
 use tensorwire_transports::shm::{Failure, Group};
 
 use crate::reduce::{Kernel, Kernels};
-
-/// Bytes that a rank puts into one step of a pipelined collective: small enough for the copies to stay in the
-/// second-level cache, large enough for a step's latency not to matter.
-const CHUNK: usize = 256 << 10;
+use crate::select::Selection;
 
 /// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
 const REDUCE_BLOCK: usize = 16 << 10;
@@ -23,6 +20,9 @@ const REDUCE_BLOCK: usize = 16 << 10;
 #[derive(Debug)]
 pub(crate) struct Engine {
     pub(crate) group: Group,
+    pub(crate) selection: Selection,
+    /// Bytes that a rank puts into one step of a pipelined collective, at most; the same on every rank.
+    chunk: usize,
     /// Room for one pointer a rank, so that a call need not allocate.
     sources: Sources,
 }
@@ -143,7 +143,9 @@ impl Reduction {
 impl Engine {
     pub(crate) fn new(group: Group) -> Engine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
-        Engine { group, sources }
+        let tuning = group.tuning();
+        let selection = Selection::new(&tuning, group.slot_bytes());
+        Engine { chunk: tuning.chunk.min(group.slot_bytes()), selection, group, sources }
     }
 
     pub(crate) fn slot_bytes(&self) -> usize {
