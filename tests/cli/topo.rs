@@ -1,0 +1,3 @@
+//! `tensorwire topo` as a person and as a script use it.
+
+mod support;
