@@ -7,3 +7,4 @@ mod groups;
 mod job;
 mod mismatch;
 mod processes;
+mod tuning;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::faults;
 use crate::job::{Job, run_rank};
+use crate::tuning;
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
 
@@ -19,6 +20,8 @@ fn rank_process() {
         ("mismatch", mismatch),
         ("struck", faults::struck),
         ("late", faults::late),
+        ("tuned", tuning::tuned),
+        ("tuned threads", tuning::tuned_threads),
         ("join", || {
             println!("{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()))
         }),

@@ -13,8 +13,8 @@ use super::{RANK_COMMAND, report};
 use crate::failure::Failure;
 use crate::launch::run_self;
 
-/// The most ranks that one host holds.
-const MOST: usize = 1024;
+/// The most ranks that are measured: their slots and buffers take some 4 GiB.
+const MOST: usize = 128;
 
 /// Up to here every number of ranks is measured, and beyond it powers of two: thresholds change ever more slowly.
 const EVERY: usize = 8;
@@ -155,6 +155,6 @@ pub(super) mod tests {
         assert_eq!(worlds(3), [2, 3, 4]);
         assert_eq!(worlds(6), [2, 3, 4, 5, 6]);
         assert_eq!(worlds(48), [2, 3, 4, 5, 6, 7, 8, 16, 32, 48]);
-        assert_eq!(worlds(5000).last(), Some(&1024));
+        assert_eq!(worlds(5000).last(), Some(&128));
     }
 }

@@ -41,7 +41,7 @@ pub(super) struct Sample {
     /// Bytes that a step moves, where there are several.
     pub(super) chunk: usize,
     pub(super) bytes: usize,
-    /// The median of the rounds, of the slowest rank's mean time a call.
+    /// Of the slowest rank's mean times a call, the median of the rounds, and the least of the passes.
     pub(super) median_us: f64,
 }
 

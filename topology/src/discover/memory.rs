@@ -90,15 +90,14 @@ impl HugePages {
 
 /// The size of `/dev/shm`, by the mounts: half of the memory where none is given.
 fn dev_shm(mounts: &str, total: Option<u64>) -> Option<u64> {
-    let options = mounts.lines().filter_map(|line| {
+    // The last one hides the others.
+    let options = mounts.lines().rev().find_map(|line| {
         let mut words = line.split(' ').skip(1);
         match (words.next()?, words.next()?, words.next()?) {
             ("/dev/shm", "tmpfs", options) => Some(options),
             _ => None,
         }
-    });
-    // The last one hides the others.
-    let options = options.last()?;
+    })?;
     let Some(size) = options.split(',').find_map(|option| option.strip_prefix("size=")) else {
         return total.map(|total| total / 2);
     };
@@ -132,7 +131,7 @@ mod tests {
         let m = Memory::read(Root(dir.path()));
         assert_eq!(
             (m.total, m.available, m.limit, m.dev_shm),
-            (Some(1024_000), Some(409_600), None, Some(512_000))
+            (Some(1_024_000), Some(409_600), None, Some(512_000))
         );
         assert_eq!(m.nodes.iter().map(|n| n.node).collect::<Vec<_>>(), [0, 2, 10]);
         assert_eq!(
