@@ -10,3 +10,4 @@ mod limits;
 mod mismatch;
 mod processes;
 mod survivors;
+mod tuning;

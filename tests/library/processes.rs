@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::job::{Job, run_rank};
-use crate::{faults, limits, survivors};
+use crate::{faults, limits, survivors, tuning};
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
 
@@ -27,6 +27,8 @@ fn rank_process() {
         ("dwindle", survivors::dwindle),
         ("undecided", survivors::undecided),
         ("indirect", survivors::indirect),
+        ("tuned", tuning::tuned),
+        ("tuned threads", tuning::tuned_threads),
         ("join", || {
             println!("{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()))
         }),

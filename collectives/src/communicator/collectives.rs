@@ -38,7 +38,7 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(bytes, self.world)?;
+            let algorithm = state.choose(bytes)?;
             state.engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None))
         })
     }
@@ -67,7 +67,7 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(data.len(), self.world)?;
+            let algorithm = state.choose(data.len())?;
             state.engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, Some(root)))
         })
     }

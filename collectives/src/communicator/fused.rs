@@ -80,7 +80,7 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(x.len(), self.world)?;
+            let algorithm = state.choose(x.len())?;
             state.engine.run(call, |engine| engine.all_reduce_add_rms_norm(x, epilogue, algorithm))
         })
     }

@@ -16,7 +16,7 @@ use tensorwire_transports::shm::{self, Failure, Group, Handle, Options};
 use tensorwire_transports::store::{Store, UnixStore};
 
 use crate::engine::Engine;
-use crate::select::Algorithm;
+use crate::select::{Algorithm, tuned};
 
 pub use prepared::AllReducePlan;
 pub use symmetric::Symmetric;
@@ -91,7 +91,7 @@ impl Communicator {
             Rendezvous::Store(address) => UnixStore::connect(address, deadline)?,
             Rendezvous::Job(job) => UnixStore::of_job(job, env.rank, deadline)?,
         };
-        let group = shm::join(env.rank, env.world, &store, &options)?;
+        let group = shm::join(env.rank, env.world, &store, &tuned(&options, env.rank))?;
         Ok(Communicator::over(group, Some(store)))
     }
 
@@ -100,7 +100,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::Config`] for a rank outside the world; [`Error::Rendezvous`] if the other ranks don't come.
     pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> Result<Communicator> {
-        Ok(Communicator::over(shm::join(rank, world, store, options)?, None))
+        Ok(Communicator::over(shm::join(rank, world, store, &tuned(options, rank))?, None))
     }
 
     /// A group whose ranks are threads of this process; rank `i` is element `i`.
@@ -116,7 +116,7 @@ impl Communicator {
     /// # Errors
     /// As for [`in_process`](Communicator::in_process), and for options that can't be had.
     pub fn in_process_with(world: usize, options: &Options) -> Result<Vec<Communicator>> {
-        Ok(shm::in_process(world, options)?
+        Ok(shm::in_process(world, &tuned(options, 0))?
             .into_iter()
             .map(|group| Communicator::over(group, None))
             .collect())
@@ -153,7 +153,8 @@ impl Communicator {
         Ok(())
     }
 
-    /// The algorithm that an all-reduce of `bytes` takes.
+    /// The algorithm that an all-reduce of `bytes` takes. What it is chosen by is the same on every rank: what
+    /// [`Options`] give rank 0, or the table that `tensorwire topo --probe` made on rank 0's machine, or constants.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the one set by [`set_algorithm`](Communicator::set_algorithm) can't carry
@@ -161,7 +162,17 @@ impl Communicator {
     pub fn algorithm(&self, bytes: usize) -> Result<Algorithm> {
         let rank = self.rank;
         let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
-        state.choose(bytes, self.world)
+        state.choose(bytes)
+    }
+
+    /// The algorithm that an all-reduce of `bytes` in a [`Symmetric`] buffer takes.
+    ///
+    /// # Errors
+    /// As for [`algorithm`](Communicator::algorithm).
+    pub fn algorithm_symmetric(&self, bytes: usize) -> Result<Algorithm> {
+        let rank = self.rank;
+        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        state.choose_symmetric(bytes)
     }
 
     /// Runs `body` alone, unless the group has failed; if it fails, no further call will run.
@@ -189,13 +200,28 @@ impl Communicator {
 
 impl State {
     #[inline]
-    fn choose(&self, bytes: usize, world: usize) -> Result<Algorithm> {
-        let Some(forced) = self.algorithm else { return Ok(Algorithm::all_reduce(bytes, world)) };
-        if bytes > forced.limit() {
-            return Err(Error::invalid(format!(
-                "{forced} carries at most {} bytes, not {bytes}",
-                forced.limit()
-            )));
+    fn choose(&self, bytes: usize) -> Result<Algorithm> {
+        match self.algorithm {
+            None => Ok(self.engine.selection.all_reduce(bytes)),
+            Some(Algorithm::Symmetric) => {
+                Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"))
+            }
+            Some(forced) => self.forced(forced, bytes),
+        }
+    }
+
+    #[inline]
+    fn choose_symmetric(&self, bytes: usize) -> Result<Algorithm> {
+        match self.algorithm {
+            None => Ok(self.engine.selection.symmetric(bytes)),
+            Some(forced) => self.forced(forced, bytes),
+        }
+    }
+
+    fn forced(&self, forced: Algorithm, bytes: usize) -> Result<Algorithm> {
+        let limit = forced.limit();
+        if bytes > limit {
+            return Err(Error::invalid(format!("{forced} carries at most {limit} bytes, not {bytes}")));
         }
         Ok(forced)
     }

@@ -9,7 +9,8 @@ use tensorwire_transports::shm::Region;
 
 use super::Communicator;
 use super::collectives::call;
-use crate::engine::Reduction;
+use crate::engine::{Buffers, Engine, Reduction};
+use crate::select::Algorithm;
 
 /// A rank's block of memory that every rank of its communicator maps, so that a collective on it need not copy
 /// to send. It reads and writes as a slice. The memory is freed when all ranks have dropped theirs.
@@ -87,21 +88,25 @@ impl Communicator {
     pub fn all_reduce_symmetric<T: Element>(&self, buf: &mut Symmetric<T>, op: ReduceOp) -> Result<()> {
         let reduction = Reduction::new(T::DTYPE, op)?;
         let bytes = buf.len * size_of::<T>();
-        // What is small travels in the flag or a slot, as from any other memory.
-        if self.world == 1 || bytes < SYMMETRIC_FROM {
+        if self.world == 1 {
             return self.all_reduce(buf, op);
         }
-        // Two ranks with different buffers don't make the same call.
-        let call = Call { reduce: Some(op), layout: buf.region.id(), ..call::<T>(Op::AllReduce, buf.len) };
+        let call = Call { reduce: Some(op), ..call::<T>(Op::AllReduce, buf.len) };
         self.run(|state| {
             if !state.engine.group.owns(&buf.region) {
                 let what = format!("rank {}: the symmetric buffer is another communicator's", self.rank);
                 return Err(Error::invalid(what).into());
             }
-            state.engine.run(call, |engine| engine.all_reduce_symmetric(&buf.region, bytes, &reduction))
+            let algorithm = state.choose_symmetric(bytes)?;
+            if algorithm == Algorithm::Symmetric {
+                // Two ranks with different buffers don't make the same call.
+                let call = Call { layout: buf.region.id(), ..call };
+                let run = |engine: &mut Engine| engine.all_reduce_symmetric(&buf.region, bytes, &reduction);
+                return state.engine.run(call, run);
+            }
+            // It travels in the flag or the slots, as from any other memory.
+            let data = Buffers::in_place(bytemuck::cast_slice_mut(buf));
+            state.engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None))
         })
     }
 }
-
-/// Bytes from which two more meetings cost less than copying.
-const SYMMETRIC_FROM: usize = 1 << 10;

@@ -5,19 +5,9 @@ use std::ops::Range;
 use tensorwire_transports::shm::Failure;
 
 use super::copy::copy_from_peer;
-use super::{Buffers, CHUNK, Engine, REDUCE_BLOCK, Reduction};
+use super::{Buffers, Engine, REDUCE_BLOCK, Reduction};
 use crate::schedule::{Pieces, part};
 use crate::select::Algorithm;
-
-/// Bytes of a chunk of an all-reduce of `len` bytes in one shot: the first is reduced alone and the last one
-/// published alone, so that a few of them are worth more than few steps.
-fn one_shot_chunk(len: usize) -> usize {
-    (len / 4).clamp(CHUNK / 2, CHUNK)
-}
-
-/// Bytes of a chunk of an all-reduce in two shots, of which each rank's slot holds the peers' parts and its own,
-/// reduced.
-const TWO_SHOT_CHUNK: usize = CHUNK / 2;
 
 impl Engine {
     /// Reduces every rank's input into every rank's output, or into `root`'s alone.
@@ -47,7 +37,8 @@ impl Engine {
         match algorithm {
             Algorithm::Inline => self.all_reduce_inline(data, r, root, arrived),
             Algorithm::OneShot => self.all_reduce_one_shot(data, r, root, arrived),
-            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root, arrived),
+            // Memory that no peer maps goes through the slots.
+            Algorithm::TwoShot | Algorithm::Symmetric => self.all_reduce_two_shot(data, r, root, arrived),
         }
     }
 
@@ -68,7 +59,7 @@ impl Engine {
         self.group.publish_inline(data.input());
         if self.wants(root) {
             self.group.wait_all(step)?;
-            let Engine { group, sources } = self;
+            let Engine { group, sources, .. } = self;
             let len = data.len();
             data.reduce(r, 0..len, group.rank(), sources, |peer, _| &group.peer_inline(peer, step)[..]);
             arrived(data.output, len);
@@ -85,7 +76,10 @@ impl Engine {
         mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
         let (rank, size) = (self.group.rank(), r.dtype.size());
-        let chunks = Pieces::new(data.len() / size, size, one_shot_chunk(data.len()).min(self.slot_bytes()));
+        // The first chunk is reduced alone and the last one published alone: a few of them are worth more than few
+        // steps.
+        let chunk_bytes = (data.len() / 4).clamp(self.chunk / 2, self.chunk);
+        let chunks = Pieces::new(data.len() / size, size, chunk_bytes);
         self.group.use_slots(chunks.range(0).len() * size);
         let count = chunks.count();
         let bytes = |i: usize| {
@@ -106,7 +100,7 @@ impl Engine {
             }
             if t > 0 && self.wants(root) {
                 self.group.wait_all(before)?;
-                let Engine { group, sources } = self;
+                let Engine { group, sources, .. } = self;
                 data.reduce(r, bytes(t - 1), rank, sources, |peer, len| {
                     &group.peer_slot(peer, before)[..len]
                 });
@@ -132,8 +126,9 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let wanted = self.wants(root);
-        // A slot holds a chunk and, behind it, a reduced part, which is at most half a chunk and a line.
-        let chunk_bytes = TWO_SHOT_CHUNK.min(self.group.slot_bytes() / 2) / 64 * 64;
+        // A slot holds a chunk and, behind it, a reduced part, which is at most half a chunk and a line. Both together
+        // are what a step moves.
+        let chunk_bytes = (self.chunk / 2).min(self.group.slot_bytes() / 2) / 64 * 64;
         let chunks = Pieces::new(data.len() / size, size, chunk_bytes);
         let reduced_bytes = part(chunks.range(0).len(), size, world, 0).len() * size;
         self.group.use_slots(chunk_bytes + reduced_bytes);
@@ -197,7 +192,7 @@ impl Engine {
         root: Option<usize>,
     ) {
         let wanted = self.wants(root);
-        let Engine { group, sources } = self;
+        let Engine { group, sources, .. } = self;
         let rank = group.rank();
         for at in part.clone().step_by(REDUCE_BLOCK) {
             let block = at..(at + REDUCE_BLOCK).min(part.end);

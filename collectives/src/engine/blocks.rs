@@ -6,7 +6,7 @@ use tensorwire_core::Error;
 use tensorwire_transports::shm::{Failure, INLINE};
 
 use super::copy::copy_from_peer;
-use super::{Buffers, CHUNK, Engine, Reduction};
+use super::{Buffers, Engine, Reduction};
 use crate::schedule::Pieces;
 
 impl Engine {
@@ -37,7 +37,7 @@ impl Engine {
             }
             return Ok(());
         }
-        let chunk = CHUNK.min(self.slot_bytes());
+        let chunk = self.chunk;
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
         self.group.use_slots(chunk.min(longest));
         self.rounds(
@@ -202,7 +202,7 @@ impl Engine {
             },
             |_, _| {},
             |engine, output, read, step| {
-                let Engine { group, sources } = engine;
+                let Engine { group, sources, .. } = engine;
                 let own = piece(&block(rank), read);
                 let mut data = match input {
                     Some(input) => Buffers { input: Some(&input[block(rank)]), output },
@@ -223,7 +223,7 @@ impl Engine {
         output: &mut [u8],
         root: usize,
     ) -> Result<(), Failure> {
-        let pieces = Pieces::new(output.len(), 1, CHUNK.min(self.slot_bytes()));
+        let pieces = Pieces::new(output.len(), 1, self.chunk);
         self.group.use_slots(pieces.range(0).len());
         // An empty broadcast is a step too: it shows whether the ranks agree.
         for i in 0..pieces.count().max(1) {
@@ -260,7 +260,7 @@ impl Engine {
     /// lines. From here on the call uses slots of that many.
     fn room(&mut self, longest: usize) -> usize {
         let world = self.group.world();
-        let most = (CHUNK.min(self.slot_bytes()) / world / 64 * 64).max(64);
+        let most = (self.chunk / world / 64 * 64).max(64);
         let room = longest.next_multiple_of(64).clamp(64, most);
         self.group.use_slots(room * world);
         room

@@ -4,7 +4,7 @@
 use tensorwire_core::{DType, Error, ReduceOp};
 use tensorwire_transports::shm::Failure;
 
-use super::{Buffers, CHUNK, Engine, Reduction};
+use super::{Buffers, Engine, Reduction};
 use crate::reduce::{AddRmsNorm, Kernels};
 use crate::select::Algorithm;
 
@@ -76,7 +76,7 @@ impl Engine {
         algorithm: Algorithm,
     ) -> Result<(), Failure> {
         // What isn't one step, or is much, comes in pieces: rows are finished as their last piece arrives.
-        if algorithm == Algorithm::TwoShot || x.len() > CHUNK.min(self.slot_bytes()) {
+        if algorithm == Algorithm::TwoShot || x.len() > self.chunk {
             let (sum, mut finished) = (epilogue.sum, 0);
             return self.all_reduce_then(Buffers::in_place(x), &sum, algorithm, None, |x, arrived| {
                 finished = epilogue.finish_arrived(x, finished, arrived);
@@ -95,7 +95,7 @@ impl Engine {
             self.group.prefetch(x.len());
         }
         self.group.wait_all(step)?;
-        let Engine { group, sources } = self;
+        let Engine { group, sources, .. } = self;
         let (rank, row) = (group.rank(), epilogue.weight.len());
         for at in (0..x.len()).step_by(row) {
             let out = x[at..at + row].as_mut_ptr();

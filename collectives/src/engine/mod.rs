@@ -13,12 +13,9 @@ use tensorwire_core::{Call, DType, Error, ReduceOp};
 use tensorwire_transports::shm::{Failure, Group};
 
 use crate::reduce::{Kernel, Kernels};
+use crate::select::Selection;
 
 pub(crate) use fused::Epilogue;
-
-/// Bytes that a rank puts into one step of a pipelined collective: small enough for the copies to stay in the
-/// second-level cache, large enough for a step's latency not to matter.
-const CHUNK: usize = 256 << 10;
 
 /// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
 const REDUCE_BLOCK: usize = 16 << 10;
@@ -26,6 +23,9 @@ const REDUCE_BLOCK: usize = 16 << 10;
 #[derive(Debug)]
 pub(crate) struct Engine {
     pub(crate) group: Group,
+    pub(crate) selection: Selection,
+    /// Bytes that a rank puts into one step of a pipelined collective, at most; the same on every rank.
+    chunk: usize,
     /// Room for one pointer a rank, so that a call need not allocate.
     sources: Sources,
 }
@@ -147,11 +147,9 @@ impl Reduction {
 impl Engine {
     pub(crate) fn new(group: Group) -> Engine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
-        Engine { group, sources }
-    }
-
-    pub(crate) fn slot_bytes(&self) -> usize {
-        self.group.slot_bytes()
+        let tuning = group.tuning();
+        let selection = Selection::new(&tuning);
+        Engine { chunk: tuning.chunk.min(group.slot_bytes()), selection, group, sources }
     }
 
     /// Runs `body` as the call `call`.

@@ -12,7 +12,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use tensorwire_core::{Call, Deadline, Error, Op, Result};
+use tensorwire_core::{Call, Deadline, Error, Op, Result, Tuning};
 
 use super::cache;
 use super::control::LEFT;
@@ -168,6 +168,11 @@ impl Group {
     #[inline]
     pub fn slot_bytes(&self) -> usize {
         self.shared.words.layout.slot
+    }
+
+    /// Where the collectives change their algorithm: the same on every rank.
+    pub fn tuning(&self) -> Tuning {
+        Tuning::for_world(&self.options.tuning, self.world())
     }
 
     /// What other threads of this rank may do with the group.

@@ -18,7 +18,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
-use tensorwire_core::{Deadline, Error, Result};
+use tensorwire_core::{Deadline, Error, Result, Tuning};
 
 use super::layout::Layout;
 use super::memory::{Memory, VERSION};
@@ -33,6 +33,9 @@ const FDS_A_MESSAGE: usize = 128;
 /// Begins what rank 0 publishes instead of a name if it can't begin.
 const FAILED: char = '!';
 
+/// Tunings that rank 0 may pass on.
+pub(super) const MAX_TUNINGS: usize = 256;
+
 /// How long a caller may take to introduce itself: one that says nothing must not keep the others waiting.
 const GREETING: Duration = Duration::from_secs(2);
 
@@ -42,11 +45,18 @@ pub(super) struct Handover {
     /// Where the group's part of it starts.
     pub(super) start: u64,
     pub(super) layout: Layout,
+    pub(super) tuning: Vec<Tuning>,
     pub(super) pidfds: Vec<OwnedFd>,
 }
 
 /// Rank 0: makes the memory, waits for the others and hands it over.
-pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadline) -> Result<Handover> {
+pub(super) fn give(
+    layout: Layout,
+    tuning: &[Tuning],
+    key: &str,
+    store: &dyn Store,
+    deadline: Deadline,
+) -> Result<Handover> {
     let world = layout.world;
     let rendezvous = |what: String| Error::Rendezvous { rank: 0, world, what };
     let make = || {
@@ -93,7 +103,7 @@ pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadl
     for (i, stream) in streams.iter_mut().enumerate() {
         let mut hand = || {
             local_socket::limit(stream, deadline)?;
-            local_socket::write_frame(stream, &accepted(&layout, start))?;
+            local_socket::write_frame(stream, &accepted(&layout, start, tuning))?;
             send_fds(stream, &[memory.fd()])?;
             borrowed.chunks(FDS_A_MESSAGE).try_for_each(|fds| send_fds(stream, fds))
         };
@@ -106,7 +116,7 @@ pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadl
     for (i, stream) in streams.iter_mut().enumerate() {
         local_socket::write_frame(stream, &[]).map_err(went_away(i))?;
     }
-    Ok(Handover { memory, start, layout, pidfds })
+    Ok(Handover { memory, start, layout, tuning: tuning.to_vec(), pidfds })
 }
 
 /// What to do about an error.
@@ -217,7 +227,7 @@ pub(super) fn take(
         }
         None => None,
     };
-    let (layout, start) =
+    let (layout, start, tuning) =
         accepted.ok_or_else(|| rendezvous("rank 0 sent an answer that makes no sense".into()))?;
     let receive = || {
         let memory = recv_fds(&stream, 1)?.remove(0);
@@ -236,21 +246,34 @@ pub(super) fn take(
         local_socket::read_frame(&mut stream)
     };
     confirm().map_err(|e| rendezvous(format!("rank 0 gave up, for a rank that could not join: {e}")))?;
-    Ok(Handover { memory: Memory::open(memory)?, start, layout, pidfds })
+    Ok(Handover { memory: Memory::open(memory)?, start, layout, tuning, pidfds })
 }
 
-/// Rank 0's answer to a rank it lets in: status 0, the slot bytes of the layout, and where the group starts.
-fn accepted(layout: &Layout, start: u64) -> Vec<u8> {
-    let mut body = vec![0];
-    body.extend_from_slice(&(layout.slots() as u64).to_le_bytes());
-    body.extend_from_slice(&start.to_le_bytes());
-    body
+/// Rank 0's answer to a rank it lets in, in words behind status 0: the slot bytes of the layout, where the group
+/// starts, and the tunings.
+fn accepted(layout: &Layout, start: u64, tuning: &[Tuning]) -> Vec<u8> {
+    let words = |t: &Tuning| [t.world, t.one_shot, t.symmetric_one_shot, t.chunk].map(|n| n as u64);
+    let words = [layout.slots() as u64, start].into_iter().chain(tuning.iter().flat_map(words));
+    std::iter::once(0).chain(words.flat_map(u64::to_le_bytes)).collect()
 }
 
-fn parse_accepted(body: &[u8], world: usize) -> Option<(Layout, u64)> {
-    let (slots, start) = body.split_first_chunk::<8>()?;
-    let slots = usize::try_from(u64::from_le_bytes(*slots)).ok()?;
-    Some((Layout::new(world, slots).ok()?, u64::from_le_bytes(start.try_into().ok()?)))
+fn parse_accepted(body: &[u8], world: usize) -> Option<(Layout, u64, Vec<Tuning>)> {
+    let (words, []) = body.as_chunks::<8>() else { return None };
+    let words: Vec<u64> = words.iter().map(|w| u64::from_le_bytes(*w)).collect();
+    let ([slots, start], rest) = words.split_first_chunk()?;
+    let (tuning, []) = rest.as_chunks::<4>() else { return None };
+    let parse = |words: &[u64; 4]| {
+        let number = |i: usize| usize::try_from(words[i]).ok();
+        let tuning = Tuning {
+            world: number(0)?,
+            one_shot: number(1)?,
+            symmetric_one_shot: number(2)?,
+            chunk: number(3)?,
+        };
+        Some(tuning).filter(Tuning::is_sound)
+    };
+    let layout = Layout::new(world, usize::try_from(*slots).ok()?).ok()?;
+    Some((layout, *start, tuning.iter().map(parse).collect::<Option<_>>()?))
 }
 
 fn accept(listener: &UnixListener, deadline: Deadline) -> io::Result<UnixStream> {
@@ -318,6 +341,23 @@ mod tests {
         let mut h = Vec::from(*magic);
         words.iter().for_each(|w| h.extend_from_slice(&w.to_le_bytes()));
         h
+    }
+
+    #[test]
+    fn what_rank_0_tells_comes_whole_or_not_at_all() {
+        let layout = Layout::new(3, 64 << 10).unwrap();
+        for tuning in [vec![], vec![Tuning::built_in(2)], (2..9).map(Tuning::built_in).collect()] {
+            let body = accepted(&layout, 1 << 21, &tuning);
+            assert_eq!(body[0], 0);
+            assert_eq!(parse_accepted(&body[1..], 3), Some((layout, 1 << 21, tuning)));
+            for cut in 1..body.len() {
+                // Whole words can be a shorter list.
+                let parsed = parse_accepted(&body[1..cut], 3);
+                assert!(parsed.is_none() || (cut >= 17 && (cut - 17).is_multiple_of(32)), "{cut}");
+            }
+        }
+        let unsound = Tuning { chunk: 3, ..Tuning::built_in(2) };
+        assert_eq!(parse_accepted(&accepted(&layout, 0, &[unsound])[1..], 3), None);
     }
 
     #[test]
