@@ -74,7 +74,7 @@ const LARGE: Tuning = Tuning { world: 2, one_shot: 1 << 20, symmetric_one_shot: 
 /// What [`choices`] says by [`SMALL`], by [`LARGE`], and by the constants.
 const BY_SMALL: &str = "two_shot/symmetric two_shot/symmetric";
 const BY_LARGE: &str = "one_shot/one_shot one_shot/one_shot";
-const BUILT_IN: &str = "one_shot/one_shot one_shot/one_shot";
+const BUILT_IN: &str = "one_shot/one_shot one_shot/symmetric";
 const BUILT_IN_AT_3: &str = "one_shot/one_shot two_shot/symmetric";
 
 #[test]
