@@ -49,7 +49,8 @@ impl<T: Element> DerefMut for Symmetric<T> {
 }
 
 impl Communicator {
-    /// A buffer of `len` zeros that every rank of the host maps. Every rank calls it with the same length.
+    /// A buffer of `len` zeros that every rank of the host maps. Every rank calls it with the same length. From 1 MiB
+    /// on it is made of huge pages where the system has them, and takes a multiple of 2 MiB.
     ///
     /// ```
     /// # use tensorwire_collectives::Communicator;

@@ -20,7 +20,7 @@ use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, memfd_create,
 };
 use rustix::io::{Errno, pwrite};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use tensorwire_core::{Error, Result};
 
 use super::available::available_memory;
@@ -237,6 +237,15 @@ impl Part {
         self.mapping.at(offset)
     }
 
+    /// Puts the huge pages that lie between `offset` and `offset + len`, which are reserved, where small ones are, if
+    /// the system has any, whatever its setting for shared memory: that is about who gets them unasked.
+    pub(super) fn make_huge(&self, offset: usize, len: usize) {
+        debug_assert!(offset + len <= self.mapping.len);
+        // SAFETY: the range lies in the mapping, and what it holds stays the same. Linux before 6.1 doesn't know how;
+        // then nothing changes.
+        let _ = unsafe { libc::madvise(self.at(offset).cast(), len, MADV_COLLAPSE) };
+    }
+
     /// Counts `rank` of `world` as done with the part; the last one, but for ranks that have `ended` without saying
     /// so, returns its pages to the system.
     pub(super) fn leave(&self, rank: usize, world: usize, ended: impl Fn(usize) -> bool) {
@@ -251,6 +260,9 @@ impl Part {
     }
 }
 
+/// Of Linux 6.1 on.
+const MADV_COLLAPSE: libc::c_int = 25;
+
 #[derive(Debug)]
 struct Mapping {
     base: NonNull<u8>,
@@ -264,20 +276,40 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 fn map(fd: BorrowedFd<'_>, start: u64, len: usize) -> Result<Mapping> {
-    let flags = MapFlags::SHARED;
-    // SAFETY: (1) a new mapping at an address of the kernel's choice overlaps nothing; (2) the file reaches to
-    // the end of every part that was taken, and is sealed against shrinking.
-    let base =
-        unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, start) }
-            .map_err(|e| Error::os(format!("mapping {len} bytes of shared memory"), e))?;
-    let base =
-        NonNull::new(base.cast::<u8>()).ok_or_else(|| Error::os("mapping shared memory", Errno::FAULT))?;
-    if len as u64 >= HUGE {
-        // SAFETY: the range was mapped above. Advice: where the system has no huge pages for shared memory,
-        // nothing changes.
-        let _ = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxHugepage) };
+    let failed = |e| Error::os(format!("mapping {len} bytes of shared memory"), e);
+    // A huge page must begin at a multiple of its size in the address space as in the file, which the kernel doesn't
+    // see to: room enough is taken for such an address.
+    let room = if len as u64 >= HUGE { len + HUGE as usize } else { len };
+    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+    let taken = unsafe {
+        mmap_anonymous(
+            std::ptr::null_mut(),
+            room,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )
     }
-    Ok(Mapping { base, len })
+    .map_err(failed)?;
+    let taken = NonNull::new(taken.cast::<u8>()).ok_or_else(|| failed(Errno::FAULT))?;
+    let before = if room > len { taken.as_ptr().align_offset(HUGE as usize) } else { 0 };
+    // SAFETY: `before` is less than a huge page, by which the room is longer than `len`.
+    let mapping = Mapping { base: unsafe { taken.add(before) }, len };
+    // SAFETY: what is given back was taken above and lies before and behind the mapping. It can fail only for want
+    // of room in the kernel's own lists: then it stays taken, and is no memory.
+    unsafe {
+        let behind = mapping.base.as_ptr().add(len.next_multiple_of(PAGE));
+        let rest = room.next_multiple_of(PAGE).saturating_sub(before + len.next_multiple_of(PAGE));
+        for (at, bytes) in [(taken.as_ptr(), before), (behind, rest)] {
+            if bytes > 0 {
+                let _ = munmap(at.cast(), bytes);
+            }
+        }
+    }
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+    // SAFETY: (1) the range is this mapping's own, and nothing refers to it yet; (2) the file reaches to the end of
+    // every part that was taken, and is sealed against shrinking.
+    unsafe { mmap(mapping.base.as_ptr().cast(), len, protection, flags, fd, start) }.map_err(failed)?;
+    Ok(mapping)
 }
 
 impl Mapping {

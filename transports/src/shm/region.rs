@@ -21,14 +21,19 @@ pub struct Region {
     group: u64,
 }
 
+/// Bytes from which a block is made of huge pages, and rounded up to them.
+const HUGE_FROM: usize = 1 << 20;
+
 impl Region {
-    fn stride(bytes: usize) -> Option<usize> {
-        bytes.checked_next_multiple_of(PAGE)
+    /// The size of the pages that blocks of `bytes` are made of.
+    fn page(bytes: usize) -> usize {
+        if bytes >= HUGE_FROM { HUGE as usize } else { PAGE }
     }
 
     /// Bytes of the whole, behind a page for the part's head.
     pub(super) fn len(world: usize, bytes: usize) -> Result<usize> {
-        let len = Region::stride(bytes).and_then(|s| s.checked_mul(world)?.checked_add(PAGE));
+        let page = Region::page(bytes);
+        let len = bytes.checked_next_multiple_of(page).and_then(|s| s.checked_mul(world)?.checked_add(page));
         len.filter(|l| *l < 1 << 46).ok_or_else(|| {
             Error::invalid(format!(
                 "{world} symmetric buffers of {bytes} bytes are more than can be addressed"
@@ -58,7 +63,12 @@ impl Region {
         })?;
         let region = Region { part, liveness: liveness.clone(), world, rank, bytes, group: group.start() };
         if bytes > 0 {
-            memory.reserve(start + region.offset(rank) as u64, bytes)?;
+            let (page, offset) = (Region::page(bytes), region.offset(rank));
+            let reserved = bytes.next_multiple_of(page);
+            memory.reserve(start + offset as u64, reserved)?;
+            if page > PAGE {
+                region.part.make_huge(offset, reserved);
+            }
         }
         Ok(region)
     }
@@ -73,7 +83,8 @@ impl Region {
     }
 
     fn offset(&self, rank: usize) -> usize {
-        PAGE + rank * self.bytes.next_multiple_of(PAGE)
+        let page = Region::page(self.bytes);
+        page + rank * self.bytes.next_multiple_of(page)
     }
 
     /// The rank whose view this is.
