@@ -5,7 +5,7 @@ use std::ops::Range;
 use tensorwire_core::Error;
 use tensorwire_transports::shm::{Failure, INLINE};
 
-use super::copy::copy_from_peer;
+use super::copy::copy_for;
 use super::{Buffers, Engine, Reduction};
 use crate::schedule::Pieces;
 
@@ -37,7 +37,7 @@ impl Engine {
             }
             return Ok(());
         }
-        let chunk = self.chunk;
+        let (chunk, copy) = (self.chunk, copy_for(output.len()));
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
         self.group.use_slots(chunk.min(longest));
         self.rounds(
@@ -50,14 +50,14 @@ impl Engine {
             |output, written| {
                 if let (true, Some(input)) = (wanted, input) {
                     let (piece, start) = (pieces(rank).range(written), block(rank).start);
-                    output[start + piece.start..start + piece.end].copy_from_slice(&input[piece]);
+                    copy(&mut output[start + piece.start..start + piece.end], &input[piece]);
                 }
             },
             |engine, output, read, step| {
                 for who in engine.peers().filter(|_| wanted) {
                     let (piece, start) = (pieces(who).range(read), block(who).start);
                     let from = &engine.group.peer_slot(who, step)[..piece.len()];
-                    copy_from_peer(&mut output[start + piece.start..start + piece.end], from);
+                    copy(&mut output[start + piece.start..start + piece.end], from);
                 }
             },
             output,
@@ -75,7 +75,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world) = (self.group.rank(), self.group.world());
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
-        let room = self.room(longest);
+        let (room, copy) = (self.room(longest), copy_for(output.len()));
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, room);
         self.rounds(
             Pieces::new(longest, 1, room).count(),
@@ -91,13 +91,13 @@ impl Engine {
             |output, written| {
                 if let (true, Some(input)) = (rank == root, input) {
                     let (piece, from) = (pieces(rank).range(written), block(rank).start);
-                    output[piece.clone()].copy_from_slice(&input[from + piece.start..from + piece.end]);
+                    copy(&mut output[piece.clone()], &input[from + piece.start..from + piece.end]);
                 }
             },
             |engine, output, read, step| {
                 if rank != root {
                     let to = &mut output[pieces(rank).range(read)];
-                    copy_from_peer(to, &engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
+                    copy(to, &engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
                 }
             },
             output,
@@ -116,7 +116,7 @@ impl Engine {
         longest: usize,
     ) -> Result<(), Failure> {
         let rank = self.group.rank();
-        let room = self.room(longest);
+        let (room, copy) = (self.room(longest), copy_for(output.len()));
         self.rounds(
             Pieces::new(longest, 1, room).count(),
             |_| true,
@@ -133,15 +133,15 @@ impl Engine {
                 let Some(input) = input else { return };
                 let (from, to) = (sends(rank).start, receives(rank).start);
                 let piece = Pieces::new(sends(rank).len(), 1, room).range(written);
-                output[to + piece.start..to + piece.end]
-                    .copy_from_slice(&input[from + piece.start..from + piece.end]);
+                let own = &input[from + piece.start..from + piece.end];
+                copy(&mut output[to + piece.start..to + piece.end], own);
             },
             |engine, output, read, step| {
                 for who in engine.peers() {
                     let block = receives(who);
                     let piece = Pieces::new(block.len(), 1, room).range(read);
                     let to = &mut output[block.start + piece.start..block.start + piece.end];
-                    copy_from_peer(to, &engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
+                    copy(to, &engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
                 }
             },
             output,
@@ -223,7 +223,7 @@ impl Engine {
         output: &mut [u8],
         root: usize,
     ) -> Result<(), Failure> {
-        let pieces = Pieces::new(output.len(), 1, self.chunk);
+        let (pieces, copy) = (Pieces::new(output.len(), 1, self.chunk), copy_for(output.len()));
         self.group.use_slots(pieces.range(0).len());
         // An empty broadcast is a step too: it shows whether the ranks agree.
         for i in 0..pieces.count().max(1) {
@@ -240,7 +240,7 @@ impl Engine {
                     self.group.publish();
                 }
                 if let Some(own) = own {
-                    piece.copy_from_slice(own);
+                    copy(piece, own);
                 }
             } else {
                 self.group.publish();
@@ -250,7 +250,7 @@ impl Engine {
                 } else {
                     self.group.peer_slot(root, step)
                 };
-                copy_from_peer(piece, &from[..piece.len()]);
+                copy(piece, &from[..piece.len()]);
             }
         }
         Ok(())
