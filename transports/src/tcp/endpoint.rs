@@ -1,0 +1,339 @@
+//! Where a rank is reached: its listening port, and the thread that makes connections, its own and its peers', until
+//! their handshakes are done. Strangers cost it a bounded number of small records for a few seconds, and the job
+//! nothing.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tensorwire_core::{Error, Result};
+
+use super::TcpOptions;
+use super::hello::{Channel, GroupId, Hello, Status};
+use super::interface::Chosen;
+use super::negotiate::{Arrival, Dial, Refusal};
+use super::secret::{Secret, random};
+use super::shared::Shared;
+use super::socket::{self, Wake};
+
+/// Handshakes that others may have under way here. Beyond that, the oldest goes: a rank's takes no longer than a
+/// round trip, and is tried again.
+const MAX_ARRIVALS: usize = 128;
+
+/// How soon a dial that was cut is tried again.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// What to do with a connection whose other side has proved itself.
+pub(crate) type Admit = dyn Fn(&Hello, Arrival) + Send + Sync;
+
+/// A listening port and the thread that serves it, until dropped.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    inner: Arc<Inner>,
+    thread: Option<JoinHandle<()>>,
+    address: SocketAddr,
+    why: String,
+}
+
+#[derive(Debug)]
+struct Inner {
+    secret: Secret,
+    options: TcpOptions,
+    wake: Wake,
+    stop: AtomicBool,
+    groups: Mutex<HashMap<GroupId, Weak<Shared>>>,
+    requests: Mutex<Vec<Request>>,
+}
+
+/// A connection to be opened.
+#[derive(Debug)]
+struct Request {
+    group: Weak<Shared>,
+    place: usize,
+    to: SocketAddr,
+    hello: Hello,
+    /// Not before.
+    at: Instant,
+    /// When an unreachable host is given up.
+    until: Instant,
+}
+
+/// What became of a dial.
+enum Dialled {
+    /// Its group knows.
+    Done,
+    UnderWay(Request, Dial),
+    Again(Request),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Endpoint {
+    /// Listens, and admits to the groups that are entered here.
+    pub(super) fn start(chosen: Chosen, secret: Secret, options: &TcpOptions) -> Result<Endpoint> {
+        let ports = options.ports.clone();
+        let listener = socket::listen(chosen.ip, ports.clone(), options.socket_buffer).map_err(|e| {
+            let ports = if ports.start() == ports.end() {
+                format!("port {}", ports.start())
+            } else {
+                format!("ports {} to {}", ports.start(), ports.end())
+            };
+            Error::os(format!("listening on {} ({}), {ports}", chosen.ip, chosen.why), e)
+        })?;
+        Endpoint::serve(listener, chosen.why, secret, options, None)
+    }
+
+    /// Serves `listener`; `admit` decides on what isn't a group's.
+    pub(crate) fn serve(
+        listener: TcpListener,
+        why: String,
+        secret: Secret,
+        options: &TcpOptions,
+        admit: Option<Box<Admit>>,
+    ) -> Result<Endpoint> {
+        let address = listener.local_addr().map_err(|e| Error::os("asking for the address listened on", e))?;
+        let inner = Arc::new(Inner {
+            secret,
+            options: options.clone(),
+            wake: Wake::new().map_err(|e| Error::os("making an eventfd", e))?,
+            stop: AtomicBool::new(false),
+            groups: Mutex::default(),
+            requests: Mutex::default(),
+        });
+        let thread = std::thread::Builder::new()
+            .name("tensorwire-tcp".into())
+            .spawn({
+                let inner = inner.clone();
+                move || inner.run(&listener, admit.as_deref())
+            })
+            .map_err(|e| Error::os("starting the thread that makes connections", e))?;
+        Ok(Endpoint { inner, thread: Some(thread), address, why })
+    }
+
+    /// Where it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where it listens and why there, for a person.
+    pub(super) fn describe(&self) -> String {
+        format!("{} ({})", self.address, self.why)
+    }
+
+    pub(super) fn secret(&self) -> &Secret {
+        &self.inner.secret
+    }
+
+    /// Takes connections for `group` from now on.
+    pub(super) fn enter(&self, group: &Arc<Shared>) {
+        lock(&self.inner.groups).insert(group.id, Arc::downgrade(group));
+    }
+
+    /// Takes no connections for the group any more.
+    pub(super) fn leave(&self, id: GroupId) {
+        lock(&self.inner.groups).remove(&id);
+    }
+
+    /// Opens a connection to `peer`; [`Shared::dialled`] is told what becomes of it.
+    pub(super) fn dial(&self, group: &Arc<Shared>, channel: Channel, peer: usize) -> Result<()> {
+        let Some(to) = group.addresses.get().and_then(|a| a.get(peer)).copied() else { return Ok(()) };
+        let hello = Hello::new(channel, group.world, group.rank, peer, group.id)?;
+        let place = group.place(channel, peer);
+        let (at, until) = (Instant::now(), Instant::now() + self.inner.options.peer_timeout);
+        lock(&self.inner.requests).push(Request { group: Arc::downgrade(group), place, to, hello, at, until });
+        self.inner.wake.ring();
+        Ok(())
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // Release: pairs with the thread's Acquire load, after the ring.
+        self.inner.stop.store(true, Ordering::Release);
+        self.inner.wake.ring();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Inner {
+    fn run(&self, listener: &TcpListener, admit: Option<&Admit>) {
+        let mut arrivals: Vec<Arrival> = Vec::new();
+        let mut dials: Vec<(Request, Dial)> = Vec::new();
+        let mut later: Vec<Request> = Vec::new();
+        let mut accepting_from = Instant::now();
+        loop {
+            let now = Instant::now();
+            let next = arrivals.iter().map(Arrival::until).chain(later.iter().map(|r| r.at));
+            let next = next.chain(dials.iter().filter(|d| d.1.is_connecting()).map(|d| d.0.until));
+            let next = next.chain((accepting_from > now).then_some(accepting_from)).min();
+            let (heard, mut ready) = {
+                let accept = if accepting_from > now { PollFlags::empty() } else { PollFlags::IN };
+                let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN), PollFd::new(listener, accept)];
+                fds.extend(arrivals.iter().map(|a| PollFd::new(a.stream(), PollFlags::IN)));
+                fds.extend(dials.iter().map(|(_, d)| PollFd::new(d.stream(), d.interest())));
+                let timeout = next.map(|at| timespec(at.saturating_duration_since(now)));
+                if poll(&mut fds, timeout.as_ref()).is_err() {
+                    // Interrupted, or short of memory: in any case, later.
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let ready: Vec<bool> = fds.iter().map(|f| !f.revents().is_empty()).collect();
+                (ready[0], ready.into_iter().skip(1))
+            };
+            if heard {
+                self.wake.hush();
+            }
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            let listening = ready.next() == Some(true);
+
+            let now = Instant::now();
+            arrivals = self.go_on(arrivals, &mut ready, now, admit);
+            for (request, dial) in std::mem::take(&mut dials) {
+                match self.dial_on(request, dial, ready.next() == Some(true), now) {
+                    Dialled::Done => {}
+                    Dialled::UnderWay(request, dial) => dials.push((request, dial)),
+                    Dialled::Again(request) => later.push(request),
+                }
+            }
+            later.append(&mut lock(&self.requests));
+            let due: Vec<Request>;
+            (due, later) = later.into_iter().partition(|r| r.at <= now);
+            for request in due {
+                match Dial::begin(request.to, &request.hello, self.options.socket_buffer) {
+                    Ok(dial) => dials.push((request, dial)),
+                    Err(e) => self.refused(&request, &Refusal::Unreachable(e)),
+                }
+            }
+            if listening {
+                accepting_from = self.accept(listener, &mut arrivals, now);
+            }
+        }
+    }
+
+    /// Takes what has come to the port; until when to leave it alone.
+    fn accept(&self, listener: &TcpListener, arrivals: &mut Vec<Arrival>, now: Instant) -> Instant {
+        // Some at a time, so that a flood of strangers doesn't keep the others waiting.
+        for _ in 0..32 {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    if arrivals.len() == MAX_ARRIVALS {
+                        arrivals.remove(0);
+                    }
+                    arrivals.extend(Arrival::new(stream));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                // No descriptors or no memory: it can only get better.
+                Err(_) => return now + Duration::from_millis(50),
+            }
+        }
+        now
+    }
+
+    /// Goes on with the arrivals that are ready; those that are still under way.
+    fn go_on(
+        &self,
+        arrivals: Vec<Arrival>,
+        ready: &mut impl Iterator<Item = bool>,
+        now: Instant,
+        admit: Option<&Admit>,
+    ) -> Vec<Arrival> {
+        let mut left = Vec::with_capacity(arrivals.len());
+        for mut arrival in arrivals {
+            if ready.next() == Some(true) {
+                match arrival.advance(&self.secret) {
+                    Ok(None) => {}
+                    Ok(Some(hello)) => {
+                        self.admit(&hello, arrival, admit);
+                        continue;
+                    }
+                    Err(_) => continue,
+                }
+            }
+            if arrival.until() > now {
+                left.push(arrival);
+            }
+        }
+        left
+    }
+
+    fn admit(&self, hello: &Hello, arrival: Arrival, admit: Option<&Admit>) {
+        if let Some(admit) = admit {
+            return admit(hello, arrival);
+        }
+        let group = lock(&self.groups).get(&hello.group).and_then(Weak::upgrade);
+        match group {
+            Some(group) if socket::tune(arrival.stream(), &self.options).is_ok() => {
+                group.offer(hello, arrival, &self.secret);
+            }
+            _ => {
+                arrival.settle(&self.secret, Status::NoGroup);
+            }
+        }
+    }
+
+    /// Goes on with a dial.
+    fn dial_on(&self, mut request: Request, mut dial: Dial, ready: bool, now: Instant) -> Dialled {
+        let Some(group) = request.group.upgrade().filter(|g| !g.has_failed()) else { return Dialled::Done };
+        if !ready {
+            if dial.is_connecting() && request.until <= now {
+                self.refused(&request, &Refusal::Unreachable(io::ErrorKind::TimedOut.into()));
+                return Dialled::Done;
+            }
+            return Dialled::UnderWay(request, dial);
+        }
+        match dial.advance(&self.secret) {
+            Ok(false) => return Dialled::UnderWay(request, dial),
+            Ok(true) => {
+                let stream = dial.into_stream();
+                let tuned = socket::tune(&stream, &self.options).map(|()| stream);
+                group.dialled(request.place, tuned.map_err(|e| format!("setting up the connection: {e}")));
+            }
+            // The peer's own dial will come in its place.
+            Err(Refusal::Status(Status::Crossed)) => {}
+            Err(Refusal::Cut) => {
+                if let Ok(nonce) = random() {
+                    request.hello.nonce = nonce;
+                    (request.at, request.until) = (now + RETRY, now + self.options.peer_timeout);
+                    return Dialled::Again(request);
+                }
+            }
+            Err(refusal) => self.refused(&request, &refusal),
+        }
+        Dialled::Done
+    }
+
+    fn refused(&self, request: &Request, refusal: &Refusal) {
+        let at = request.to;
+        let why = match refusal {
+            Refusal::Status(Status::NoGroup) => "it left the group".to_owned(),
+            Refusal::Status(status) => format!("it refused the connection to {at}: {status:?}"),
+            Refusal::Nobody(_) => format!("its process ended: nothing listens at {at} any more"),
+            Refusal::Unreachable(e) if e.kind() == io::ErrorKind::TimedOut => {
+                format!("its host did not answer at {at} within {:?}", self.options.peer_timeout)
+            }
+            Refusal::Unreachable(e) => format!("its host can't be reached at {at}: {e}"),
+            Refusal::Stranger(what) => format!("at {at}, {what}"),
+            Refusal::Cut => "it hung up".to_owned(),
+        };
+        if let Some(group) = request.group.upgrade() {
+            group.dialled(request.place, Err(why));
+        }
+    }
+}
+
+fn timespec(d: Duration) -> Timespec {
+    // Rounded up, so that what is due then is due when the poll ends.
+    let d = d + Duration::from_millis(1);
+    Timespec { tv_sec: d.as_secs() as i64, tv_nsec: d.subsec_nanos().into() }
+}

@@ -1,0 +1,355 @@
+//! One connection: frames to be sent, and frames to be received, in order, straight from and into a call's buffers.
+//! Nothing here blocks.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use tensorwire_core::Call;
+
+use super::frame::{HEADER, Header, Kind};
+use super::memory::{Memory, Span};
+use super::socket;
+use crate::shm::verdict::Verdict;
+
+/// Bytes that are read ahead, so that a small frame takes one system call. A large one goes straight to its place.
+const STAGE: usize = 16 << 10;
+const SMALL: usize = STAGE / 2;
+
+/// A frame to be sent.
+#[derive(Debug)]
+struct Outgoing {
+    header: [u8; HEADER],
+    span: Span,
+}
+
+/// A frame to be received.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Incoming {
+    /// Its place among all that the call receives, from any peer.
+    pub(super) number: usize,
+    pub(super) span: Span,
+}
+
+/// What the frames of a link must be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Expected {
+    pub(super) kind: Kind,
+    pub(super) seq: u64,
+    pub(super) call: [u64; 4],
+}
+
+/// Why a link can't go on.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// The peer is gone.
+    Lost(String),
+    /// The peer said why the group has ended.
+    Verdict(Box<Verdict>),
+    /// The peer's call isn't this rank's: what it called, as which of its collectives.
+    Differs(Option<Call>, u64),
+    /// The peer sends another number of bytes than its call says.
+    Length { sent: u64, expected: usize },
+}
+
+#[derive(Debug)]
+pub(super) struct Link {
+    stream: Option<TcpStream>,
+    sends: VecDeque<Outgoing>,
+    /// Bytes of the first of `sends` that are out.
+    sent: usize,
+    pub(super) receives: VecDeque<Incoming>,
+    stage: Box<[u8; STAGE]>,
+    staged: std::ops::Range<usize>,
+    /// The header of the frame that is being received, or waits for a receive.
+    header: Option<Header>,
+    got: usize,
+    /// No more will come: how that is known.
+    gone: Option<String>,
+    left: bool,
+}
+
+impl Link {
+    pub(super) fn new() -> Link {
+        Link {
+            stream: None,
+            sends: VecDeque::new(),
+            sent: 0,
+            receives: VecDeque::new(),
+            stage: Box::new([0; STAGE]),
+            staged: 0..0,
+            header: None,
+            got: 0,
+            gone: None,
+            left: false,
+        }
+    }
+
+    pub(super) fn connect(&mut self, stream: TcpStream) {
+        self.stream = Some(stream);
+    }
+
+    /// Notes that there is no connection and won't be one.
+    pub(super) fn give_up(&mut self, why: String) {
+        self.gone = Some(why);
+    }
+
+    pub(super) fn stream(&self) -> Option<&TcpStream> {
+        self.stream.as_ref()
+    }
+
+    pub(super) fn is_sending(&self) -> bool {
+        !self.sends.is_empty()
+    }
+
+    pub(super) fn is_receiving(&self) -> bool {
+        !self.receives.is_empty()
+    }
+
+    /// Whether a read can bring something that this link has a use for.
+    pub(super) fn may_read(&self) -> bool {
+        self.gone.is_none() && (self.header.is_none() || self.is_receiving())
+    }
+
+    /// The frame that waits for this rank, if one does.
+    pub(super) fn waiting_frame(&self) -> Option<&Header> {
+        self.header.as_ref().filter(|_| self.got == 0)
+    }
+
+    /// For how long the peer's host has been silent.
+    pub(super) fn silent(&self) -> Duration {
+        self.stream.as_ref().map_or(Duration::ZERO, socket::silent)
+    }
+
+    #[inline]
+    pub(super) fn send(&mut self, header: [u8; HEADER], span: Span) {
+        self.sends.push_back(Outgoing { header, span });
+    }
+
+    /// Sends what the socket takes: how many frames are out with it, and whether anything moved.
+    #[inline]
+    pub(super) fn write(&mut self, memory: &Memory<'_>) -> Result<(usize, bool), Trouble> {
+        let (mut done, mut moved) = (0, false);
+        while let Some(first) = self.sends.front() {
+            if let (None, Some(gone)) = (&self.stream, &self.gone) {
+                return Err(Trouble::Lost(gone.clone()));
+            }
+            let Some(stream) = &self.stream else { break };
+            let data = memory.read(first.span);
+            let parts = [
+                IoSlice::new(&first.header[self.sent.min(HEADER)..]),
+                IoSlice::new(&data[self.sent.saturating_sub(HEADER)..]),
+            ];
+            match send(stream, &parts) {
+                Ok(Some(n)) => {
+                    moved = true;
+                    self.sent += n;
+                    if self.sent == HEADER + data.len() {
+                        self.sends.pop_front();
+                        self.sent = 0;
+                        done += 1;
+                    }
+                }
+                Ok(None) => break,
+                Err(e) => return Err(Trouble::Lost(ended(&e))),
+            }
+        }
+        Ok((done, moved))
+    }
+
+    /// Receives what has come, up to the last frame that there is a receive for: how many frames are complete with
+    /// it, and whether anything moved. Reads no payload that isn't expected.
+    #[inline]
+    pub(super) fn read(&mut self, expected: &Expected, memory: &mut Memory<'_>) -> Result<(usize, bool), Trouble> {
+        let (mut done, mut moved) = (0, false);
+        loop {
+            let header = match self.header {
+                Some(header) => header,
+                None => {
+                    while self.staged.len() < HEADER {
+                        // What follows the header of a large frame goes straight to its place.
+                        let large = self.receives.front().is_some_and(|r| r.span.len() > SMALL);
+                        let want = if large { HEADER - self.staged.len() } else { STAGE };
+                        if !self.fill(want)? {
+                            return Ok((done, moved));
+                        }
+                        moved = true;
+                    }
+                    let header = Header::parse(&self.stage[self.staged.clone()])
+                        .ok_or_else(|| Trouble::Lost("it sends what is no frame".to_owned()))?;
+                    self.staged.start += HEADER;
+                    self.header = Some(header);
+                    header
+                }
+            };
+            match header.kind {
+                Kind::Verdict => {
+                    if header.len != Verdict::BYTES as u64 {
+                        return Err(Trouble::Lost("it sends what is no frame".to_owned()));
+                    }
+                    while self.staged.len() < Verdict::BYTES {
+                        if !self.fill(STAGE)? {
+                            return Ok((done, moved));
+                        }
+                    }
+                    let bytes = &self.stage[self.staged.clone()][..Verdict::BYTES];
+                    return Err(Trouble::Verdict(Box::new(Verdict::from_bytes(bytes))));
+                }
+                Kind::Leave => {
+                    self.left = true;
+                    self.lost("it left the group".to_owned())?;
+                    return Ok((done, moved));
+                }
+                // It is ahead: the frame is for a later call.
+                Kind::Data if expected.kind == Kind::Data && header.seq > expected.seq => return Ok((done, moved)),
+                kind => {
+                    let at_hand = self.receives.front().copied();
+                    // A message waits for its receive, whatever it is; a collective's calls are compared at once.
+                    if kind == Kind::Message && at_hand.is_none() {
+                        return Ok((done, moved));
+                    }
+                    let same_seq = kind == Kind::Message || header.seq == expected.seq;
+                    if kind != expected.kind || !same_seq || header.call != expected.call {
+                        return Err(Trouble::Differs(header.call(), header.seq));
+                    }
+                    let Some(receive) = at_hand else { return Ok((done, moved)) };
+                    if header.len != receive.span.len() as u64 {
+                        return Err(Trouble::Length { sent: header.len, expected: receive.span.len() });
+                    }
+                    if !self.payload(receive.span, memory, &mut moved)? {
+                        return Ok((done, moved));
+                    }
+                    self.receives.pop_front();
+                    (self.header, self.got) = (None, 0);
+                    done += 1;
+                    if self.receives.is_empty() && self.staged.is_empty() {
+                        return Ok((done, moved));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Receives the rest of a payload: whether it is complete.
+    #[inline]
+    fn payload(&mut self, span: Span, memory: &mut Memory<'_>, moved: &mut bool) -> Result<bool, Trouble> {
+        let into = memory.write(span);
+        while self.got < into.len() {
+            let rest = &mut into[self.got..];
+            if self.staged.is_empty() && rest.len() > SMALL {
+                let stream = self.stream.as_ref().expect("a connection, for its header came");
+                match receive(stream, rest) {
+                    Ok(Some(0)) => return self.lost("its process ended".to_owned()).map(|()| false),
+                    Ok(Some(n)) => {
+                        *moved = true;
+                        self.got += n;
+                    }
+                    Ok(None) => return Ok(false),
+                    Err(e) => return self.lost(ended(&e)).map(|()| false),
+                }
+                continue;
+            }
+            if self.staged.is_empty() {
+                if !self.fill(STAGE)? {
+                    return Ok(false);
+                }
+                *moved = true;
+            }
+            let n = rest.len().min(self.staged.len());
+            rest[..n].copy_from_slice(&self.stage[self.staged.clone()][..n]);
+            self.staged.start += n;
+            self.got += n;
+        }
+        Ok(true)
+    }
+
+    /// Reads up to `want` more bytes ahead: whether any came.
+    #[inline]
+    fn fill(&mut self, want: usize) -> Result<bool, Trouble> {
+        if let Some(gone) = &self.gone {
+            return if self.is_receiving() { Err(Trouble::Lost(gone.clone())) } else { Ok(false) };
+        }
+        let Some(stream) = &self.stream else { return Ok(false) };
+        if self.staged.is_empty() {
+            self.staged = 0..0;
+        } else if self.staged.end == STAGE {
+            self.stage.copy_within(self.staged.clone(), 0);
+            self.staged = 0..self.staged.len();
+        }
+        let end = self.staged.end;
+        let room = &mut self.stage[end..STAGE.min(end + want)];
+        match receive(stream, room) {
+            Ok(Some(0)) => self.lost("its process ended".to_owned()).map(|()| false),
+            Ok(Some(n)) => {
+                self.staged.end += n;
+                Ok(true)
+            }
+            Ok(None) => Ok(false),
+            Err(e) => self.lost(ended(&e)).map(|()| false),
+        }
+    }
+
+    /// Notes that no more will come: trouble if something was to.
+    fn lost(&mut self, how: String) -> Result<(), Trouble> {
+        let how = if self.left { "it left the group".to_owned() } else { how };
+        self.gone = Some(how.clone());
+        if self.is_receiving() { Err(Trouble::Lost(how)) } else { Ok(()) }
+    }
+
+    /// How it is known that no more will come, if it is.
+    pub(super) fn gone(&self) -> Option<&str> {
+        self.gone.as_deref()
+    }
+
+    /// Forgets what isn't sent yet, but for the rest of a frame that is half out.
+    pub(super) fn cut_short(&mut self) {
+        self.sends.truncate(usize::from(self.sent > 0));
+        self.receives.clear();
+    }
+
+    /// Sends a frame of a group's end at once, as far as the socket takes it. For a link that sends nothing else.
+    pub(super) fn say(&mut self, frame: &[u8]) {
+        if let Some(stream) = self.stream.as_ref().filter(|_| !self.is_sending()) {
+            let _ = send(stream, &[IoSlice::new(frame)]);
+        }
+    }
+}
+
+/// `None` where the socket takes nothing now.
+#[inline]
+fn send(stream: &TcpStream, parts: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    loop {
+        match rustix::net::sendmsg(stream, parts, &mut SendAncillaryBuffer::default(), flags) {
+            Ok(n) => return Ok(Some(n)),
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// `None` where nothing has come.
+#[inline]
+fn receive(stream: &TcpStream, into: &mut [u8]) -> io::Result<Option<usize>> {
+    loop {
+        match rustix::net::recv(stream, &mut *into, RecvFlags::DONTWAIT) {
+            Ok((_, n)) => return Ok(Some(n)),
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// How a connection ended, for a person.
+fn ended(e: &io::Error) -> String {
+    match e.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => format!("its process ended ({e})"),
+        io::ErrorKind::TimedOut => "its host has stopped answering".to_owned(),
+        _ => format!("its connection failed: {e}"),
+    }
+}
