@@ -9,11 +9,15 @@ mod work;
 use std::sync::{Arc, Mutex, TryLockError};
 
 use tensorwire_core::{Deadline, Error, Result};
-use tensorwire_transports::launch::{Env, Rendezvous};
-use tensorwire_transports::shm::{self, Failure, Group, Handle, Options};
+use tensorwire_transports::launch::{Env, Rendezvous, Transport};
+use tensorwire_transports::shm::{self, Failure, Options};
 use tensorwire_transports::store::{Store, UnixStore};
+#[cfg(feature = "tcp")]
+use tensorwire_transports::tcp;
 
-use crate::engine::Engine;
+#[cfg(feature = "tcp")]
+use crate::engine::NetEngine;
+use crate::engine::{Either, Engine};
 use crate::select::Algorithm;
 
 pub use prepared::AllReducePlan;
@@ -63,12 +67,20 @@ struct Inner {
     state: Mutex<State>,
     handle: Handle,
     /// Rank 0 of a job without a launcher serves its store for as long as the communicator lives.
-    _store: Option<UnixStore>,
+    _store: Option<Box<dyn Store + Sync>>,
+}
+
+/// What any thread may do with the group.
+#[derive(Debug)]
+enum Handle {
+    Shm(shm::Handle),
+    #[cfg(feature = "tcp")]
+    Tcp(tcp::TcpHandle),
 }
 
 #[derive(Debug)]
 struct State {
-    engine: Engine,
+    engine: Either,
     algorithm: Option<Algorithm>,
     /// The error that ended the group.
     cause: Option<String>,
@@ -78,19 +90,63 @@ impl Communicator {
     /// The group that this process was started into: by `tensorwire launch`, torchrun, mpirun, or srun, from
     /// the variables they set. Waits for all ranks.
     ///
+    /// `TENSORWIRE_TRANSPORT` says what carries the data: `shm` (or `auto`), shared memory between ranks on one host; or,
+    /// with the feature `tcp`, `tcp` between ranks on any hosts, who share the secret in `TENSORWIRE_SECRET` or in the
+    /// file that `TENSORWIRE_SECRET_FILE` names.
+    ///
     /// # Errors
     /// [`Error::Config`] if the variables are missing or make no sense; [`Error::Rendezvous`] if the other
     /// ranks don't come.
     pub fn from_env() -> Result<Communicator> {
-        let options = Options::from_env()?;
         let env = Env::read()?;
+        match Transport::from_env()? {
+            Transport::Shm => Communicator::over_shm(&env),
+            Transport::Tcp => Communicator::over_tcp(&env),
+        }
+    }
+
+    fn over_shm(env: &Env) -> Result<Communicator> {
+        let options = Options::from_env()?;
         let deadline = Deadline::after(options.timeout);
         let store = match &env.rendezvous {
             Rendezvous::Store(address) => UnixStore::connect(address, deadline)?,
             Rendezvous::Job(job) => UnixStore::of_job(job, env.rank, deadline)?,
         };
         let group = shm::join(env.rank, env.world, &store, &options)?;
-        Ok(Communicator::over(group, Some(store)))
+        Ok(Communicator::over(Either::Shm(Engine::new(group)), Some(Box::new(store))))
+    }
+
+    #[cfg(not(feature = "tcp"))]
+    fn over_tcp(_: &Env) -> Result<Communicator> {
+        Err(Error::Config("TENSORWIRE_TRANSPORT is 'tcp', but this program was built without the feature tcp".into()))
+    }
+
+    #[cfg(feature = "tcp")]
+    fn over_tcp(env: &Env) -> Result<Communicator> {
+        let (secret, options) = (tcp::Secret::from_env()?, tcp::TcpOptions::from_env()?);
+        let deadline = Deadline::after(options.timeout);
+        let (store, towards) = tcp::meet(env, &secret, deadline)?;
+        let group = tcp::join(env.rank, env.world, store.as_ref(), towards, &secret, &options)?;
+        Ok(Communicator::over(Either::Tcp(NetEngine::new(group)), Some(store)))
+    }
+
+    /// The group of `world` processes, on any hosts, that share `secret` and meet in `store`, as `rank`. Waits for all
+    /// ranks. It listens at the address that leads to `towards`, where the store is, or on this host alone, unless the
+    /// options say which.
+    ///
+    /// # Errors
+    /// As for [`join`](Communicator::join); [`Error::Config`] for an interface that isn't there.
+    #[cfg(feature = "tcp")]
+    pub fn join_tcp(
+        rank: usize,
+        world: usize,
+        store: &dyn Store,
+        towards: Option<std::net::SocketAddr>,
+        secret: &tcp::Secret,
+        options: &tcp::TcpOptions,
+    ) -> Result<Communicator> {
+        let group = tcp::join(rank, world, store, towards, secret, options)?;
+        Ok(Communicator::over(Either::Tcp(NetEngine::new(group)), None))
     }
 
     /// The group of `world` processes on this host that meet in `store`, as `rank`. Waits for all ranks.
@@ -98,7 +154,8 @@ impl Communicator {
     /// # Errors
     /// [`Error::Config`] for a rank outside the world; [`Error::Rendezvous`] if the other ranks don't come.
     pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> Result<Communicator> {
-        Ok(Communicator::over(shm::join(rank, world, store, options)?, None))
+        let group = shm::join(rank, world, store, options)?;
+        Ok(Communicator::over(Either::Shm(Engine::new(group)), None))
     }
 
     /// A group whose ranks are threads of this process; rank `i` is element `i`.
@@ -116,15 +173,34 @@ impl Communicator {
     pub fn in_process_with(world: usize, options: &Options) -> Result<Vec<Communicator>> {
         Ok(shm::in_process(world, options)?
             .into_iter()
-            .map(|group| Communicator::over(group, None))
+            .map(|group| Communicator::over(Either::Shm(Engine::new(group)), None))
             .collect())
     }
 
-    fn over(group: Group, store: Option<UnixStore>) -> Communicator {
-        let (rank, world, handle) = (group.rank(), group.world(), group.handle());
-        let state = Mutex::new(State { engine: Engine::new(group), algorithm: None, cause: None });
+    fn over(engine: Either, store: Option<Box<dyn Store + Sync>>) -> Communicator {
+        let (rank, world, handle) = match &engine {
+            Either::Shm(e) => (e.group.rank(), e.group.world(), Handle::Shm(e.group.handle())),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(e) => (e.group.rank(), e.group.world(), Handle::Tcp(e.group.handle())),
+        };
+        let state = Mutex::new(State { engine, algorithm: None, cause: None });
         let inner = Arc::new(Inner { state, handle, _store: store });
         Communicator { rank, world, inner, started: Some(work::Started::default()) }
+    }
+
+    /// What carries this group's data, for a log: `shm`, or `tcp` and the address at which this rank listens, with the
+    /// reason for that one.
+    ///
+    /// # Errors
+    /// [`Error::ConcurrentUse`].
+    pub fn transport(&self) -> Result<String> {
+        let rank = self.rank;
+        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        Ok(match &state.engine {
+            Either::Shm(_) => "shm".to_owned(),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) => format!("tcp {}", engine.group.describe()),
+        })
     }
 
     /// This rank, from 0.
@@ -188,8 +264,15 @@ impl Communicator {
 impl State {
     #[inline]
     fn choose(&self, bytes: usize, world: usize) -> Result<Algorithm> {
-        let slot = self.engine.slot_bytes();
-        let Some(forced) = self.algorithm else { return Ok(Algorithm::all_reduce(bytes, world, slot)) };
+        let (slot, best) = match &self.engine {
+            Either::Shm(engine) => {
+                let slot = engine.slot_bytes();
+                (slot, Algorithm::all_reduce(bytes, world, slot))
+            }
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) => (usize::MAX, engine.choose(bytes)),
+        };
+        let Some(forced) = self.algorithm else { return Ok(best) };
         if bytes > forced.limit(slot) {
             return Err(Error::invalid(format!(
                 "{forced} carries at most {} bytes, not {bytes}",

@@ -4,7 +4,7 @@ use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result};
 
 use super::Communicator;
 use super::collectives::call;
-use crate::engine::{Buffers, Reduction};
+use crate::engine::{Buffers, Reduction, with_engine};
 use crate::select::Algorithm;
 
 /// An all-reduce of one length, type and operation, whose checks and choices are made: see
@@ -53,10 +53,11 @@ impl<T: Element> AllReducePlan<'_, T> {
             self.reduction.alone(data);
             return Ok(());
         }
-        let run = |engine: &mut crate::engine::Engine| {
-            engine.all_reduce(data, &self.reduction, self.algorithm, None)
-        };
-        self.comm.run(|state| state.engine.run(self.call, run))
+        self.comm.run(|state| {
+            with_engine!(state.engine, |engine| engine.run(self.call, |engine| {
+                engine.all_reduce(data, &self.reduction, self.algorithm, None)
+            }))
+        })
     }
 }
 

@@ -6,12 +6,19 @@
 mod all_reduce;
 mod blocks;
 mod copy;
+mod either;
+#[cfg(feature = "tcp")]
+mod net;
 mod symmetric;
 
 use tensorwire_core::{Call, DType, Error, ReduceOp};
 use tensorwire_transports::shm::{Failure, Group};
 
 use crate::reduce::{Kernel, Kernels};
+
+pub(crate) use either::{Either, with_engine};
+#[cfg(feature = "tcp")]
+pub(crate) use net::NetEngine;
 
 /// Bytes that a rank puts into one step of a pipelined collective: small enough for the copies to stay in the
 /// second-level cache, large enough for a step's latency not to matter.

@@ -1,5 +1,12 @@
 //! Who handles which part of a buffer, when. Pure arithmetic on element counts.
 
+#[cfg(feature = "tcp")]
+pub(crate) mod direct;
+#[cfg(feature = "tcp")]
+pub(crate) mod steps;
+#[cfg(feature = "tcp")]
+pub(crate) mod tree;
+
 use std::ops::Range;
 
 /// Bytes of a cache line: parts of different ranks don't share one.

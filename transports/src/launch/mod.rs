@@ -10,6 +10,8 @@ mod signals;
 mod sink;
 mod spawn;
 mod supervise;
+mod transport;
 
 pub use env::{Env, Rendezvous};
+pub use transport::Transport;
 pub use spawn::{Failure, LOST_PEER_STATUS, Launcher, Line, Outcome, Stream};

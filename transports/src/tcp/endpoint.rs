@@ -318,7 +318,7 @@ impl Inner {
         let why = match refusal {
             Refusal::Status(Status::NoGroup) => "it left the group".to_owned(),
             Refusal::Status(status) => format!("it refused the connection to {at}: {status:?}"),
-            Refusal::Nobody(_) => format!("its process ended: nothing listens at {at} any more"),
+            Refusal::Nobody => format!("its process ended: nothing listens at {at} any more"),
             Refusal::Unreachable(e) if e.kind() == io::ErrorKind::TimedOut => {
                 format!("its host did not answer at {at} within {:?}", self.options.peer_timeout)
             }

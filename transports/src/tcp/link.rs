@@ -22,6 +22,8 @@ const SMALL: usize = STAGE / 2;
 /// A frame to be sent.
 #[derive(Debug)]
 struct Outgoing {
+    /// Its place among all that the call sends, to any peer.
+    number: usize,
     header: [u8; HEADER],
     span: Span,
 }
@@ -125,8 +127,14 @@ impl Link {
     }
 
     #[inline]
-    pub(super) fn send(&mut self, header: [u8; HEADER], span: Span) {
-        self.sends.push_back(Outgoing { header, span });
+    pub(super) fn send(&mut self, number: usize, header: [u8; HEADER], span: Span) {
+        self.sends.push_back(Outgoing { number, header, span });
+    }
+
+    /// The number of the first frame that isn't out yet.
+    #[inline]
+    pub(super) fn next_send(&self) -> Option<usize> {
+        self.sends.front().map(|o| o.number)
     }
 
     /// Sends what the socket takes: how many frames are out with it, and whether anything moved.

@@ -29,7 +29,7 @@ const LAST_WORDS: Duration = Duration::from_millis(300);
 pub(super) struct Goal {
     /// The receives with numbers below this, of those that the call has asked for.
     pub(super) received: usize,
-    /// As many sends.
+    /// The sends with numbers below this.
     pub(super) sent: usize,
 }
 
@@ -60,8 +60,7 @@ pub(super) struct Mesh {
     /// Which of them there are.
     live: Vec<usize>,
     collective: Expected,
-    /// Receives and sends that the call has asked for, and those that are done. Receives are numbered in the order
-    /// in which they were asked for.
+    /// Receives and sends that the call has asked for, numbered in that order, and how many are done.
     asked: usize,
     received: usize,
     pub(super) sends: usize,
@@ -114,16 +113,18 @@ impl Mesh {
     pub(super) fn send(&mut self, place: usize, span: Span) {
         let Expected { seq, call, .. } = self.collective;
         let header = Header { kind: Kind::Data, seq, len: span.len() as u64, call };
+        let number = self.sends;
         self.sends += 1;
-        self.link(place).send(header.bytes(), span);
+        self.link(place).send(number, header.bytes(), span);
     }
 
     /// As [`send`](Mesh::send), for a message.
     pub(super) fn send_message(&mut self, place: usize, span: Span, call: &Call) {
         let seq = self.collective.seq;
         let header = Header { kind: Kind::Message, seq, len: span.len() as u64, call: call.to_words() };
+        let number = self.sends;
         self.sends += 1;
-        self.link(place).send(header.bytes(), span);
+        self.link(place).send(number, header.bytes(), span);
     }
 
     /// Asks for the bytes of `span` to be received.
@@ -146,12 +147,19 @@ impl Mesh {
         if place < self.world { self.collective } else { *message }
     }
 
-    /// Whether receives and sends have come as far as the goal.
+    /// Whether receives and sends have come as far as the goal: the links' first ones are beyond it.
     #[inline]
     fn reached(&self, goal: Goal) -> bool {
-        self.sent >= goal.sent
-            && (self.received >= goal.received
-                && (self.received == self.asked || self.live.iter().all(|l| !self.awaits(*l, goal))))
+        let all = self.received == self.asked && self.sent == self.sends;
+        all || (self.received >= goal.received
+            && self.sent >= goal.sent
+            && self.live.iter().all(|place| !self.awaits(*place, goal) && !self.owes(*place, goal)))
+    }
+
+    /// Whether a link has sends to do that the goal needs.
+    #[inline]
+    fn owes(&self, place: usize, goal: Goal) -> bool {
+        self.links[place].as_ref().is_some_and(|l| l.next_send().is_some_and(|n| n < goal.sent))
     }
 
     /// Whether a link has receives to come that the goal needs.
@@ -368,7 +376,7 @@ impl Mesh {
         };
         let senders = which(&|l| self.awaits(l, goal));
         // Who doesn't take what is sent may be waiting itself; who sends nothing is behind.
-        if senders.is_empty() { which(&|l| self.links[l].as_ref().is_some_and(|l| l.is_sending())) } else { senders }
+        if senders.is_empty() { which(&|l| self.owes(l, goal)) } else { senders }
     }
 
     /// What is known of a peer that is late, for a person.

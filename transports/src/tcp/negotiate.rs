@@ -120,13 +120,26 @@ pub(crate) enum Refusal {
     /// The other side knows the secret, and doesn't want the connection.
     Status(Status),
     /// Nobody listens there.
-    Nobody(io::Error),
+    Nobody,
     /// The other side can't be reached.
     Unreachable(io::Error),
     /// It hung up in the middle: it is worth another try.
     Cut,
     /// It doesn't know the secret, or speaks another protocol or version.
     Stranger(String),
+}
+
+impl Refusal {
+    /// For a person.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Refusal::Status(status) => format!("it refused: {status:?}"),
+            Refusal::Nobody => "nobody listens there".to_owned(),
+            Refusal::Unreachable(e) => e.to_string(),
+            Refusal::Cut => "it hung up".to_owned(),
+            Refusal::Stranger(what) => what.clone(),
+        }
+    }
 }
 
 /// A connection that this process opens.
@@ -170,7 +183,7 @@ impl Dial {
             match &self.stage {
                 Stage::Connecting => {
                     socket::connected(&self.stream).map_err(|e| match e.kind() {
-                        io::ErrorKind::ConnectionRefused => Refusal::Nobody(e),
+                        io::ErrorKind::ConnectionRefused => Refusal::Nobody,
                         io::ErrorKind::ConnectionReset => Refusal::Cut,
                         _ => Refusal::Unreachable(e),
                     })?;

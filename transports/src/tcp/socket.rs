@@ -26,7 +26,7 @@ fn new(ip: IpAddr, buffer: usize) -> io::Result<OwnedFd> {
 }
 
 /// Listens at one of these ports.
-pub(super) fn listen(ip: IpAddr, ports: RangeInclusive<u16>, buffer: usize) -> io::Result<TcpListener> {
+pub(crate) fn listen(ip: IpAddr, ports: RangeInclusive<u16>, buffer: usize) -> io::Result<TcpListener> {
     let mut taken = io::Error::from(io::ErrorKind::AddrInUse);
     for port in ports {
         let socket = new(ip, buffer)?;

@@ -1,0 +1,29 @@
+//! The engine of a communicator, whichever carries it.
+
+#[cfg(feature = "tcp")]
+use super::net::NetEngine;
+use super::Engine;
+
+/// A group's engine.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one of them in a communicator, behind a pointer")]
+pub(crate) enum Either {
+    /// Over shared memory.
+    Shm(Engine),
+    /// Over TCP.
+    #[cfg(feature = "tcp")]
+    Tcp(NetEngine),
+}
+
+/// Evaluates an expression for whichever engine there is: both have the same collectives. The expression is compiled
+/// for each, so that shared memory pays one branch a call.
+macro_rules! with_engine {
+    ($either:expr, |$engine:ident| $body:expr) => {
+        match &mut $either {
+            $crate::engine::Either::Shm($engine) => $body,
+            #[cfg(feature = "tcp")]
+            $crate::engine::Either::Tcp($engine) => $body,
+        }
+    };
+}
+pub(crate) use with_engine;
