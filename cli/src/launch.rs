@@ -6,14 +6,14 @@ use std::os::unix::process::ExitStatusExt;
 
 use rustix::process::Signal;
 use tensorwire::Error;
-use tensorwire::transports::launch::{Launcher, Outcome};
-use tensorwire::transports::store::StoreServer;
+use tensorwire::transports::launch::{Outcome, Transport};
 
 use crate::failure::{Failure, ranks};
+use crate::job::Job;
 
 const EXAMPLES: &str = "\
-Each rank finds its place in TENSORWIRE_RANK, TENSORWIRE_WORLD, TENSORWIRE_LOCAL_WORLD and TENSORWIRE_STORE;
-its output is printed line by line behind `[rank N]`. SIGINT, SIGTERM and SIGHUP are passed on; a second
+Each rank finds its place in TENSORWIRE_RANK, TENSORWIRE_WORLD, TENSORWIRE_LOCAL_WORLD and TENSORWIRE_STORE, and
+what carries the bytes in TENSORWIRE_TRANSPORT and, a secret of this job, TENSORWIRE_SECRET; its output is printed line by line behind `[rank N]`. SIGINT, SIGTERM and SIGHUP are passed on; a second
 SIGINT kills. When a rank fails, the others are ended within a second, and the exit status is that rank's
 (128 and the signal's number, if a signal killed it).
 
@@ -29,6 +29,10 @@ pub(crate) struct Args {
     #[arg(long, short = 'n', value_name = "N", value_parser = ranks)]
     ranks: usize,
 
+    /// What carries the bytes between the ranks: shm or tcp [default: what TENSORWIRE_TRANSPORT says, or shm]
+    #[arg(long, value_parser = str::parse::<Transport>)]
+    transport: Option<Transport>,
+
     /// The program and its arguments
     #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<OsString>,
@@ -38,8 +42,9 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let Some((program, rest)) = args.command.split_first() else {
         return Err(Failure::usage("launch: no command given after --"));
     };
-    let store = StoreServer::start().map_err(Failure::run)?;
-    let launcher = Launcher::new(program, args.ranks, store.address()).args(rest).forward_signals();
+    let transport = args.transport.map_or_else(Transport::from_env, Ok).map_err(Failure::usage)?;
+    let job = Job::new(args.ranks, transport)?;
+    let launcher = job.launcher(program).args(rest).forward_signals();
     let outcome = launcher.run().map_err(|e| match &e {
         Error::Os { source, .. } if matches!(source.kind(), NotFound | PermissionDenied) => Failure::usage(e),
         _ => Failure::run(e),

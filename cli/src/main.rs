@@ -8,6 +8,7 @@ mod bench;
 mod doctor;
 mod failure;
 mod infer;
+mod job;
 mod launch;
 mod plan;
 

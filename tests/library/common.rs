@@ -72,3 +72,59 @@ pub(crate) fn threads(world: usize, options: &Options, body: impl Fn(Communicato
         }
     });
 }
+
+/// What carries the data of a test's ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Over {
+    Shm,
+    #[cfg(feature = "tcp")]
+    Tcp,
+}
+
+impl Over {
+    pub(crate) const ALL: &[Over] = &[
+        Over::Shm,
+        #[cfg(feature = "tcp")]
+        Over::Tcp,
+    ];
+
+    /// As [`threads`], over this.
+    pub(crate) fn threads(self, world: usize, options: &Options, body: impl Fn(Communicator) + Sync) {
+        match self {
+            Over::Shm => threads(world, options, body),
+            #[cfg(feature = "tcp")]
+            Over::Tcp => tcp_threads(world, &tcp_options(options), |_, comm| body(comm)),
+        }
+    }
+}
+
+#[cfg(feature = "tcp")]
+pub(crate) fn tcp_options(options: &Options) -> tensorwire::transports::tcp::TcpOptions {
+    tensorwire::transports::tcp::TcpOptions { timeout: options.timeout, ..Default::default() }
+}
+
+/// Runs `body` once a rank, each in a thread of its own, over TCP on the loopback interface; `body` is given the job's
+/// secret.
+#[cfg(feature = "tcp")]
+pub(crate) fn tcp_threads(
+    world: usize,
+    options: &tensorwire::transports::tcp::TcpOptions,
+    body: impl Fn(&tensorwire::transports::tcp::Secret, Communicator) + Sync,
+) {
+    use tensorwire::Deadline;
+    use tensorwire::transports::store::{StoreServer, UnixStore};
+    let secret = tensorwire::transports::tcp::Secret::generate().unwrap();
+    let server = StoreServer::start().unwrap();
+    std::thread::scope(|s| {
+        let (body, secret, server) = (&body, &secret, &server);
+        let rank = |rank| {
+            s.spawn(move || {
+                let store = UnixStore::connect(&server.address(), Deadline::after(options.timeout)).unwrap();
+                body(secret, Communicator::join_tcp(rank, world, &store, None, secret, options).unwrap());
+            })
+        };
+        for rank in (0..world).map(rank).collect::<Vec<_>>() {
+            rank.join().unwrap();
+        }
+    });
+}

@@ -52,8 +52,13 @@ impl Job {
         kill_process(Pid::from_child(&self.ranks[rank]), signal).unwrap();
     }
 
-    /// Waits until `rank` has written `text` to its standard output.
-    pub(crate) fn wait_for(&mut self, rank: usize, text: &str) {
+    #[cfg(feature = "tcp")]
+    pub(crate) fn pid(&self, rank: usize) -> u32 {
+        self.ranks[rank].id()
+    }
+
+    /// Waits until `rank` has written `text` to its standard output: all it has written until then.
+    pub(crate) fn wait_for(&mut self, rank: usize, text: &str) -> String {
         let mut seen = Vec::new();
         let out = self.ranks[rank].stdout.as_mut().unwrap();
         while !String::from_utf8_lossy(&seen).contains(text) {
@@ -61,6 +66,7 @@ impl Job {
             assert_eq!(out.read(&mut byte).unwrap(), 1, "rank {rank} ended without writing '{text}'");
             seen.push(byte[0]);
         }
+        String::from_utf8_lossy(&seen).into_owned()
     }
 
     /// Waits for `rank` to end: its status and what it wrote to standard output.

@@ -7,3 +7,5 @@ mod groups;
 mod job;
 mod mismatch;
 mod processes;
+#[cfg(feature = "tcp")]
+mod tcp;

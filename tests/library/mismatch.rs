@@ -1,6 +1,6 @@
 //! Ranks that don't make the same call: every rank gets an error that names the two calls, and none gets data.
 
-use crate::common::threads;
+use crate::common::Over;
 use half::f16;
 use tensorwire::{Communicator, Error, Options, ReduceOp, Result};
 
@@ -8,23 +8,27 @@ type CallOnce = fn(&Communicator) -> Result<()>;
 
 /// Rank 1 of 3 calls `odd`, the others `rest`; each must get the mismatch, whatever it called.
 fn check(rest: CallOnce, odd: CallOnce) {
-    threads(3, &Options::default(), |comm| {
-        comm.barrier().unwrap();
-        let mut result = if comm.rank() == 1 { odd(&comm) } else { rest(&comm) };
-        if result.is_ok() {
-            // The root of a broadcast needs nobody: it learns at its next call, whatever that is.
-            result = comm.barrier();
+    for over in Over::ALL {
+        over.threads(3, &Options::default(), |comm| check_rank(&comm, rest, odd));
+    }
+}
+
+fn check_rank(comm: &Communicator, rest: CallOnce, odd: CallOnce) {
+    comm.barrier().unwrap();
+    let mut result = if comm.rank() == 1 { odd(comm) } else { rest(comm) };
+    if result.is_ok() {
+        // The root of a broadcast needs nobody: it learns at its next call, whatever that is.
+        result = comm.barrier();
+    }
+    match result.unwrap_err() {
+        Error::Mismatch { rank, a_call, b_call, .. } => {
+            assert_eq!(rank, comm.rank());
+            assert_ne!(a_call, b_call);
         }
-        match result.unwrap_err() {
-            Error::Mismatch { rank, a_call, b_call, .. } => {
-                assert_eq!(rank, comm.rank());
-                assert_ne!(a_call, b_call);
-            }
-            other => panic!("{other}"),
-        }
-        let after = comm.all_reduce(&mut [1f32], ReduceOp::Sum).unwrap_err();
-        assert!(matches!(after, Error::Poisoned { .. }), "{after}");
-    });
+        other => panic!("{other}"),
+    }
+    let after = comm.all_reduce(&mut [1f32], ReduceOp::Sum).unwrap_err();
+    assert!(matches!(after, Error::Poisoned { .. }), "{after}");
 }
 
 #[test]

@@ -12,11 +12,11 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::{ValueEnum, value_parser};
-use tensorwire::transports::launch::{Launcher, Stream};
-use tensorwire::transports::store::StoreServer;
+use tensorwire::transports::launch::{Stream, Transport};
 use tensorwire::{Algorithm, DType, ReduceOp};
 
 use crate::failure::{Failure, ranks};
+use crate::job::Job;
 use crate::launch::describe;
 use collective::{Collective, Lengths};
 use plot::PlotFile;
@@ -52,8 +52,8 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "all_reduce")]
     collective: Collective,
 
-    /// What carries the bytes
-    #[arg(long, value_enum, default_value = "shm")]
+    /// What carries the bytes: shm, or tcp over this host's loopback
+    #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
     transport: Transport,
 
     /// How many ranks to start
@@ -102,12 +102,6 @@ pub(crate) struct Args {
 }
 
 const DEFAULT_SIZES: &str = "8,64,512,4K,16K,64K,256K,1M,4M,16M,64M";
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Transport {
-    /// Shared memory.
-    Shm,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Buffer {
@@ -174,15 +168,22 @@ impl Args {
         if self.buffer == Buffer::Symmetric && collective != Collective::AllReduce {
             return refuse(format!("{collective} has no form for symmetric buffers: all_reduce has"));
         }
+        if self.buffer == Buffer::Symmetric && self.transport != Transport::Shm {
+            return refuse(format!(
+                "symmetric buffers are in shared memory: --transport {} has none",
+                self.transport
+            ));
+        }
         let chooses = matches!(collective, Collective::AllReduce | Collective::Reduce);
         if let (Some(algorithm), false) = (self.algorithm.0, chooses) {
             return refuse(format!(
                 "{algorithm} is an algorithm of all_reduce and reduce, not of {collective}"
             ));
         }
-        let has_floor = collective == Collective::AllReduce && self.ranks == 2;
+        let has_floor =
+            collective == Collective::AllReduce && self.ranks == 2 && self.transport == Transport::Shm;
         if self.limit.is_some() && !(has_floor && dtype == DType::F32 && op == ReduceOp::Sum) {
-            return refuse("--limit holds for all_reduce of f32 sums at 2 ranks alone".into());
+            return refuse("--limit holds for all_reduce of f32 sums at 2 ranks over shm alone".into());
         }
         self.check_memory()
     }
@@ -245,7 +246,7 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
 
 /// Runs the ranks to their end, and prints each row as it comes.
 fn run_ranks(args: &Args, floor: &Floor) -> Result<Vec<Row>, Failure> {
-    let store = StoreServer::start().map_err(Failure::run)?;
+    let job = Job::new(args.ranks, args.transport)?;
     let program = std::env::current_exe().map_err(|e| Failure::run(format!("finding this program: {e}")))?;
     // The ranks parse the same command line.
     let own: Vec<_> = std::env::args_os().skip(2).collect();
@@ -260,7 +261,8 @@ fn run_ranks(args: &Args, floor: &Floor) -> Result<Vec<Row>, Failure> {
         Ok(())
     };
     let mut broken = None;
-    let outcome = Launcher::new(program, args.ranks, store.address())
+    let outcome = job
+        .launcher(program)
         .arg(RANK_COMMAND)
         .args(own)
         .forward_signals()
@@ -332,15 +334,20 @@ mod tests {
             "--collective all_gather --buffer symmetric",
             "--collective all_gather --algorithm two_shot",
             "--limit x --ranks 3",
+            "--limit x --transport tcp",
+            "--transport tcp --buffer symmetric",
             "--limit x --dtype bf16",
             "--limit x --collective broadcast",
             "--collective all_gather --ranks 4096 --bytes 64G",
         ] {
             assert!(args(line).check().is_err(), "{line}");
         }
-        for line in
-            ["", "--collective all_gather --dtype i32 --op average", "--dtype u8 --op bit_xor --bytes 7"]
-        {
+        for line in [
+            "",
+            "--transport tcp",
+            "--collective all_gather --dtype i32 --op average",
+            "--dtype u8 --op bit_xor --bytes 7",
+        ] {
             assert!(args(line).check().is_ok(), "{line}");
         }
     }

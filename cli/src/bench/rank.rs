@@ -82,7 +82,7 @@ fn measure<T: Element>(
     let us = |seconds: f64| rounded(seconds * 1e6);
     Ok(Ok(Row {
         collective: args.collective.to_string(),
-        transport: "shm".into(),
+        transport: args.transport.to_string(),
         ranks: comm.world(),
         dtype: args.dtype.to_string(),
         op: if args.collective.reduces() { args.op.to_string() } else { "none".into() },

@@ -5,13 +5,13 @@ use std::fs::File;
 use std::ops::ControlFlow;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use tensorwire::transports::launch::{Launcher, Outcome, Stream};
-use tensorwire::transports::store::StoreServer;
+use tensorwire::transports::launch::{Outcome, Stream};
 
 use super::Args;
 use super::event::{Event, NUMBERS_FD};
 use super::progress::Progress;
 use crate::failure::Failure;
+use crate::job::Job;
 use crate::launch::describe;
 
 pub(super) struct Group<'a> {
@@ -49,11 +49,12 @@ impl Group<'_> {
         let numbers = File::from(numbers);
         let for_rank_0 =
             numbers.try_clone().map_err(|e| Failure::run(format!("cannot copy a descriptor: {e}")))?;
-        let store = StoreServer::start().map_err(Failure::run)?;
+        let job = Job::new(self.ranks, self.args.transport)?;
 
         let mut run = Run { weight_bytes: vec![0; self.ranks], ..Run::default() };
         let (mut loaded, mut done, mut unread) = (0, false, None);
-        let outcome = Launcher::new(program, self.ranks, store.address())
+        let outcome = job
+            .launcher(program)
             .args(self.rank_args())
             .env("RAYON_NUM_THREADS", self.threads.to_string())
             .inherit(0, NUMBERS_FD, for_rank_0)

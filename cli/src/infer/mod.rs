@@ -16,6 +16,7 @@ mod verify;
 use std::path::PathBuf;
 
 use tensorwire::topology::Planner;
+use tensorwire::transports::launch::Transport;
 
 use crate::failure::{Failure, print, ranks};
 use group::Group;
@@ -51,6 +52,10 @@ pub(crate) struct Args {
     /// Ranks to shard the model over
     #[arg(long, short = 'n', value_name = "N", default_value = "2", value_parser = ranks)]
     ranks: usize,
+
+    /// What carries the bytes between the ranks: shm, or tcp over this host's loopback
+    #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
+    transport: Transport,
 
     /// A text to embed (encoders); give it several times to compare texts
     #[arg(long = "text", value_name = "TEXT", allow_hyphen_values = true)]

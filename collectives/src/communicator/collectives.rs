@@ -39,7 +39,8 @@ impl Communicator {
         }
         self.run(|state| {
             let algorithm = state.choose(bytes, self.world)?;
-            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None)))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None)))
         })
     }
 
@@ -59,7 +60,12 @@ impl Communicator {
         }
         self.run(|state| {
             let algorithm = state.choose(data.output.len(), self.world)?;
-            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, Some(root))))
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_reduce(
+                data,
+                &reduction,
+                algorithm,
+                Some(root)
+            )))
         })
     }
 
@@ -142,7 +148,10 @@ impl Communicator {
             return Ok(());
         }
         let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
-        self.run(|state| with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_gather(input, output, block, root))))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_gather(input, output, block, root)))
+        })
     }
 
     /// Gives rank `r` block `r`, of `output.len()` elements, of rank `root`'s `input`, which has
@@ -197,7 +206,10 @@ impl Communicator {
             return Ok(());
         }
         let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
-        self.run(|state| with_engine!(state.engine, |engine| engine.run(call, |engine| engine.scatter(input, output, block, root))))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.scatter(input, output, block, root)))
+        })
     }
 
     /// Reduces every rank's `input`, element by element, and leaves block `rank` of the result, of its `world`
@@ -253,7 +265,8 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.reduce_scatter(input, output, block, &reduction)))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.reduce_scatter(input, output, block, &reduction)))
         })
     }
 
@@ -268,7 +281,9 @@ impl Communicator {
             return Ok(());
         }
         let bytes = bytemuck::cast_slice_mut(buf);
-        self.run(|state| with_engine!(state.engine, |engine| engine.run(call, |engine| engine.broadcast(bytes, root))))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.broadcast(bytes, root)))
+        })
     }
 
     /// Sends block `r` of `input`'s `world` equal blocks to rank `r`, and receives rank `r`'s block for this
@@ -286,7 +301,8 @@ impl Communicator {
         let block = equal::<T>(count);
         self.run(|state| {
             let longest = count * size_of::<T>();
-            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_to_all(input, output, &block, &block, longest)))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_to_all(input, output, &block, &block, longest)))
         })
     }
 
@@ -326,7 +342,9 @@ impl Communicator {
     /// [`Error::InvalidArgument`] if `to` is no other rank; else see [`Communicator`].
     pub fn send<T: Element>(&self, buf: &[T], to: usize) -> Result<()> {
         let out = Outgoing { to: self.other("send", to)?, data: bytemuck::cast_slice(buf) };
-        self.run(|state| with_engine!(state.engine, |engine| engine.group.send_recv(T::DTYPE, Some(out), None)))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine.group.send_recv(T::DTYPE, Some(out), None))
+        })
     }
 
     /// Receives into `buf` what rank `from` [sends](Communicator::send).
@@ -336,7 +354,9 @@ impl Communicator {
     /// type; else see [`Communicator`].
     pub fn recv<T: Element>(&self, buf: &mut [T], from: usize) -> Result<()> {
         let into = Incoming { from: self.other("recv", from)?, data: bytemuck::cast_slice_mut(buf) };
-        self.run(|state| with_engine!(state.engine, |engine| engine.group.send_recv(T::DTYPE, None, Some(into))))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine.group.send_recv(T::DTYPE, None, Some(into)))
+        })
     }
 
     /// Sends and receives at once, so that ranks which send to each other, or around a ring, don't wait for
@@ -347,7 +367,9 @@ impl Communicator {
     pub fn send_recv<T: Element>(&self, send: &[T], to: usize, receive: &mut [T], from: usize) -> Result<()> {
         let out = Outgoing { to: self.other("send_recv", to)?, data: bytemuck::cast_slice(send) };
         let into = Incoming { from: self.other("send_recv", from)?, data: bytemuck::cast_slice_mut(receive) };
-        self.run(|state| with_engine!(state.engine, |engine| engine.group.send_recv(T::DTYPE, Some(out), Some(into))))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine.group.send_recv(T::DTYPE, Some(out), Some(into)))
+        })
     }
 
     /// Returns when every rank has called it.

@@ -38,7 +38,9 @@ impl Communicator {
             let engine = match &mut state.engine {
                 Either::Shm(engine) => engine.group.split(color, key)?.map(|g| Either::Shm(Engine::new(g))),
                 #[cfg(feature = "tcp")]
-                Either::Tcp(engine) => engine.group.split(color, key)?.map(|g| Either::Tcp(NetEngine::new(g))),
+                Either::Tcp(engine) => {
+                    engine.group.split(color, key)?.map(|g| Either::Tcp(NetEngine::new(g)))
+                }
             };
             Ok(engine.map(|engine| Communicator::over(engine, None)))
         })

@@ -118,7 +118,9 @@ impl Communicator {
 
     #[cfg(not(feature = "tcp"))]
     fn over_tcp(_: &Env) -> Result<Communicator> {
-        Err(Error::Config("TENSORWIRE_TRANSPORT is 'tcp', but this program was built without the feature tcp".into()))
+        Err(Error::Config(
+            "TENSORWIRE_TRANSPORT is 'tcp', but this program was built without the feature tcp".into(),
+        ))
     }
 
     #[cfg(feature = "tcp")]

@@ -54,9 +54,8 @@ impl<T: Element> AllReducePlan<'_, T> {
             return Ok(());
         }
         self.comm.run(|state| {
-            with_engine!(state.engine, |engine| engine.run(self.call, |engine| {
-                engine.all_reduce(data, &self.reduction, self.algorithm, None)
-            }))
+            with_engine!(state.engine, |engine| engine
+                .run(self.call, |engine| { engine.all_reduce(data, &self.reduction, self.algorithm, None) }))
         })
     }
 }

@@ -7,8 +7,8 @@ use std::ops::{Deref, DerefMut};
 use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result};
 use tensorwire_transports::shm::{Failure, Region};
 
-use super::{Communicator, State};
 use super::collectives::call;
+use super::{Communicator, State};
 use crate::engine::{Either, Engine, Reduction};
 use crate::select::Algorithm;
 

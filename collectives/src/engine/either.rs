@@ -1,8 +1,8 @@
 //! The engine of a communicator, whichever carries it.
 
+use super::Engine;
 #[cfg(feature = "tcp")]
 use super::net::NetEngine;
-use super::Engine;
 
 /// A group's engine.
 #[derive(Debug)]

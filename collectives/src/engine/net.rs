@@ -98,7 +98,9 @@ impl NetEngine {
         let len = data.len() / size;
         match algorithm {
             // A small message travels in one segment with its header whatever it is called.
-            Algorithm::Inline | Algorithm::OneShot => direct::one_shot(&mut self.steps, me, len, size, PIECE, root),
+            Algorithm::Inline | Algorithm::OneShot => {
+                direct::one_shot(&mut self.steps, me, len, size, PIECE, root)
+            }
             Algorithm::TwoShot => direct::two_shot(&mut self.steps, me, len, size, PIECE, root),
         }
         self.execute(data, Some(r))
@@ -213,7 +215,8 @@ fn reduce(
     assert!(in_place || memory.input.is_some() || into.place == Place::Scratch);
     assert!(
         into.place != Place::Scratch
-            || (0..sources.0.len()).all(|r| r == rank || ranges(r).end <= into.start || into.end <= ranges(r).start)
+            || (0..sources.0.len())
+                .all(|r| r == rank || ranges(r).end <= into.start || into.end <= ranges(r).start)
     );
     let dst = memory.write(into).as_mut_ptr();
     let own = if in_place { dst.cast_const() } else { memory.read(contribution).as_ptr() };

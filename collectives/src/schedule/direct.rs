@@ -48,7 +48,14 @@ fn bytes(r: Range<usize>, size: usize) -> Range<usize> {
 }
 
 /// `len` elements of `size` bytes, reduced into every rank's output, or the root's, from everybody's whole input.
-pub(crate) fn one_shot(steps: &mut Steps, me: Rank, len: usize, size: usize, piece: usize, root: Option<usize>) {
+pub(crate) fn one_shot(
+    steps: &mut Steps,
+    me: Rank,
+    len: usize,
+    size: usize,
+    piece: usize,
+    root: Option<usize>,
+) {
     let wanted = root.is_none_or(|root| root == me.rank);
     let pieces = Pieces::new(len, size, piece);
     let turns = pieces.count().max(1);
@@ -82,7 +89,14 @@ pub(crate) fn one_shot(steps: &mut Steps, me: Rank, len: usize, size: usize, pie
 
 /// The same in two steps: each rank reduces its part, of everybody's, and sends the result to all, or to the root. In
 /// pieces, of which one is on its way while the one before is reduced.
-pub(crate) fn two_shot(steps: &mut Steps, me: Rank, len: usize, size: usize, piece: usize, root: Option<usize>) {
+pub(crate) fn two_shot(
+    steps: &mut Steps,
+    me: Rank,
+    len: usize,
+    size: usize,
+    piece: usize,
+    root: Option<usize>,
+) {
     let wanted = root.is_none_or(|root| root == me.rank);
     let start_of = |who: usize| part(len, size, me.world, who).start;
     let pieces_of = |who: usize| Pieces::new(part(len, size, me.world, who).len(), size, piece);
@@ -178,7 +192,12 @@ pub(crate) fn reduce_scatter(
 }
 
 /// Each rank's input becomes `block(rank)`, bytes of the output, on every rank, or on the root.
-pub(crate) fn all_gather(steps: &mut Steps, me: Rank, block: impl Fn(usize) -> Range<usize>, root: Option<usize>) {
+pub(crate) fn all_gather(
+    steps: &mut Steps,
+    me: Rank,
+    block: impl Fn(usize) -> Range<usize>,
+    root: Option<usize>,
+) {
     let wanted = root.is_none_or(|root| root == me.rank);
     let own = Span::new(Place::Input, 0..block(me.rank).len());
     steps.begin(0);

@@ -55,7 +55,8 @@ impl Sim {
     }
 
     fn done(&self, received: usize, sent: usize) -> bool {
-        let beyond = |queues: &[VecDeque<(usize, Span)>], n| queues.iter().flatten().all(|(number, _)| *number >= n);
+        let beyond =
+            |queues: &[VecDeque<(usize, Span)>], n| queues.iter().flatten().all(|(number, _)| *number >= n);
         beyond(&self.receives, received) && beyond(&self.sends, sent)
     }
 
@@ -87,9 +88,8 @@ impl Sim {
                 };
                 let of = |r| words(self.read(span(r)));
                 // In an order that shows.
-                let sum = (1..me.world).fold(of(0), |sum, r| {
-                    sum.iter().zip(of(r)).map(|(a, b)| combine(*a, b)).collect()
-                });
+                let sum = (1..me.world)
+                    .fold(of(0), |sum, r| sum.iter().zip(of(r)).map(|(a, b)| combine(*a, b)).collect());
                 self.write(into, &bytes(&sum));
             }
             Step::Copy { from, into } => {
@@ -141,7 +141,8 @@ fn run(mut ranks: Vec<Sim>, mut random: u64) -> Vec<Sim> {
     while !ranks.iter().all(Sim::finished) {
         let (a, b) = (draw(world), draw(world));
         let stepped = ranks[a].step(Rank { rank: a, world });
-        let transfer = (a != b).then(|| (ranks[a].sends[b].front().copied(), ranks[b].receives[a].front().copied()));
+        let transfer =
+            (a != b).then(|| (ranks[a].sends[b].front().copied(), ranks[b].receives[a].front().copied()));
         let moved = if let Some((Some((_, from)), Some((_, into)))) = transfer {
             assert_eq!(from.len(), into.len(), "rank {a} sends {b} another length than it expects");
             let bytes = ranks[a].read(from).to_vec();
@@ -257,12 +258,17 @@ fn ranks_send_what_the_tables_say() {
     for world in [2usize, 3, 4, 8] {
         // A whole number of lines for each rank.
         let (len, s) = (world * 64, world * 64 * WORD);
-        let one = all_reduce(world, len, true, None, 1, |st, me| direct::one_shot(st, me, len, WORD, 1 << 20, None));
+        let one = all_reduce(world, len, true, None, 1, |st, me| {
+            direct::one_shot(st, me, len, WORD, 1 << 20, None)
+        });
         assert!(one.iter().all(|r| r.bytes == (world - 1) * s && r.sent == world - 1));
-        let two = all_reduce(world, len, true, None, 1, |st, me| direct::two_shot(st, me, len, WORD, 1 << 20, None));
+        let two = all_reduce(world, len, true, None, 1, |st, me| {
+            direct::two_shot(st, me, len, WORD, 1 << 20, None)
+        });
         assert!(two.iter().all(|r| r.bytes == 2 * (world - 1) * s / world && r.sent == 2 * (world - 1)));
         // In pieces, the same bytes; and scratch memory for two pieces a peer, however long the buffer is.
-        let pieces = all_reduce(world, len, true, None, 1, |st, me| direct::two_shot(st, me, len, WORD, 128, None));
+        let pieces =
+            all_reduce(world, len, true, None, 1, |st, me| direct::two_shot(st, me, len, WORD, 128, None));
         assert!(pieces.iter().all(|r| r.bytes == two[0].bytes && r.scratch.len() == 2 * 128 * world));
     }
     for world in [17usize, 64, 1000] {

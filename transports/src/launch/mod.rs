@@ -13,5 +13,5 @@ mod supervise;
 mod transport;
 
 pub use env::{Env, Rendezvous};
-pub use transport::Transport;
 pub use spawn::{Failure, LOST_PEER_STATUS, Launcher, Line, Outcome, Stream};
+pub use transport::Transport;

@@ -24,7 +24,9 @@ impl Transport {
     /// [`Error::Config`] if it says something else.
     pub fn from_env() -> Result<Transport> {
         match std::env::var(TRANSPORT_VAR) {
-            Ok(text) if !matches!(text.trim(), "" | "auto") => text.trim().parse(),
+            Ok(text) if !matches!(text.trim(), "" | "auto") => {
+                text.trim().parse().map_err(|e| Error::Config(format!("{TRANSPORT_VAR}: {e}, or auto")))
+            }
             _ => Ok(Transport::Shm),
         }
     }
@@ -51,7 +53,7 @@ impl FromStr for Transport {
         [Transport::Shm, Transport::Tcp]
             .into_iter()
             .find(|t| t.name() == text)
-            .ok_or_else(|| Error::Config(format!("{TRANSPORT_VAR} is '{text}': use shm, tcp or auto")))
+            .ok_or_else(|| Error::invalid(format!("unknown transport '{text}': use shm or tcp")))
     }
 }
 
@@ -64,6 +66,6 @@ mod tests {
         for t in [Transport::Shm, Transport::Tcp] {
             assert_eq!(t.to_string().parse::<Transport>().unwrap(), t);
         }
-        assert!("quic".parse::<Transport>().unwrap_err().to_string().contains("shm, tcp or auto"));
+        assert!("quic".parse::<Transport>().unwrap_err().to_string().contains("shm or tcp"));
     }
 }

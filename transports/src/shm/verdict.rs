@@ -52,7 +52,8 @@ impl Verdict {
 
 #[cfg(feature = "tcp")]
 const _: () = assert!(
-    size_of::<Verdict>() == 4 * 4 + 2 * 4 * 8 + 2 * WAITING + 2 * 4 + 8 + TEXT && cfg!(target_endian = "little")
+    size_of::<Verdict>() == 4 * 4 + 2 * 4 * 8 + 2 * WAITING + 2 * 4 + 8 + TEXT
+        && cfg!(target_endian = "little")
 );
 
 impl Verdict {

@@ -46,9 +46,11 @@ impl TcpStoreServer {
         let listener = listener.map_err(|e| Error::os(format!("serving the job's store at {at}"), e))?;
         let (table, present) = (Arc::new(Table::default()), Present::default());
         let own = secret.clone();
-        let admit = move |hello: &Hello, arrival: Arrival| admit(hello, arrival, world, &own, &table, &present);
+        let admit =
+            move |hello: &Hello, arrival: Arrival| admit(hello, arrival, world, &own, &table, &present);
         let options = TcpOptions { socket_buffer: BUFFER, ..TcpOptions::default() };
-        let endpoint = Endpoint::serve(listener, "the store".into(), secret.clone(), &options, Some(Box::new(admit)))?;
+        let endpoint =
+            Endpoint::serve(listener, "the store".into(), secret.clone(), &options, Some(Box::new(admit)))?;
         Ok(TcpStoreServer { endpoint })
     }
 
@@ -59,7 +61,14 @@ impl TcpStoreServer {
 }
 
 /// Serves a client that has proved itself, in a thread of its own, unless another process is the same rank.
-fn admit(hello: &Hello, arrival: Arrival, world: usize, secret: &Secret, table: &Arc<Table>, present: &Present) {
+fn admit(
+    hello: &Hello,
+    arrival: Arrival,
+    world: usize,
+    secret: &Secret,
+    table: &Arc<Table>,
+    present: &Present,
+) {
     let status = match lock(present).get(&hello.from) {
         _ if hello.channel != Channel::Store => Status::NoGroup,
         _ if hello.world as usize != world => Status::WrongWorld,
@@ -117,7 +126,13 @@ impl TcpStore {
     /// # Errors
     /// [`Error::Config`] if the address can't be read; [`Error::Rendezvous`] if nobody serves there by the deadline,
     /// or the store is another job's, or has this rank already.
-    pub fn meet(address: &str, rank: usize, world: usize, secret: &Secret, deadline: Deadline) -> Result<TcpStore> {
+    pub fn meet(
+        address: &str,
+        rank: usize,
+        world: usize,
+        secret: &Secret,
+        deadline: Deadline,
+    ) -> Result<TcpStore> {
         let place = address.strip_prefix("tcp:").unwrap_or(address);
         let resolved = resolve(place)?;
         let who = Who { rank, world, secret };
@@ -172,7 +187,9 @@ fn job_ports(job: &str, secret: &Secret) -> [u16; 8] {
 
 fn resolve(place: &str) -> Result<Vec<SocketAddr>> {
     let bad = |why: String| {
-        Error::Config(format!("the store address '{place}' is not understood: it reads tcp:HOST:PORT ({why})"))
+        Error::Config(format!(
+            "the store address '{place}' is not understood: it reads tcp:HOST:PORT ({why})"
+        ))
     };
     let all: Vec<SocketAddr> = place.to_socket_addrs().map_err(|e| bad(e.to_string()))?.collect();
     if all.is_empty() { Err(bad("the host has no address".into())) } else { Ok(all) }
@@ -202,16 +219,24 @@ impl Who<'_> {
                         return Ok(TcpStore { client, peer: *place, _server: server });
                     }
                     Err(Refusal::Status(Status::WrongWorld)) => {
-                        let what = format!("it was started for a world of {world}, and the job at {place} has another");
+                        let what = format!(
+                            "it was started for a world of {world}, and the job at {place} has another"
+                        );
                         return Err(failed(what));
                     }
                     Err(Refusal::Status(Status::Taken)) => {
-                        return Err(failed(format!("another process has come as rank {rank}: was it started twice?")));
+                        return Err(failed(format!(
+                            "another process has come as rank {rank}: was it started twice?"
+                        )));
                     }
-                    Err(Refusal::Status(status)) => return Err(failed(format!("the store at {place} refused: {status:?}"))),
+                    Err(Refusal::Status(status)) => {
+                        return Err(failed(format!("the store at {place} refused: {status:?}")));
+                    }
                     // One of several ports may be somebody else's.
                     Err(Refusal::Stranger(what)) if places.len() == 1 => {
-                        return Err(failed(format!("what listens at {place} is not this job's store: {what}")));
+                        return Err(failed(format!(
+                            "what listens at {place} is not this job's store: {what}"
+                        )));
                     }
                     Err(other) => last = format!("{place}: {}", other.describe()),
                 }

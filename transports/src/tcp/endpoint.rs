@@ -98,7 +98,8 @@ impl Endpoint {
         options: &TcpOptions,
         admit: Option<Box<Admit>>,
     ) -> Result<Endpoint> {
-        let address = listener.local_addr().map_err(|e| Error::os("asking for the address listened on", e))?;
+        let address =
+            listener.local_addr().map_err(|e| Error::os("asking for the address listened on", e))?;
         let inner = Arc::new(Inner {
             secret,
             options: options.clone(),
@@ -147,7 +148,14 @@ impl Endpoint {
         let hello = Hello::new(channel, group.world, group.rank, peer, group.id)?;
         let place = group.place(channel, peer);
         let (at, until) = (Instant::now(), Instant::now() + self.inner.options.peer_timeout);
-        lock(&self.inner.requests).push(Request { group: Arc::downgrade(group), place, to, hello, at, until });
+        lock(&self.inner.requests).push(Request {
+            group: Arc::downgrade(group),
+            place,
+            to,
+            hello,
+            at,
+            until,
+        });
         self.inner.wake.ring();
         Ok(())
     }
@@ -232,7 +240,8 @@ impl Inner {
                     arrivals.extend(Arrival::new(stream));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
                 // No descriptors or no memory: it can only get better.
                 Err(_) => return now + Duration::from_millis(50),
             }

@@ -33,7 +33,9 @@ pub fn join(
     options: &TcpOptions,
 ) -> Result<TcpGroup> {
     if rank >= world {
-        return Err(Error::Config(format!("rank {rank} is outside the world of {world}: ranks are 0 to world - 1")));
+        return Err(Error::Config(format!(
+            "rank {rank} is outside the world of {world}: ranks are 0 to world - 1"
+        )));
     }
     let deadline = Deadline::after(options.timeout);
     let chosen = interface::choose(options.interface.as_ref(), towards)?;
@@ -52,12 +54,15 @@ pub fn join(
             id
         }
         _ => {
-            let head = store.get(&key("head"), deadline).map_err(|e| failed(format!("rank 0 did not come: {e}")))?;
+            let head =
+                store.get(&key("head"), deadline).map_err(|e| failed(format!("rank 0 did not come: {e}")))?;
             let fits: Option<(&[u8; 8], &[u8])> = head.split_first_chunk();
             let (theirs, id) = fits.ok_or_else(|| failed("the store holds no group".into()))?;
             let theirs = u64::from_le_bytes(*theirs);
             if theirs != world as u64 {
-                return Err(failed(format!("rank {rank} was started for a world of {world}, rank 0 for {theirs}")));
+                return Err(failed(format!(
+                    "rank {rank} was started for a world of {world}, rank 0 for {theirs}"
+                )));
             }
             id.try_into().map_err(|_| failed("the store holds no group".into()))?
         }
@@ -86,7 +91,12 @@ pub fn join(
 }
 
 /// Rank 0: waits for every rank's address, and tells all of them.
-fn gather(world: usize, store: &dyn Store, key: &dyn Fn(&str) -> String, deadline: Deadline) -> Result<String> {
+fn gather(
+    world: usize,
+    store: &dyn Store,
+    key: &dyn Fn(&str) -> String,
+    deadline: Deadline,
+) -> Result<String> {
     let mut all = Vec::with_capacity(world);
     let mut missing = Vec::new();
     for rank in 0..world {

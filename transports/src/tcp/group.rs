@@ -48,7 +48,17 @@ impl TcpGroup {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let spin = if local <= processors { SPIN } else { Duration::ZERO };
         let message = Expected { kind: Kind::Message, seq: 0, call: [0; 4] };
-        TcpGroup { shared, endpoint, options, mesh: None, spin, seq: 0, call: NOTHING, message, deadline: None }
+        TcpGroup {
+            shared,
+            endpoint,
+            options,
+            mesh: None,
+            spin,
+            seq: 0,
+            call: NOTHING,
+            message,
+            deadline: None,
+        }
     }
 
     /// This rank.
@@ -97,7 +107,8 @@ impl TcpGroup {
         seat.remember(self.seq, call);
         // They are away only where a call has panicked, and may have left half a frame behind.
         let Some(mesh) = seat.mesh.take() else {
-            let why = Error::invalid(format!("rank {}: an earlier call was left half done", self.shared.rank));
+            let why =
+                Error::invalid(format!("rank {}: an earlier call was left half done", self.shared.rank));
             drop(seat);
             return Err(self.fail(why, &Memory::none()));
         };
@@ -271,7 +282,9 @@ impl TcpGroup {
         let message = self.message;
         let mesh = self.mesh.as_mut().expect("inside a call");
         let error = match stop {
-            Stop::Ended(verdict) | Stop::Peer(_, _, Trouble::Verdict(verdict)) => return self.close(*verdict, None, memory),
+            Stop::Ended(verdict) | Stop::Peer(_, _, Trouble::Verdict(verdict)) => {
+                return self.close(*verdict, None, memory);
+            }
             Stop::Peer(peer, _, Trouble::Lost(how)) => {
                 // Somebody may know better why it is gone.
                 if let Some(verdict) = mesh.hear(&message, memory) {
@@ -285,13 +298,18 @@ impl TcpGroup {
                 match (ours, theirs) {
                     (Some(ours), Some(theirs)) if ours != theirs => {
                         let seq = if message { seq } else { at };
-                        let ((a, a_call), (b, b_call)) =
-                            if rank < peer { ((rank, ours), (peer, theirs)) } else { ((peer, theirs), (rank, ours)) };
+                        let ((a, a_call), (b, b_call)) = if rank < peer {
+                            ((rank, ours), (peer, theirs))
+                        } else {
+                            ((peer, theirs), (rank, ours))
+                        };
                         Error::Mismatch { rank, seq, a, a_call: a_call.into(), b, b_call: b_call.into() }
                     }
                     (_, theirs) => {
                         let theirs = theirs.map_or("what is no call".to_owned(), |c| c.to_string());
-                        let why = format!("rank {peer} is still in call {at}, {theirs}, which this rank is done with");
+                        let why = format!(
+                            "rank {peer} is still in call {at}, {theirs}, which this rank is done with"
+                        );
                         Error::Aborted { rank, by: rank, call, seq, why }
                     }
                 }

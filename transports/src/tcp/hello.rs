@@ -89,7 +89,13 @@ pub(crate) fn may_be_hello(bytes: &[u8]) -> bool {
 }
 
 impl Hello {
-    pub(crate) fn new(channel: Channel, world: usize, from: usize, to: usize, group: GroupId) -> Result<Hello> {
+    pub(crate) fn new(
+        channel: Channel,
+        world: usize,
+        from: usize,
+        to: usize,
+        group: GroupId,
+    ) -> Result<Hello> {
         static INSTANCE: std::sync::OnceLock<[u8; 16]> = std::sync::OnceLock::new();
         let instance = match INSTANCE.get() {
             Some(instance) => *instance,

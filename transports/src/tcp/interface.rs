@@ -36,7 +36,9 @@ impl FromStr for Interface {
         match address.parse::<IpAddr>() {
             Ok(ip) => {
                 let most = if ip.is_ipv4() { 32 } else { 128 };
-                Some(Interface::Network(ip, bits.unwrap_or(most))).filter(|_| bits.unwrap_or(0) <= most).ok_or_else(bad)
+                Some(Interface::Network(ip, bits.unwrap_or(most)))
+                    .filter(|_| bits.unwrap_or(0) <= most)
+                    .ok_or_else(bad)
             }
             Err(_) if bits.is_some() || text.is_empty() => Err(bad()),
             Err(_) => Ok(Interface::Name(text.to_owned())),
@@ -61,7 +63,9 @@ impl Interface {
             (Interface::Network(IpAddr::V4(net), bits), IpAddr::V4(ip)) => {
                 same(u32::from(*net).into(), u32::from(ip).into(), 32, *bits)
             }
-            (Interface::Network(IpAddr::V6(net), bits), IpAddr::V6(ip)) => same((*net).into(), ip.into(), 128, *bits),
+            (Interface::Network(IpAddr::V6(net), bits), IpAddr::V6(ip)) => {
+                same((*net).into(), ip.into(), 128, *bits)
+            }
             _ => false,
         }
     }
@@ -93,15 +97,20 @@ pub(super) fn choose(wanted: Option<&Interface>, towards: Option<SocketAddr>) ->
         return Ok(Chosen { ip: *ip, why: format!("{name}, as TENSORWIRE_INTERFACE says") });
     }
     let Some(towards) = towards else {
-        return Ok(Chosen { ip: Ipv4Addr::LOCALHOST.into(), why: "this host alone, where the ranks meet".into() });
+        return Ok(Chosen {
+            ip: Ipv4Addr::LOCALHOST.into(),
+            why: "this host alone, where the ranks meet".into(),
+        });
     };
-    let ip = source_for(towards).map_err(|e| Error::os(format!("finding the way to {towards}, where the ranks meet"), e))?;
+    let ip = source_for(towards)
+        .map_err(|e| Error::os(format!("finding the way to {towards}, where the ranks meet"), e))?;
     Ok(Chosen { ip, why: format!("{}, the way to {towards}", name_of(ip)) })
 }
 
 /// The address from which packets to `towards` leave. Nothing is sent.
 fn source_for(towards: SocketAddr) -> io::Result<IpAddr> {
-    let any: IpAddr = if towards.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if towards.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(towards)?;
     Ok(socket.local_addr()?.ip())
@@ -130,7 +139,9 @@ fn addresses() -> io::Result<Vec<(String, IpAddr)>> {
                     let address = &*entry.ifa_addr.cast::<libc::sockaddr_in>();
                     IpAddr::from(address.sin_addr.s_addr.to_ne_bytes())
                 }
-                libc::AF_INET6 => IpAddr::from((*entry.ifa_addr.cast::<libc::sockaddr_in6>()).sin6_addr.s6_addr),
+                libc::AF_INET6 => {
+                    IpAddr::from((*entry.ifa_addr.cast::<libc::sockaddr_in6>()).sin6_addr.s6_addr)
+                }
                 _ => continue,
             };
             all.push((CStr::from_ptr(entry.ifa_name).to_string_lossy().into_owned(), ip));
@@ -147,7 +158,9 @@ mod tests {
 
     #[test]
     fn names_and_networks() {
-        let fits = |text: &str, name: &str, ip: &str| text.parse::<Interface>().unwrap().fits(name, ip.parse().unwrap());
+        let fits = |text: &str, name: &str, ip: &str| {
+            text.parse::<Interface>().unwrap().fits(name, ip.parse().unwrap())
+        };
         assert!(fits("eth0", "eth0", "10.0.0.1") && !fits("eth0", "eth1", "10.0.0.1"));
         assert!(fits("10.1.0.0/16", "x", "10.1.2.3") && !fits("10.1.0.0/16", "x", "10.2.2.3"));
         assert!(fits("10.1.2.3", "x", "10.1.2.3") && !fits("10.1.2.3", "x", "10.1.2.4"));

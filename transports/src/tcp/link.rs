@@ -171,7 +171,11 @@ impl Link {
     /// Receives what has come, up to the last frame that there is a receive for: how many frames are complete with
     /// it, and whether anything moved. Reads no payload that isn't expected.
     #[inline]
-    pub(super) fn read(&mut self, expected: &Expected, memory: &mut Memory<'_>) -> Result<(usize, bool), Trouble> {
+    pub(super) fn read(
+        &mut self,
+        expected: &Expected,
+        memory: &mut Memory<'_>,
+    ) -> Result<(usize, bool), Trouble> {
         let (mut done, mut moved) = (0, false);
         loop {
             let header = match self.header {
@@ -212,7 +216,9 @@ impl Link {
                     return Ok((done, moved));
                 }
                 // It is ahead: the frame is for a later call.
-                Kind::Data if expected.kind == Kind::Data && header.seq > expected.seq => return Ok((done, moved)),
+                Kind::Data if expected.kind == Kind::Data && header.seq > expected.seq => {
+                    return Ok((done, moved));
+                }
                 kind => {
                     let at_hand = self.receives.front().copied();
                     // A message waits for its receive, whatever it is; a collective's calls are compared at once.

@@ -165,7 +165,9 @@ impl Mesh {
     /// Whether a link has receives to come that the goal needs.
     #[inline]
     fn awaits(&self, place: usize, goal: Goal) -> bool {
-        self.links[place].as_ref().is_some_and(|l| l.receives.front().is_some_and(|r| r.number < goal.received))
+        self.links[place]
+            .as_ref()
+            .is_some_and(|l| l.receives.front().is_some_and(|r| r.number < goal.received))
     }
 
     /// Moves what can be moved on one link.
@@ -206,7 +208,13 @@ impl Mesh {
 
     /// Moves what can be moved now, once.
     #[inline]
-    pub(super) fn push(&mut self, place: usize, around: &Around<'_>, message: &Expected, memory: &mut Memory<'_>) -> Result<(), Stop> {
+    pub(super) fn push(
+        &mut self,
+        place: usize,
+        around: &Around<'_>,
+        message: &Expected,
+        memory: &mut Memory<'_>,
+    ) -> Result<(), Stop> {
         if self.links[place].as_ref().is_some_and(|l| l.stream().is_none()) {
             return self.open(place, around);
         }
@@ -216,7 +224,8 @@ impl Mesh {
     /// Sees that there is a connection, or that one is on its way.
     fn open(&mut self, place: usize, around: &Around<'_>) -> Result<(), Stop> {
         self.look_around(around)?;
-        let unconnected = self.links[place].as_ref().is_some_and(|l| l.stream().is_none() && l.gone().is_none());
+        let unconnected =
+            self.links[place].as_ref().is_some_and(|l| l.stream().is_none() && l.gone().is_none());
         if unconnected && around.shared.should_dial(place) {
             let (channel, peer) = (self.channel(place), self.peer(place));
             if let Err(e) = around.endpoint.dial(around.shared, channel, peer) {
@@ -295,7 +304,10 @@ impl Mesh {
         for i in 0..self.live.len() {
             let place = self.live[i];
             // A peer that is gone is noticed by a connection alone.
-            if self.links[place].as_ref().is_some_and(|l| l.stream().is_none() && (l.is_receiving() || l.is_sending())) {
+            if self.links[place]
+                .as_ref()
+                .is_some_and(|l| l.stream().is_none() && (l.is_receiving() || l.is_sending()))
+            {
                 self.open(place, around)?;
             }
         }
@@ -337,7 +349,8 @@ impl Mesh {
 
     /// Reads what a link that nothing is awaited from may say.
     fn listen(&mut self, place: usize, message: &Expected, memory: &mut Memory<'_>) -> Result<(), Stop> {
-        let (expected, peer, channel) = (self.expected(place, message), self.peer(place), self.channel(place));
+        let (expected, peer, channel) =
+            (self.expected(place, message), self.peer(place), self.channel(place));
         match &mut self.links[place] {
             Some(link) if !link.is_receiving() && link.may_read() => {
                 link.read(&expected, memory).map(drop).map_err(|trouble| Stop::Peer(peer, channel, trouble))
@@ -382,7 +395,8 @@ impl Mesh {
     /// What is known of a peer that is late, for a person.
     pub(super) fn seen_of(&self, peer: usize) -> String {
         let link = |place: usize| self.links[place].as_ref();
-        let connected = [peer, peer + self.world].into_iter().any(|p| link(p).is_some_and(|l| l.stream().is_some()));
+        let connected =
+            [peer, peer + self.world].into_iter().any(|p| link(p).is_some_and(|l| l.stream().is_some()));
         let frame = link(peer).and_then(|l| l.waiting_frame());
         match frame {
             Some(h) if h.seq > self.collective.seq => {

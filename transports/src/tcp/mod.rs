@@ -55,7 +55,11 @@ pub(crate) mod store {
 ///
 /// # Errors
 /// [`Config`](tensorwire_core::Error::Config) or [`Rendezvous`](tensorwire_core::Error::Rendezvous), as the stores say.
-pub fn meet(env: &Env, secret: &Secret, deadline: Deadline) -> Result<(Box<dyn Store + Sync>, Option<SocketAddr>)> {
+pub fn meet(
+    env: &Env,
+    secret: &Secret,
+    deadline: Deadline,
+) -> Result<(Box<dyn Store + Sync>, Option<SocketAddr>)> {
     let (rank, world) = (env.rank, env.world);
     let over_tcp = |store: TcpStore| {
         let at = store.peer();

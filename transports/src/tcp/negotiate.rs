@@ -200,7 +200,9 @@ impl Dial {
                     match hello::check_challenge(bytes) {
                         Ok(()) => {}
                         Err(Misfit::Version(v)) => {
-                            return Err(Refusal::Stranger(format!("it speaks version {v} of the protocol, this rank another")));
+                            return Err(Refusal::Stranger(format!(
+                                "it speaks version {v} of the protocol, this rank another"
+                            )));
                         }
                         Err(Misfit::Garbage) => return Err(stranger("something else listens there")),
                     }
@@ -214,7 +216,9 @@ impl Dial {
                         Ok(Some(bytes)) => bytes,
                         Ok(None) => return Ok(false),
                         // Whoever doesn't like a proof hangs up.
-                        Err(_) => return Err(stranger("it has another secret: all ranks of a job need the same")),
+                        Err(_) => {
+                            return Err(stranger("it has another secret: all ranks of a job need the same"));
+                        }
                     };
                     return match hello::check_answer(secret, &self.hello, challenge, bytes) {
                         Some(Status::Accepted) => Ok(true),

@@ -51,15 +51,20 @@ impl TcpOptions {
             None => Ok(default),
             Some(text) => match text.parse::<f64>() {
                 Ok(s) if s > 0.0 && s < 1e9 => Ok(Duration::from_secs_f64(s)),
-                _ => Err(Error::Config(format!("{name} is '{text}': give seconds above 0, such as 30 or 0.5"))),
+                _ => {
+                    Err(Error::Config(format!("{name} is '{text}': give seconds above 0, such as 30 or 0.5")))
+                }
             },
         };
         options.timeout = seconds("TENSORWIRE_TIMEOUT", options.timeout)?;
-        options.peer_timeout = seconds("TENSORWIRE_PEER_TIMEOUT", options.peer_timeout)?.max(Duration::from_secs(1));
+        options.peer_timeout =
+            seconds("TENSORWIRE_PEER_TIMEOUT", options.peer_timeout)?.max(Duration::from_secs(1));
         options.interface = lookup("TENSORWIRE_INTERFACE").map(|text| text.parse()).transpose()?;
         if let Some(text) = lookup("TENSORWIRE_PORT") {
             options.ports = ports(&text).ok_or_else(|| {
-                Error::Config(format!("TENSORWIRE_PORT is '{text}': give a port or a range, such as 29600-29699"))
+                Error::Config(format!(
+                    "TENSORWIRE_PORT is '{text}': give a port or a range, such as 29600-29699"
+                ))
             })?;
         }
         Ok(options)

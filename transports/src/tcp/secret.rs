@@ -54,8 +54,10 @@ impl Secret {
                  {SECRET_FILE_VAR} names"
             )));
         };
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::os(format!("reading the secret's file {path}"), e))?;
-        Secret::parse(&text).ok_or_else(|| not_a_secret(&format!("the file {path}, which {SECRET_FILE_VAR} names,")))
+        let text = std::fs::read_to_string(&path)
+            .map_err(|e| Error::os(format!("reading the secret's file {path}"), e))?;
+        Secret::parse(&text)
+            .ok_or_else(|| not_a_secret(&format!("the file {path}, which {SECRET_FILE_VAR} names,")))
     }
 
     fn parse(text: &str) -> Option<Secret> {
@@ -103,7 +105,9 @@ impl Secret {
 
 fn not_a_secret(place: &str) -> Error {
     // What was there stays unsaid: it may be a secret with a slip.
-    Error::Config(format!("{place} does not hold a secret: 64 hexadecimal digits, as `openssl rand -hex 32` prints"))
+    Error::Config(format!(
+        "{place} does not hold a secret: 64 hexadecimal digits, as `openssl rand -hex 32` prints"
+    ))
 }
 
 #[cfg(test)]
