@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -150,16 +150,17 @@ fn ranks_that_do_not_fit_together_are_told_so() {
     };
     // One doesn't come; when it does, the others have given up.
     let server = TcpStoreServer::start(LOOPBACK, 3, &secret).unwrap();
+    let address = server.address();
     std::thread::scope(|s| {
-        let ranks =
-            [0, 1].map(|rank| s.spawn(move || join(&server.address(), rank, 3).unwrap_err().to_string()));
+        let address = &address;
+        let ranks = [0, 1].map(|rank| s.spawn(move || join(address, rank, 3).unwrap_err().to_string()));
         for text in ranks.map(|r| r.join().unwrap()) {
             assert!(
                 text.contains("rank(s) [2] did not come within 1s") || text.contains("rank 0 has not seen"),
                 "{text}"
             );
         }
-        let late = join(&server.address(), 2, 3).unwrap_err().to_string();
+        let late = join(address, 2, 3).unwrap_err().to_string();
         assert!(late.contains("rank(s) [2] did not come within 1s"), "{late}");
     });
     // Another world size, over a store that checks it, and over one that doesn't.
@@ -288,7 +289,7 @@ fn garbage_and_broken_handshakes_do_not_disturb_a_job() {
                 2 => b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
                 _ => {
                     let mut bytes = hello();
-                    bytes[len % 88] ^= 1 + round as u8;
+                    bytes[len % 88] ^= 1 + (round % 255) as u8;
                     bytes
                 }
             };
@@ -302,7 +303,7 @@ fn garbage_and_broken_handshakes_do_not_disturb_a_job() {
             bytes.extend(random_bytes(&mut seed, 32));
             bytes.extend_from_slice(b"TWF1\x03\0\0\0");
             bytes.extend(random_bytes(&mut seed, 1000));
-            assert_eq!(say(ports[round % 3], &bytes).len(), 48);
+            assert!(say(ports[round % 3], &bytes).len() <= 48);
         }
     });
 }
@@ -332,11 +333,12 @@ fn slow_openers_and_thousands_of_connections_cost_bounded_memory() {
     });
 }
 
-/// A store that tells rank 1 that rank 0 is at `through`.
+/// A store that tells rank 1 that rank 0 is elsewhere, where what they say is passed on and recorded.
 #[derive(Debug)]
 struct Detour {
     store: UnixStore,
-    through: SocketAddr,
+    listener: TcpListener,
+    recording: Arc<Mutex<Vec<u8>>>,
     zero: Mutex<Option<SocketAddr>>,
 }
 
@@ -352,8 +354,18 @@ impl Store for &Detour {
         }
         let text = String::from_utf8(value).unwrap();
         let (zero, others) = text.split_once(' ').unwrap();
-        *self.zero.lock().unwrap() = Some(zero.parse().unwrap());
-        Ok(format!("{} {others}", self.through).into_bytes())
+        let zero: SocketAddr = zero.parse().unwrap();
+        *self.zero.lock().unwrap() = Some(zero);
+        let (listener, recording) = (self.listener.try_clone().unwrap(), self.recording.clone());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let onward = TcpStream::connect(zero).unwrap();
+                let (back, to) = (onward.try_clone().unwrap(), stream.try_clone().unwrap());
+                pass_on(back, to, Arc::default());
+                pass_on(stream, onward, recording.clone());
+            }
+        });
+        Ok(format!("{} {others}", self.listener.local_addr().unwrap()).into_bytes())
     }
 
     fn add(&self, key: &str, delta: i64, deadline: Deadline) -> tensorwire::Result<i64> {
@@ -361,75 +373,59 @@ impl Store for &Detour {
     }
 }
 
+/// Passes on what is said until one side ends.
+fn pass_on(mut from: TcpStream, mut to: TcpStream, recording: Arc<Mutex<Vec<u8>>>) {
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(n @ 1..) = from.read(&mut bytes) {
+            recording.lock().unwrap().extend_from_slice(&bytes[..n]);
+            if to.write_all(&bytes[..n]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    });
+}
+
 #[test]
 fn a_recorded_handshake_and_what_followed_it_are_refused() {
     let (secret, server) = (Secret::generate().unwrap(), StoreServer::start().unwrap());
-    let between = TcpListener::bind("127.0.0.1:0").unwrap();
-    let through = between.local_addr().unwrap();
     let options = TcpOptions::default();
     let connect = || UnixStore::connect(&server.address(), Deadline::after(SOON)).unwrap();
-    let detour = Detour { store: connect(), through, zero: Mutex::new(None) };
-    let ready = std::sync::Barrier::new(3);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let detour = Detour { store: connect(), listener, recording: Arc::default(), zero: Mutex::new(None) };
+    let (played, after) = std::sync::mpsc::channel();
     std::thread::scope(|s| {
-        let zero = s.spawn(|| {
-            let comm = Communicator::join_tcp(0, 2, &connect(), None, &secret, &options).unwrap();
+        let (detour, secret, options, connect) = (&detour, &secret, &options, &connect);
+        s.spawn(move || {
+            let comm = Communicator::join_tcp(0, 2, &connect(), None, secret, options).unwrap();
+            // Hello, proof, and the message with its header: before this rank wants it, and would call back.
+            let end = Instant::now() + SOON;
+            while detour.recording.lock().unwrap().len() < 88 + 32 + 64 + 4 {
+                assert!(Instant::now() < end, "nothing was recorded");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let recorded = detour.recording.lock().unwrap().clone();
             let mut x = [0u32];
             comm.recv(&mut x, 1).unwrap();
             assert_eq!(x, [7]);
-            ready.wait();
-            // While the recording is played.
-            ready.wait();
+            let port = detour.zero.lock().unwrap().unwrap();
+            for _ in 0..20 {
+                assert!(say(port, &recorded).len() <= 48, "a challenge at most, and no answer");
+            }
+            played.send(()).unwrap();
             comm.barrier().unwrap();
             // Nothing of the recording has become a message.
             comm.recv(&mut x, 1).unwrap();
             assert_eq!(x, [8]);
         });
-        let one = s.spawn(|| {
-            let comm = Communicator::join_tcp(1, 2, &&detour, None, &secret, &options).unwrap();
+        s.spawn(move || {
+            let comm = Communicator::join_tcp(1, 2, &detour, None, secret, options).unwrap();
             comm.send(&[7u32], 0).unwrap();
-            ready.wait();
-            ready.wait();
+            after.recv().unwrap();
             comm.barrier().unwrap();
             comm.send(&[8u32], 0).unwrap();
         });
-        // The message's connection goes through here, and is recorded; the collectives' is passed on.
-        let (mut from_one, _) = between.accept().unwrap();
-        let port = detour.zero.lock().unwrap().unwrap();
-        let recording = Mutex::new(Vec::new());
-        let mut to_zero = TcpStream::connect(port).unwrap();
-        let (mut back_from, mut back_to) = (to_zero.try_clone().unwrap(), from_one.try_clone().unwrap());
-        s.spawn(move || std::io::copy(&mut back_from, &mut back_to));
-        s.spawn(|| {
-            let mut bytes = [0; 4096];
-            while let Ok(n @ 1..) = from_one.read(&mut bytes) {
-                recording.lock().unwrap().extend_from_slice(&bytes[..n]);
-                if to_zero.write_all(&bytes[..n]).is_err() {
-                    break;
-                }
-            }
-        });
-        s.spawn(|| {
-            // Rank 1 may open the second connection, or be called back by rank 0.
-            between.set_nonblocking(true).unwrap();
-            let end = Instant::now() + SOON;
-            while Instant::now() < end && !(zero.is_finished() && one.is_finished()) {
-                if let Ok((mut a, _)) = between.accept() {
-                    a.set_nonblocking(false).unwrap();
-                    let mut b = TcpStream::connect(port).unwrap();
-                    let (mut c, mut d) = (b.try_clone().unwrap(), a.try_clone().unwrap());
-                    s.spawn(move || std::io::copy(&mut a, &mut b));
-                    s.spawn(move || std::io::copy(&mut c, &mut d));
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        });
-        ready.wait();
-        let recorded = recording.lock().unwrap().clone();
-        assert!(recorded.len() >= 88 + 32 + 64 + 4, "{}", recorded.len());
-        for _ in 0..20 {
-            assert_eq!(say(port, &recorded).len(), 48, "a challenge, and no answer");
-        }
-        ready.wait();
     });
 }
 

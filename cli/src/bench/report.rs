@@ -107,7 +107,8 @@ pub(super) fn title(args: &Args) -> String {
     if args.collective.reduces() {
         what += &format!(" {}", args.op);
     }
-    what += &format!(" over shm, {} rank{}", args.ranks, if args.ranks == 1 { "" } else { "s" });
+    what +=
+        &format!(" over {}, {} rank{}", args.transport, args.ranks, if args.ranks == 1 { "" } else { "s" });
     if let Buffer::Symmetric = args.buffer {
         what += ", symmetric buffers";
     }

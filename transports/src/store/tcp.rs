@@ -19,6 +19,10 @@ use crate::tcp::{Secret, TcpOptions};
 /// Bytes that the kernel holds for a connection, in each direction: requests are short.
 const BUFFER: usize = 64 << 10;
 
+fn options() -> TcpOptions {
+    TcpOptions { send_buffer: BUFFER, receive_buffer: BUFFER, ..TcpOptions::default() }
+}
+
 /// How long one attempt to reach the store takes at most, where there are several places to look.
 const ATTEMPT: Duration = Duration::from_secs(1);
 
@@ -42,13 +46,13 @@ impl TcpStoreServer {
     /// # Errors
     /// [`Error::Os`] if the address can't be listened on.
     pub fn start(at: SocketAddr, world: usize, secret: &Secret) -> Result<TcpStoreServer> {
-        let listener = listen(at.ip(), at.port()..=at.port(), BUFFER);
+        let options = options();
+        let listener = listen(at.ip(), at.port()..=at.port(), &options);
         let listener = listener.map_err(|e| Error::os(format!("serving the job's store at {at}"), e))?;
         let (table, present) = (Arc::new(Table::default()), Present::default());
         let own = secret.clone();
         let admit =
             move |hello: &Hello, arrival: Arrival| admit(hello, arrival, world, &own, &table, &present);
-        let options = TcpOptions { socket_buffer: BUFFER, ..TcpOptions::default() };
         let endpoint =
             Endpoint::serve(listener, "the store".into(), secret.clone(), &options, Some(Box::new(admit)))?;
         Ok(TcpStoreServer { endpoint })
@@ -257,7 +261,7 @@ impl Who<'_> {
         let unreachable = |e: io::Error| Refusal::Unreachable(e);
         let hello = Hello::new(Channel::Store, self.world, self.rank, 0, [0; 16]);
         let hello = hello.map_err(|e| unreachable(io::Error::other(e)))?;
-        let mut dial = Dial::begin(to, &hello, BUFFER).map_err(unreachable)?;
+        let mut dial = Dial::begin(to, &hello, &options()).map_err(unreachable)?;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };

@@ -79,7 +79,7 @@ impl Endpoint {
     /// Listens, and admits to the groups that are entered here.
     pub(super) fn start(chosen: Chosen, secret: Secret, options: &TcpOptions) -> Result<Endpoint> {
         let ports = options.ports.clone();
-        let listener = socket::listen(chosen.ip, ports.clone(), options.socket_buffer).map_err(|e| {
+        let listener = socket::listen(chosen.ip, ports.clone(), options).map_err(|e| {
             let ports = if ports.start() == ports.end() {
                 format!("port {}", ports.start())
             } else {
@@ -217,7 +217,7 @@ impl Inner {
             let due: Vec<Request>;
             (due, later) = later.into_iter().partition(|r| r.at <= now);
             for request in due {
-                match Dial::begin(request.to, &request.hello, self.options.socket_buffer) {
+                match Dial::begin(request.to, &request.hello, &self.options) {
                     Ok(dial) => dials.push((request, dial)),
                     Err(e) => self.refused(&request, &Refusal::Unreachable(e)),
                 }

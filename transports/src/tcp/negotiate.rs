@@ -8,6 +8,7 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
+use super::TcpOptions;
 use super::hello::{self, ANSWER, CHALLENGE, HELLO, Hello, Misfit, Status};
 use super::secret::{PROOF, Secret, random};
 use super::socket;
@@ -157,8 +158,8 @@ enum Stage {
 }
 
 impl Dial {
-    pub(crate) fn begin(to: SocketAddr, hello: &Hello, buffer: usize) -> io::Result<Dial> {
-        let stream = socket::begin_connect(to, buffer)?;
+    pub(crate) fn begin(to: SocketAddr, hello: &Hello, options: &TcpOptions) -> io::Result<Dial> {
+        let stream = socket::begin_connect(to, options)?;
         Ok(Dial { stream, hello: hello.bytes(), inbox: Inbox::EMPTY, stage: Stage::Connecting })
     }
 

@@ -20,8 +20,11 @@ pub struct TcpOptions {
     /// The ports of which this rank listens on one; 0 lets the system choose. `TENSORWIRE_PORT`, such as `29600` or
     /// `29600-29699`.
     pub ports: RangeInclusive<u16>,
-    /// Bytes that the kernel is asked to hold for a connection, in each direction. It takes twice as much memory.
-    pub socket_buffer: usize,
+    /// Bytes that the kernel is asked to hold for a connection until the peer has them. It takes twice as much memory, as
+    /// for the next.
+    pub send_buffer: usize,
+    /// Bytes that it is asked to hold until this rank reads them.
+    pub receive_buffer: usize,
 }
 
 impl Default for TcpOptions {
@@ -31,7 +34,8 @@ impl Default for TcpOptions {
             peer_timeout: Duration::from_secs(5),
             interface: None,
             ports: 0..=0,
-            socket_buffer: 192 << 10,
+            send_buffer: 64 << 10,
+            receive_buffer: 256 << 10,
         }
     }
 }

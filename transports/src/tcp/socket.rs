@@ -16,20 +16,24 @@ fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
 }
 
-fn new(ip: IpAddr, buffer: usize) -> io::Result<OwnedFd> {
+fn new(ip: IpAddr, options: &TcpOptions) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family(ip), SocketType::STREAM, flags, None)?;
     // Before connecting: the window's scale is settled then. Connections that are accepted inherit it.
-    sockopt::set_socket_recv_buffer_size(&socket, buffer)?;
-    sockopt::set_socket_send_buffer_size(&socket, buffer)?;
+    sockopt::set_socket_recv_buffer_size(&socket, options.receive_buffer)?;
+    sockopt::set_socket_send_buffer_size(&socket, options.send_buffer)?;
     Ok(socket)
 }
 
 /// Listens at one of these ports.
-pub(crate) fn listen(ip: IpAddr, ports: RangeInclusive<u16>, buffer: usize) -> io::Result<TcpListener> {
+pub(crate) fn listen(
+    ip: IpAddr,
+    ports: RangeInclusive<u16>,
+    options: &TcpOptions,
+) -> io::Result<TcpListener> {
     let mut taken = io::Error::from(io::ErrorKind::AddrInUse);
     for port in ports {
-        let socket = new(ip, buffer)?;
+        let socket = new(ip, options)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         match rustix::net::bind(&socket, &SocketAddr::new(ip, port)) {
             Ok(()) => {}
@@ -49,8 +53,8 @@ pub(crate) fn listen(ip: IpAddr, ports: RangeInclusive<u16>, buffer: usize) -> i
 }
 
 /// Begins to connect; the socket becomes writable when that has succeeded or failed.
-pub(super) fn begin_connect(to: SocketAddr, buffer: usize) -> io::Result<TcpStream> {
-    let socket = new(to.ip(), buffer)?;
+pub(super) fn begin_connect(to: SocketAddr, options: &TcpOptions) -> io::Result<TcpStream> {
+    let socket = new(to.ip(), options)?;
     match rustix::net::connect(&socket, &to) {
         Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(socket.into()),
         Err(e) => Err(e.into()),
