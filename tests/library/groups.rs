@@ -213,11 +213,12 @@ fn survivors_go_on_without_a_rank_that_left() {
 fn abort_ends_a_call_that_waits_on_every_rank() {
     for over in Over::ALL {
         over.threads(3, &Options::default(), |comm| {
-            comm.barrier().unwrap();
             if comm.rank() == 2 {
+                comm.barrier().unwrap();
                 comm.abort("the user pressed stop");
             }
-            let error = comm.barrier().unwrap_err();
+            // Some may still be in the first barrier.
+            let error = std::iter::repeat_with(|| comm.barrier()).find_map(Result::err).unwrap();
             assert!(
                 matches!(&error, Error::Aborted { by: 2, why, .. } if why.contains("pressed stop")),
                 "{error}"

@@ -442,10 +442,12 @@ fn a_rank_with_another_secret_is_refused_and_named() {
                 let secret = Secret::generate().unwrap();
                 let store = UnixStore::connect(&server.address(), Deadline::after(SOON)).unwrap();
                 let comm = Communicator::join_tcp(rank, 2, &store, None, &secret, options).unwrap();
-                comm.barrier().unwrap_err()
+                let error = comm.barrier().unwrap_err();
+                // Kept until both have tried: whoever is gone can't be named for its secret.
+                (comm, error)
             })
         };
-        for error in [rank(0), rank(1)].map(|r| r.join().unwrap()) {
+        for (_, error) in [rank(0), rank(1)].map(|r| r.join().unwrap()) {
             assert!(
                 matches!(error, Error::PeerLost { .. }) && error.to_string().contains("secret"),
                 "{error}"

@@ -279,7 +279,6 @@ impl TcpGroup {
     #[inline(never)]
     fn stop(&mut self, stop: Stop, memory: &mut Memory<'_>) -> Failure {
         let (rank, call, seq) = (self.rank(), self.call, self.seq);
-        let message = self.message;
         let mesh = self.mesh.as_mut().expect("inside a call");
         let error = match stop {
             Stop::Ended(verdict) | Stop::Peer(_, _, Trouble::Verdict(verdict)) => {
@@ -287,7 +286,7 @@ impl TcpGroup {
             }
             Stop::Peer(peer, _, Trouble::Lost(how)) => {
                 // Somebody may know better why it is gone.
-                if let Some(verdict) = mesh.hear(&message, memory) {
+                if let Some(verdict) = mesh.hear() {
                     return self.close(*verdict, None, memory);
                 }
                 Error::PeerLost { rank, peer, call, seq, how }

@@ -116,6 +116,12 @@ impl Link {
         self.gone.is_none() && (self.header.is_none() || self.is_receiving())
     }
 
+    /// Whether something is here already, of which the kernel doesn't tell any more: bytes that were read ahead, or a
+    /// frame that was too early for the call before.
+    pub(super) fn has_more(&self) -> bool {
+        !self.staged.is_empty() || self.waiting_frame().is_some()
+    }
+
     /// The frame that waits for this rank, if one does.
     pub(super) fn waiting_frame(&self) -> Option<&Header> {
         self.header.as_ref().filter(|_| self.got == 0)
@@ -239,7 +245,8 @@ impl Link {
                     self.receives.pop_front();
                     (self.header, self.got) = (None, 0);
                     done += 1;
-                    if self.receives.is_empty() && self.staged.is_empty() {
+                    // What comes next is for a later call, or the end of the group: this one may be complete.
+                    if self.receives.is_empty() {
                         return Ok((done, moved));
                     }
                 }
@@ -322,6 +329,44 @@ impl Link {
     pub(super) fn cut_short(&mut self) {
         self.sends.truncate(usize::from(self.sent > 0));
         self.receives.clear();
+    }
+
+    /// Reads what has come and looks for the peer's word that the group has ended, behind whatever else it sent. For a
+    /// group that is ending: what is read is lost.
+    pub(super) fn last_words(&mut self) -> Option<Box<Verdict>> {
+        self.receives.clear();
+        // As much as the kernel may hold, and more; a peer that goes on sending is not listened to for ever.
+        for _ in 0..256 {
+            let Some(header) = self.header else {
+                if self.staged.len() < HEADER {
+                    if !self.fill(STAGE).ok()? {
+                        return None;
+                    }
+                    continue;
+                }
+                self.header = Some(Header::parse(&self.stage[self.staged.clone()])?);
+                self.staged.start += HEADER;
+                continue;
+            };
+            if header.kind == Kind::Verdict {
+                if self.staged.len() >= Verdict::BYTES {
+                    return Some(Box::new(Verdict::from_bytes(&self.stage[self.staged.clone()])));
+                }
+            } else {
+                let skip =
+                    (header.len.saturating_sub(self.got as u64)).min(self.staged.len() as u64) as usize;
+                self.staged.start += skip;
+                self.got += skip;
+                if self.got as u64 >= header.len {
+                    (self.header, self.got) = (None, 0);
+                    continue;
+                }
+            }
+            if !self.fill(STAGE).ok()? {
+                return None;
+            }
+        }
+        None
     }
 
     /// Sends a frame of a group's end at once, as far as the socket takes it. For a link that sends nothing else.

@@ -24,6 +24,10 @@ const YIELD_INTERVAL: Duration = Duration::from_micros(20);
 /// For how long the end of a group waits for the rest of a frame to go out, behind which peers are told of it.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
+/// For how long a call that others may yet complete goes on after a peer has said that the group has ended: the peer may
+/// have been in a later call.
+const GRACE: Duration = Duration::from_millis(50);
+
 /// What a call waits for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Goal {
@@ -65,6 +69,8 @@ pub(super) struct Mesh {
     received: usize,
     pub(super) sends: usize,
     sent: usize,
+    /// Why the group has ended, as a peer said from whom nothing is awaited, and when.
+    heard: Option<(Box<Verdict>, Instant)>,
     /// Whether the peers know that the group has ended.
     told: bool,
 }
@@ -80,6 +86,7 @@ impl Mesh {
             received: 0,
             sends: 0,
             sent: 0,
+            heard: None,
             told: false,
         }
     }
@@ -184,10 +191,10 @@ impl Mesh {
                         moved |= some;
                     }
                     Err(trouble) => {
-                        // It may have said why before it went.
-                        break 'trouble match link.read(&expected, memory) {
-                            Err(said @ Trouble::Verdict(_)) => said,
-                            _ => link.gone().map_or(trouble, |how| Trouble::Lost(how.to_owned())),
+                        // It may have said that it leaves, or why, before it went.
+                        break 'trouble match link.last_words() {
+                            Some(verdict) => Trouble::Verdict(verdict),
+                            None => link.gone().map_or(trouble, |how| Trouble::Lost(how.to_owned())),
                         };
                     }
                 }
@@ -314,7 +321,19 @@ impl Mesh {
         if deadline.passed() {
             return Err(Stop::Late(self.late(goal)));
         }
-        let wait = LOOK.min(deadline.remaining() + Duration::from_millis(1));
+        for i in 0..self.live.len() {
+            let place = self.live[i];
+            if self.links[place].as_ref().is_some_and(|l| l.has_more()) {
+                self.listen(place, message, memory)?;
+            }
+        }
+        let mut wait = LOOK.min(deadline.remaining() + Duration::from_millis(1));
+        if let Some((verdict, at)) = &self.heard {
+            match GRACE.checked_sub(at.elapsed()) {
+                Some(left) => wait = wait.min(left),
+                None => return Err(Stop::Ended(verdict.clone())),
+            }
+        }
         let mut asked = Vec::with_capacity(self.live.len());
         let (heard, readable) = {
             let mut fds = vec![PollFd::new(&around.shared.wake, PollFlags::IN)];
@@ -352,19 +371,21 @@ impl Mesh {
         let (expected, peer, channel) =
             (self.expected(place, message), self.peer(place), self.channel(place));
         match &mut self.links[place] {
-            Some(link) if !link.is_receiving() && link.may_read() => {
-                link.read(&expected, memory).map(drop).map_err(|trouble| Stop::Peer(peer, channel, trouble))
-            }
+            Some(link) if !link.is_receiving() => match link.read(&expected, memory) {
+                Ok(_) => Ok(()),
+                Err(Trouble::Verdict(verdict)) => {
+                    self.heard.get_or_insert((verdict, Instant::now()));
+                    Ok(())
+                }
+                Err(trouble) => Err(Stop::Peer(peer, channel, trouble)),
+            },
             _ => Ok(()),
         }
     }
 
-    /// Why the group has ended, if some peer has said so.
-    pub(super) fn hear(&mut self, message: &Expected, memory: &mut Memory<'_>) -> Option<Box<Verdict>> {
-        (0..self.live.len()).find_map(|i| match self.listen(self.live[i], message, memory) {
-            Err(Stop::Peer(_, _, Trouble::Verdict(verdict))) => Some(verdict),
-            _ => None,
-        })
+    /// Why the group has ended, if some peer has said so. For a call that has failed.
+    pub(super) fn hear(&mut self) -> Option<Box<Verdict>> {
+        self.live.iter().find_map(|place| self.links[*place].as_mut()?.last_words())
     }
 
     /// Fails if the host of a peer on whom this call depends has stopped answering.
@@ -424,6 +445,8 @@ impl Mesh {
             left.retain(|place| {
                 let link = self.link(*place);
                 let stuck = link.write(memory).is_ok() && link.is_sending() && link.stream().is_some();
+                // The peer may be at the same, and need room.
+                link.last_words();
                 if !stuck {
                     link.say(&frame);
                 }
@@ -433,7 +456,7 @@ impl Mesh {
                 break;
             }
             let streams = left.iter().filter_map(|place| self.links[*place].as_ref()?.stream());
-            let mut fds: Vec<_> = streams.map(|s| PollFd::new(s, PollFlags::OUT)).collect();
+            let mut fds: Vec<_> = streams.map(|s| PollFd::new(s, PollFlags::OUT | PollFlags::IN)).collect();
             let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 }));
         }
     }
