@@ -85,6 +85,21 @@ fn a_row_has_the_fields_of_the_contract() {
 }
 
 #[test]
+fn every_collective_runs_over_tcp() {
+    for collective in ["all_reduce", "all_to_all", "broadcast", "send_recv", "barrier"] {
+        let line =
+            format!("--json --batches 1 --transport tcp --ranks 2 --bytes 8,1M --collective {collective}");
+        let output = bench(&line);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        for row in stdout(&output).lines().map(|l| serde_json::from_str::<Value>(l).unwrap()) {
+            assert_eq!((&row["transport"], &row["correct"]), (&"tcp".into(), &true.into()));
+        }
+    }
+    let refusal = refused(&bench("--transport pigeons"), 2);
+    assert!(refusal.contains("use shm or tcp"), "{refusal}");
+}
+
+#[test]
 fn sizes_are_cut_to_whole_blocks_and_too_small_ones_named() {
     let output = bench("--json --batches 1 --collective reduce_scatter --ranks 3 --bytes 8,40");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));

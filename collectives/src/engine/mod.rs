@@ -1,6 +1,6 @@
-//! Moves and reduces the data of each collective through shared memory, step by step.
+//! Moves and reduces the data of each collective: through shared memory, step by step, or (`net`) over TCP.
 //!
-//! Everything here works on bytes and on the step protocol of [`Group`]. Nothing allocates, locks or makes a
+//! What is for shared memory works on bytes and on the step protocol of [`Group`]. Nothing allocates, locks or makes a
 //! system call unless a peer is late.
 
 mod all_reduce;
