@@ -6,7 +6,6 @@ use super::net::NetEngine;
 
 /// A group's engine.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one of them in a communicator, behind a pointer")]
 pub(crate) enum Either {
     /// Over shared memory.
     Shm(Engine),

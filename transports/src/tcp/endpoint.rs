@@ -64,6 +64,7 @@ struct Request {
 }
 
 /// What became of a dial.
+#[expect(clippy::large_enum_variant, reason = "it is handed on at once")]
 enum Dialled {
     /// Its group knows.
     Done,

@@ -21,9 +21,9 @@ pub struct TcpOptions {
     /// `29600-29699`.
     pub ports: RangeInclusive<u16>,
     /// Bytes that the kernel is asked to hold for a connection until the peer has them. It takes twice as much memory, as
-    /// for the next.
+    /// for the next. `TENSORWIRE_SEND_BUFFER`: on a long way, what a connection carries in the time there and back.
     pub send_buffer: usize,
-    /// Bytes that it is asked to hold until this rank reads them.
+    /// Bytes that it is asked to hold until this rank reads them. `TENSORWIRE_RECEIVE_BUFFER`.
     pub receive_buffer: usize,
 }
 
@@ -63,6 +63,15 @@ impl TcpOptions {
         options.timeout = seconds("TENSORWIRE_TIMEOUT", options.timeout)?;
         options.peer_timeout =
             seconds("TENSORWIRE_PEER_TIMEOUT", options.peer_timeout)?.max(Duration::from_secs(1));
+        let bytes = |name: &str, default: usize| match lookup(name) {
+            None => Ok(default),
+            Some(text) => match text.parse::<u32>() {
+                Ok(n) if (4096..=1 << 30).contains(&n) => Ok(n as usize),
+                _ => Err(Error::Config(format!("{name} is '{text}': give bytes, from 4096 to 1073741824"))),
+            },
+        };
+        options.send_buffer = bytes("TENSORWIRE_SEND_BUFFER", options.send_buffer)?;
+        options.receive_buffer = bytes("TENSORWIRE_RECEIVE_BUFFER", options.receive_buffer)?;
         options.interface = lookup("TENSORWIRE_INTERFACE").map(|text| text.parse()).transpose()?;
         if let Some(text) = lookup("TENSORWIRE_PORT") {
             options.ports = ports(&text).ok_or_else(|| {
@@ -95,6 +104,8 @@ mod tests {
         assert_eq!(set("TENSORWIRE_PEER_TIMEOUT", "2.5").unwrap().peer_timeout, Duration::from_millis(2500));
         assert!(set("TENSORWIRE_INTERFACE", "lo").unwrap().interface.is_some());
         for (name, value) in [
+            ("TENSORWIRE_SEND_BUFFER", "1"),
+            ("TENSORWIRE_RECEIVE_BUFFER", "1M"),
             ("TENSORWIRE_PORT", "70000"),
             ("TENSORWIRE_PORT", "9-3"),
             ("TENSORWIRE_PORT", "0-3"),
