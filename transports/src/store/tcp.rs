@@ -237,7 +237,8 @@ impl Who<'_> {
                         return Err(failed(format!("the store at {place} refused: {status:?}")));
                     }
                     // One of several ports may be somebody else's.
-                    Err(Refusal::Stranger(what)) if places.len() == 1 => {
+                    Err(refusal @ (Refusal::Stranger(_) | Refusal::Unproved)) if places.len() == 1 => {
+                        let what = refusal.describe();
                         return Err(failed(format!(
                             "what listens at {place} is not this job's store: {what}"
                         )));

@@ -28,6 +28,9 @@ const MAX_ARRIVALS: usize = 128;
 /// How soon a dial that was cut is tried again.
 const RETRY: Duration = Duration::from_millis(5);
 
+/// How often: a rank that ends hangs up too, and then nobody listens there; one that has another secret goes on.
+const RETRIES: u32 = 20;
+
 /// What to do with a connection whose other side has proved itself.
 pub(crate) type Admit = dyn Fn(&Hello, Arrival) + Send + Sync;
 
@@ -57,6 +60,8 @@ struct Request {
     place: usize,
     to: SocketAddr,
     hello: Hello,
+    /// How often it may be tried again.
+    tries: u32,
     /// Not before.
     at: Instant,
     /// When an unreachable host is given up.
@@ -150,6 +155,7 @@ impl Endpoint {
         let place = group.place(channel, peer);
         let (at, until) = (Instant::now(), Instant::now() + self.inner.options.peer_timeout);
         lock(&self.inner.requests).push(Request {
+            tries: RETRIES,
             group: Arc::downgrade(group),
             place,
             to,
@@ -294,7 +300,7 @@ impl Inner {
 
     /// Goes on with a dial.
     fn dial_on(&self, mut request: Request, mut dial: Dial, ready: bool, now: Instant) -> Dialled {
-        let Some(group) = request.group.upgrade().filter(|g| !g.has_failed()) else { return Dialled::Done };
+        let Some(group) = request.group.upgrade() else { return Dialled::Done };
         if !ready {
             if dial.is_connecting() && request.until <= now {
                 self.refused(&request, &Refusal::Unreachable(io::ErrorKind::TimedOut.into()));
@@ -311,7 +317,8 @@ impl Inner {
             }
             // The peer's own dial will come in its place.
             Err(Refusal::Status(Status::Crossed)) => {}
-            Err(Refusal::Cut) => {
+            Err(Refusal::Cut | Refusal::Unproved) if request.tries > 0 => {
+                request.tries -= 1;
                 if let Ok(nonce) = random() {
                     request.hello.nonce = nonce;
                     (request.at, request.until) = (now + RETRY, now + self.options.peer_timeout);
@@ -334,6 +341,7 @@ impl Inner {
             }
             Refusal::Unreachable(e) => format!("its host can't be reached at {at}: {e}"),
             Refusal::Stranger(what) => format!("at {at}, {what}"),
+            Refusal::Unproved => format!("at {at}, it has another secret: all ranks of a job need the same"),
             Refusal::Cut => "it hung up".to_owned(),
         };
         if let Some(group) = request.group.upgrade() {

@@ -126,7 +126,7 @@ impl TcpGroup {
             if self.shared.has_failed()
                 && let Some(verdict) = self.shared.verdict()
             {
-                mesh.tell(&verdict, &Memory::none());
+                mesh.tell(&verdict, &Memory::none(), &self.shared, |_, _| {});
             }
             seat.mesh = Some(mesh);
         }
@@ -268,7 +268,10 @@ impl TcpGroup {
         let had_failed = self.shared.has_failed();
         let verdict = self.shared.fail(verdict);
         if let Some(mut mesh) = self.mesh.take() {
-            mesh.tell(&verdict, memory);
+            mesh.tell(&verdict, memory, &self.shared, |channel, peer| {
+                // A peer that can't be told finds out by itself.
+                let _ = self.endpoint.dial(&self.shared, channel, peer);
+            });
             self.shared.seat().mesh = Some(mesh);
         }
         let own = error.filter(|_| !had_failed);
@@ -350,7 +353,7 @@ impl TcpHandle {
         let verdict = self.shared.fail(Verdict::new(self.shared.rank, &Error::invalid(why)));
         // A call that is running has the connections, and tells the peers.
         if let Some(mesh) = &mut self.shared.seat().mesh {
-            mesh.tell(&verdict, &Memory::none());
+            mesh.tell(&verdict, &Memory::none(), &self.shared, |_, _| {});
         }
     }
 

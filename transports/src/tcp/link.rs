@@ -103,6 +103,11 @@ impl Link {
         self.stream.as_ref()
     }
 
+    /// Whether there is no connection, and may yet be one.
+    pub(super) fn is_unconnected(&self) -> bool {
+        self.stream.is_none() && self.gone.is_none()
+    }
+
     pub(super) fn is_sending(&self) -> bool {
         !self.sends.is_empty()
     }

@@ -231,8 +231,7 @@ impl Mesh {
     /// Sees that there is a connection, or that one is on its way.
     fn open(&mut self, place: usize, around: &Around<'_>) -> Result<(), Stop> {
         self.look_around(around)?;
-        let unconnected =
-            self.links[place].as_ref().is_some_and(|l| l.stream().is_none() && l.gone().is_none());
+        let unconnected = self.links[place].as_ref().is_some_and(|l| l.is_unconnected());
         if unconnected && around.shared.should_dial(place) {
             let (channel, peer) = (self.channel(place), self.peer(place));
             if let Err(e) = around.endpoint.dial(around.shared, channel, peer) {
@@ -242,14 +241,18 @@ impl Mesh {
         Ok(())
     }
 
+    fn arrived(&mut self, place: usize, arrived: Arrived) {
+        let link = self.link(place);
+        match arrived {
+            Arrived::Connection(stream) => link.connect(stream),
+            Arrived::Failed(why) => link.give_up(why),
+        }
+    }
+
     /// Takes the connections that have been made, and notices that the group has ended.
     fn look_around(&mut self, around: &Around<'_>) -> Result<(), Stop> {
         for (place, arrived) in around.shared.take_arrivals() {
-            let link = self.link(place);
-            match arrived {
-                Arrived::Connection(stream) => link.connect(stream),
-                Arrived::Failed(why) => link.give_up(why),
-            }
+            self.arrived(place, arrived);
         }
         match around.shared.verdict() {
             Some(verdict) if around.shared.has_failed() => Err(Stop::Ended(Box::new(verdict))),
@@ -429,8 +432,15 @@ impl Mesh {
         }
     }
 
-    /// Tells the peers that are connected why the group has ended, once, behind the frames that are half out.
-    pub(super) fn tell(&mut self, verdict: &Verdict, memory: &Memory<'_>) {
+    /// Tells the peers that are connected why the group has ended, once, behind the frames that are half out; and those
+    /// to whom a call was about to be connected, for whom `dial` asks.
+    pub(super) fn tell(
+        &mut self,
+        verdict: &Verdict,
+        memory: &Memory<'_>,
+        shared: &Shared,
+        dial: impl Fn(Channel, usize),
+    ) {
         if std::mem::replace(&mut self.told, true) {
             return;
         }
@@ -440,11 +450,20 @@ impl Mesh {
         frame.extend_from_slice(verdict.bytes());
         let until = Instant::now() + LAST_WORDS;
         let mut left: Vec<usize> = self.live.clone();
-        left.iter().for_each(|place| self.link(*place).cut_short());
+        for place in &left {
+            let link = self.link(*place);
+            link.cut_short();
+            if link.is_unconnected() && shared.should_dial(*place) {
+                dial(self.channel(*place), self.peer(*place));
+            }
+        }
         while !left.is_empty() {
+            for (place, arrived) in shared.take_arrivals() {
+                self.arrived(place, arrived);
+            }
             left.retain(|place| {
                 let link = self.link(*place);
-                let stuck = link.write(memory).is_ok() && link.is_sending() && link.stream().is_some();
+                let stuck = link.is_unconnected() || (link.write(memory).is_ok() && link.is_sending());
                 // The peer may be at the same, and need room.
                 link.last_words();
                 if !stuck {
@@ -457,7 +476,9 @@ impl Mesh {
             }
             let streams = left.iter().filter_map(|place| self.links[*place].as_ref()?.stream());
             let mut fds: Vec<_> = streams.map(|s| PollFd::new(s, PollFlags::OUT | PollFlags::IN)).collect();
+            fds.push(PollFd::new(&shared.wake, PollFlags::IN));
             let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 }));
+            shared.wake.hush();
         }
     }
 

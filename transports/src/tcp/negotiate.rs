@@ -126,7 +126,9 @@ pub(crate) enum Refusal {
     Unreachable(io::Error),
     /// It hung up in the middle: it is worth another try.
     Cut,
-    /// It doesn't know the secret, or speaks another protocol or version.
+    /// It hung up on the proof: it has another secret, or has ended.
+    Unproved,
+    /// It can't prove that it knows the secret, or speaks another protocol or version.
     Stranger(String),
 }
 
@@ -137,6 +139,7 @@ impl Refusal {
             Refusal::Status(status) => format!("it refused: {status:?}"),
             Refusal::Nobody => "nobody listens there".to_owned(),
             Refusal::Unreachable(e) => e.to_string(),
+            Refusal::Unproved => "it has another secret: all ranks of a job need the same".to_owned(),
             Refusal::Cut => "it hung up".to_owned(),
             Refusal::Stranger(what) => what.clone(),
         }
@@ -217,9 +220,7 @@ impl Dial {
                         Ok(Some(bytes)) => bytes,
                         Ok(None) => return Ok(false),
                         // Whoever doesn't like a proof hangs up.
-                        Err(_) => {
-                            return Err(stranger("it has another secret: all ranks of a job need the same"));
-                        }
+                        Err(_) => return Err(Refusal::Unproved),
                     };
                     return match hello::check_answer(secret, &self.hello, challenge, bytes) {
                         Some(Status::Accepted) => Ok(true),
