@@ -40,6 +40,27 @@ fn kernels(criterion: &mut Criterion) {
     }
 }
 
+/// The end of a row: `add_rms_norm dtype x sources/width/instruction set`. Its throughput counts the sources, the
+/// residual read and written, the weight and the output.
+fn add_rms_norm(criterion: &mut Criterion) {
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        for sources in [1, 2, 8] {
+            let mut group = criterion.benchmark_group(format!("add_rms_norm {dtype} x {sources}"));
+            for width in [768, 4096, 8192] {
+                let bytes = width * dtype.size();
+                group.throughput(Throughput::Bytes((bytes * (sources + 4)) as u64));
+                let (mut operands, mut residual) = (Operands::new(bytes, sources), vec![0u64; bytes / 8]);
+                for kernels in Kernels::available() {
+                    group.bench_function(BenchmarkId::new(width.to_string(), kernels.name()), |bencher| {
+                        bencher.iter(|| operands.add_rms_norm(kernels, dtype, &mut residual));
+                    });
+                }
+            }
+            group.finish();
+        }
+    }
+}
+
 /// The destination and the sources of one reduction: words, and so aligned for every type, but to cache lines
 /// no more than what a caller's allocator gives.
 struct Operands {
@@ -68,6 +89,20 @@ impl Operands {
     }
 }
 
+impl Operands {
+    /// The first source is the weight too.
+    fn add_rms_norm(&mut self, kernels: &Kernels, dtype: DType, residual: &mut [u64]) {
+        let Some(kernel) = kernels.add_rms_norm(dtype) else { unreachable!("every table has these types") };
+        let sources: Vec<*const u8> = self.sources.iter().map(|s| s.as_ptr().cast()).collect();
+        let (out, width) = (self.destination.as_mut_ptr().cast(), size_of_val(residual) / dtype.size());
+        // SAFETY: as for `reduce`; the residual is another allocation, and as long.
+        unsafe {
+            let residual = residual.as_mut_ptr().cast();
+            kernel(out, residual, sources.as_ptr(), sources.len(), sources[0], width, 1e-5);
+        }
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
@@ -75,6 +110,6 @@ criterion_group! {
         .sample_size(10)
         .warm_up_time(Duration::from_millis(50))
         .measurement_time(Duration::from_millis(200));
-    targets = kernels
+    targets = kernels, add_rms_norm
 }
 criterion_main!(benches);

@@ -41,7 +41,9 @@ pub use tensorwire_topology as topology;
 pub use tensorwire_transports as transports;
 
 pub use tensorwire_collectives::{Algorithm, AllReducePlan, Communicator, Symmetric, Work};
-pub use tensorwire_core::{Call, DEFAULT_TIMEOUT, DType, Deadline, Element, Error, Op, ReduceOp, Result};
+pub use tensorwire_core::{
+    Call, DEFAULT_TIMEOUT, DType, Deadline, Element, Error, Op, ReduceOp, Result, Tuning,
+};
 pub use tensorwire_transports::shm::{FlightRecord, Options};
 
 /// The README's example, so that it compiles.

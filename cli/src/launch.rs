@@ -2,11 +2,12 @@
 
 use std::ffi::OsString;
 use std::io::ErrorKind::{NotFound, PermissionDenied};
+use std::ops::ControlFlow;
 use std::os::unix::process::ExitStatusExt;
 
 use rustix::process::Signal;
 use tensorwire::Error;
-use tensorwire::transports::launch::{Outcome, Transport};
+use tensorwire::transports::launch::{Outcome, Stream, Transport};
 
 use crate::failure::{Failure, ranks};
 use crate::job::Job;
@@ -53,6 +54,46 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
         Some(why) => Err(Failure::with_status(outcome.exit_code(), why)),
         None if outcome.output_closed => Err(Failure::output_closed()),
         None => Ok(()),
+    }
+}
+
+/// Runs `command` of this program in `ranks` processes to their end, and gives what they print to `take`, line by
+/// line.
+pub(crate) fn run_self(
+    command: &str,
+    args: impl IntoIterator<Item = OsString>,
+    ranks: usize,
+    transport: Transport,
+    mut take: impl FnMut(&[u8]) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let job = Job::new(ranks, transport)?;
+    let program = std::env::current_exe().map_err(|e| Failure::run(format!("finding this program: {e}")))?;
+    let mut broken = None;
+    let outcome = job
+        .launcher(program)
+        .arg(command)
+        .args(args)
+        .forward_signals()
+        .on_line(|line| {
+            // What a failing rank says on standard error is part of the outcome.
+            if line.stream == Stream::Stderr {
+                return ControlFlow::Continue(());
+            }
+            match take(line.bytes) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(failure) => {
+                    broken = Some(failure);
+                    ControlFlow::Break(())
+                }
+            }
+        })
+        .run()
+        .map_err(Failure::run)?;
+    match (broken, describe(&outcome, ranks)) {
+        (Some(failure), _) => Err(failure),
+        (None, Some(why)) if outcome.exit_code() == 2 => Err(Failure::usage(why)),
+        (None, Some(why)) => Err(Failure::run(why)),
+        (None, None) => Ok(()),
     }
 }
 

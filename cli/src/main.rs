@@ -1,4 +1,4 @@
-//! The command line of tensorwire: run a model over several ranks, plan its sharding, measure the collectives,
+//! The command line of tensorwire: run a model over several ranks, plan its sharding, measure the machine and the collectives,
 //! start ranks of any program, look at jobs that hang.
 //!
 //! Failure is one line on standard error, `tensorwire: ...`, and an exit status: 2 for bad usage or an
@@ -11,6 +11,7 @@ mod infer;
 mod job;
 mod launch;
 mod plan;
+mod topo;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -22,6 +23,7 @@ Examples:
   tensorwire infer --model DIR --prompt 'Once upon'   a Llama or Qwen2 model
   tensorwire infer --model DIR --text 'a' --text 'b'  a sentence encoder: pairwise similarities
   tensorwire plan --model DIR --tp 4                  who holds what, who exchanges what
+  tensorwire topo --probe                             measures the machine; the collectives follow it
   tensorwire bench --collective all_reduce --ranks 4 --bytes 8,65536
   tensorwire launch --ranks 4 -- ./my-program         4 ranks of any program
   tensorwire doctor                                   why does it hang?
@@ -41,6 +43,7 @@ struct Cli {
 enum Command {
     Infer(infer::Args),
     Plan(plan::Args),
+    Topo(topo::Args),
     Bench(bench::Args),
     Launch(launch::Args),
     Doctor(doctor::Args),
@@ -50,6 +53,9 @@ enum Command {
     /// One rank of `bench`: started by it, not by hand.
     #[command(name = bench::RANK_COMMAND, hide = true)]
     BenchRank(bench::Args),
+    /// One rank of `topo --probe`: started by it, not by hand.
+    #[command(name = topo::RANK_COMMAND, hide = true)]
+    TopoRank,
 }
 
 fn main() {
@@ -63,6 +69,8 @@ fn main() {
     let done = parse().and_then(|cli| match cli.command {
         Command::Infer(args) => infer::main(&args),
         Command::Plan(args) => plan::main(&args),
+        Command::Topo(args) => topo::main(&args),
+        Command::TopoRank => topo::rank_main(),
         Command::Bench(args) => bench::main(&args),
         Command::BenchRank(args) => bench::rank_main(&args),
         Command::Launch(args) => launch::main(&args),

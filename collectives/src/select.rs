@@ -3,8 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use tensorwire_core::Error;
-use tensorwire_transports::shm::{INLINE, Label};
+use tensorwire_core::{Error, Tuning};
+use tensorwire_topology::table::Table;
+use tensorwire_transports::shm::{INLINE, Label, Options};
 
 /// How an all-reduce of `S` bytes over `n` ranks moves its data through shared memory. All of them give the
 /// same bits.
@@ -13,25 +14,31 @@ pub enum Algorithm {
     /// The payload rides in the flag's own cache line, up to 48 bytes. One step; a rank writes one cache line
     /// and reads `n - 1`.
     Inline,
-    /// Each rank publishes its whole buffer and reduces everybody's itself, up to a slot. One step; a rank
-    /// writes `S`, reads `(n - 1) S` and reduces `S`.
+    /// Each rank publishes its whole buffer and reduces everybody's itself, pipelined in chunks. `chunks` steps; a
+    /// rank writes `S`, reads `(n - 1) S` and reduces `S`.
     OneShot,
     /// Reduce-scatter, then all-gather, pipelined in chunks: while chunk `i` is published, chunk `i - 1` is
     /// reduced and chunk `i - 2` gathered. `chunks + 1` steps; a rank writes `S`, reads `2 (n - 1) / n S`,
     /// reduces `S / n`.
     TwoShot,
+    /// Of symmetric buffers alone: each rank reduces its part of all ranks' buffers where they are, and writes it
+    /// to all of them. Two steps; a rank reads `S`, writes `S`, reduces `S / n`.
+    Symmetric,
 }
 
 impl Algorithm {
     /// Every algorithm.
-    pub const ALL: [Algorithm; 3] = [Algorithm::Inline, Algorithm::OneShot, Algorithm::TwoShot];
+    pub const ALL: [Algorithm; 4] =
+        [Algorithm::Inline, Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Symmetric];
 
-    /// The name used on the command line and in reports: `inline`, `one_shot`, `two_shot`.
+    /// The name used on the command line and in reports: `inline`, `one_shot`, `two_shot`,
+    /// `symmetric`.
     pub const fn name(self) -> &'static str {
         match self {
             Algorithm::Inline => "inline",
             Algorithm::OneShot => "one_shot",
             Algorithm::TwoShot => "two_shot",
+            Algorithm::Symmetric => "symmetric",
         }
     }
 
@@ -42,34 +49,65 @@ impl Algorithm {
             Algorithm::Inline => const { Label::new(Algorithm::Inline.name()) },
             Algorithm::OneShot => const { Label::new(Algorithm::OneShot.name()) },
             Algorithm::TwoShot => const { Label::new(Algorithm::TwoShot.name()) },
+            Algorithm::Symmetric => const { Label::new(Algorithm::Symmetric.name()) },
         }
     }
 
-    /// The most bytes it can carry, given the bytes of a slot.
-    pub(crate) fn limit(self, slot: usize) -> usize {
+    /// The most bytes it can carry.
+    pub(crate) fn limit(self) -> usize {
         match self {
             Algorithm::Inline => INLINE,
-            Algorithm::OneShot => slot,
-            Algorithm::TwoShot => usize::MAX,
-        }
-    }
-
-    /// The algorithm for an all-reduce of `bytes` over `world` ranks.
-    #[inline]
-    pub(crate) fn all_reduce(bytes: usize, world: usize, slot: usize) -> Algorithm {
-        if bytes <= INLINE {
-            Algorithm::Inline
-        } else if bytes.saturating_mul(world - 1) <= ONE_SHOT_BYTES && bytes <= slot {
-            Algorithm::OneShot
-        } else {
-            Algorithm::TwoShot
+            Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Symmetric => usize::MAX,
         }
     }
 }
 
-/// Bytes that a rank reads in a one-shot all-reduce, beyond which a second step costs less than reading
-/// them; measured at 2 ranks (see docs/measurements).
-const ONE_SHOT_BYTES: usize = 128 << 10;
+/// The choices of one group: the same on every rank, as the tuning and the slots are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Selection {
+    one_shot: usize,
+    symmetric_one_shot: usize,
+}
+
+impl Selection {
+    /// The choices by a tuning.
+    pub(crate) fn new(tuning: &Tuning) -> Selection {
+        Selection { one_shot: tuning.one_shot, symmetric_one_shot: tuning.symmetric_one_shot }
+    }
+
+    /// The algorithm for an all-reduce of `bytes` of ordinary memory.
+    #[inline]
+    pub(crate) fn all_reduce(&self, bytes: usize) -> Algorithm {
+        Selection::pick(bytes, self.one_shot, Algorithm::TwoShot)
+    }
+
+    /// The algorithm for an all-reduce of `bytes` in a symmetric buffer.
+    #[inline]
+    pub(crate) fn symmetric(&self, bytes: usize) -> Algorithm {
+        Selection::pick(bytes, self.symmetric_one_shot, Algorithm::Symmetric)
+    }
+
+    #[inline]
+    fn pick(bytes: usize, one_shot: usize, larger: Algorithm) -> Algorithm {
+        if bytes <= INLINE {
+            Algorithm::Inline
+        } else if bytes <= one_shot {
+            Algorithm::OneShot
+        } else {
+            larger
+        }
+    }
+}
+
+/// Options for a group that this rank forms: rank 0 fills in what was measured on the machine, unless it was
+/// given something else. The others get that from rank 0.
+pub(crate) fn tuned(options: &Options, rank: usize) -> Options {
+    let mut options = options.clone();
+    if rank == 0 && options.tuning.is_empty() {
+        options.tuning = Table::tunings_in_force();
+    }
+    options
+}
 
 impl fmt::Display for Algorithm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -82,7 +120,9 @@ impl FromStr for Algorithm {
 
     fn from_str(s: &str) -> Result<Algorithm, Error> {
         Algorithm::ALL.into_iter().find(|a| a.name() == s).ok_or_else(|| {
-            Error::invalid(format!("unknown algorithm '{s}': use one of inline, one_shot, two_shot"))
+            Error::invalid(format!(
+                "unknown algorithm '{s}': use one of inline, one_shot, two_shot, symmetric"
+            ))
         })
     }
 }
@@ -91,14 +131,42 @@ impl FromStr for Algorithm {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_choice_always_fits() {
-        for world in [2, 3, 16, 1024] {
-            for slot in [4096, 1 << 20] {
-                for bytes in [0, 4, 48, 49, 4096, 5000, 32 << 10, 1 << 20, 1 << 40] {
-                    assert!(bytes <= Algorithm::all_reduce(bytes, world, slot).limit(slot));
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever a table says: the choice carries the bytes, and more bytes never mean fewer steps.
+        #[test]
+        fn the_choice_fits_and_is_monotone(
+            one_shot in any::<usize>(),
+            symmetric_one_shot in 0usize..4 << 20,
+            bytes in proptest::collection::vec(0usize..8 << 20, 2..20),
+        ) {
+            let tuning = Tuning { one_shot, symmetric_one_shot, ..Tuning::built_in(2) };
+            let selection = Selection::new(&tuning);
+            let mut bytes = bytes;
+            bytes.extend([0, 48, 49, usize::MAX]);
+            bytes.sort_unstable();
+            let order = |a: Algorithm| Algorithm::ALL.iter().position(|b| *b == a);
+            for choose in [Selection::all_reduce, Selection::symmetric] {
+                for pair in bytes.windows(2) {
+                    let (a, b) = (choose(&selection, pair[0]), choose(&selection, pair[1]));
+                    prop_assert!(pair[0] <= a.limit() && pair[1] <= b.limit());
+                    prop_assert!(order(a) <= order(b));
                 }
             }
+            prop_assert!(bytes.iter().all(|b| selection.all_reduce(*b) != Algorithm::Symmetric));
+            prop_assert!(bytes.iter().all(|b| selection.symmetric(*b) != Algorithm::TwoShot));
+        }
+    }
+
+    #[test]
+    fn without_a_table_more_than_two_ranks_read_128_kib_at_most_in_one_shot() {
+        for (world, most) in [(2, 4 << 20), (5, 32 << 10)] {
+            let selection = Selection::new(&Tuning::built_in(world));
+            assert_eq!(selection.all_reduce(most), Algorithm::OneShot);
+            assert_eq!(selection.all_reduce(most + 1), Algorithm::TwoShot);
+            assert_eq!(selection.symmetric(1 << 10), Algorithm::OneShot);
+            assert_eq!(selection.symmetric(most + 1), Algorithm::Symmetric);
         }
     }
 

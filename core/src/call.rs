@@ -34,11 +34,13 @@ pub enum Op {
     Split = 12,
     /// The ranks take memory that all of them map.
     Symmetric = 13,
+    /// All-reduce, addition to a residual and RMSNorm in one.
+    AllReduceAddRmsNorm = 14,
 }
 
 impl Op {
     /// Every operation, in the order of its code.
-    pub const ALL: [Op; 13] = [
+    pub const ALL: [Op; 14] = [
         Op::AllReduce,
         Op::AllGather,
         Op::ReduceScatter,
@@ -52,6 +54,7 @@ impl Op {
         Op::Recv,
         Op::Split,
         Op::Symmetric,
+        Op::AllReduceAddRmsNorm,
     ];
 
     /// The name used on the command line and in messages, such as `all_reduce`.
@@ -70,6 +73,7 @@ impl Op {
             Op::Recv => "recv",
             Op::Split => "split",
             Op::Symmetric => "symmetric",
+            Op::AllReduceAddRmsNorm => "all_reduce_add_rms_norm",
         }
     }
 
@@ -94,12 +98,14 @@ pub struct Call {
     pub dtype: Option<DType>,
     /// The reduction; `None` where nothing is reduced.
     pub reduce: Option<ReduceOp>,
-    /// Elements: the buffer of all_reduce, reduce, broadcast, send and recv; the whole output of all_gather and
-    /// gather; the whole input of reduce_scatter, scatter and all_to_all.
+    /// Elements: the buffer of all_reduce, all_reduce_add_rms_norm, reduce, broadcast, send and recv; the whole
+    /// output of all_gather and gather; the whole input of reduce_scatter, scatter and all_to_all.
     pub count: u64,
-    /// The root rank, or the other rank of send and recv; `None` where there is none.
+    /// The root rank, the other rank of send and recv, or the width of all_reduce_add_rms_norm; `None` where
+    /// there is none.
     pub root: Option<u32>,
-    /// A digest of per-rank counts where they differ (all_gather_v and the like); 0 otherwise.
+    /// A digest of per-rank counts where they differ (all_gather_v and the like), or the bits of
+    /// all_reduce_add_rms_norm's epsilon; 0 otherwise.
     pub layout: u32,
 }
 
@@ -161,12 +167,15 @@ impl fmt::Display for Call {
             let role = match self.op {
                 Op::Send => "to",
                 Op::Recv => "from",
+                Op::AllReduceAddRmsNorm => "width",
                 _ => "root",
             };
             write!(f, "{sep}{role} {r}")?;
             sep = ", ";
         }
-        if self.layout != 0 {
+        if self.op == Op::AllReduceAddRmsNorm {
+            write!(f, "{sep}eps {:e}", f32::from_bits(self.layout))?;
+        } else if self.layout != 0 {
             write!(f, "{sep}layout {:08x}", self.layout)?;
         }
         f.write_str(")")
@@ -225,5 +234,8 @@ mod tests {
         assert_eq!(barrier.to_string(), "barrier()");
         let bcast = Call { op: Op::Broadcast, reduce: None, root: Some(3), ..call() };
         assert_eq!(bcast.to_string(), "broadcast(4096 x f32, root 3)");
+        let eps = 1e-5f32.to_bits();
+        let fused = Call { op: Op::AllReduceAddRmsNorm, root: Some(256), layout: eps, ..call() };
+        assert_eq!(fused.to_string(), "all_reduce_add_rms_norm(4096 x f32, sum, width 256, eps 1e-5)");
     }
 }

@@ -1,12 +1,14 @@
 //! The vocabulary that every part of tensorwire shares: data types, reduce operations, ranks, calls,
-//! deadlines and errors. Nothing here does I/O.
+//! deadlines, tunings and errors. Nothing here does I/O.
 
 mod call;
 mod deadline;
 mod dtype;
 mod error;
+mod tuning;
 
 pub use call::{Call, Op};
 pub use deadline::{DEFAULT_TIMEOUT, Deadline};
 pub use dtype::{DType, Element, ReduceOp};
 pub use error::{Error, Result};
+pub use tuning::Tuning;

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor};
 use tensorwire::{Communicator, ReduceOp};
 
-use crate::{Error, Result};
+use crate::Result;
 
-/// A communicator that keeps count of the time spent in it. With one rank it does nothing.
+/// A communicator that keeps count of the time spent in it: none with one rank, which exchanges nothing.
 pub(crate) struct Comm {
     inner: Arc<Communicator>,
     spent_ns: AtomicU64,
@@ -44,13 +44,25 @@ impl Comm {
         if self.world() == 1 {
             return Ok(());
         }
-        let op = SumInPlace { comm: self, failed: RefCell::default() };
-        let done = tensor.inplace_op1(&op);
-        // The collective's own error says more than candle's wrapping of it.
-        match op.failed.into_inner() {
-            Some(error) => Err(Error::Comm(error)),
-            None => Ok(done?),
-        }
+        with_f32_mut(tensor, |data| Ok(self.sum(data)?))
+    }
+
+    /// Adds `x`, summed over all ranks, to `residual`, and makes `x` the root-mean-square norm of that, times
+    /// `weight`: all in place.
+    pub(crate) fn sum_add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<()> {
+        with_f32_mut(x, |x| {
+            with_f32_mut(residual, |residual| {
+                with_f32(weight, |weight| {
+                    Ok(self.timed(|c| c.all_reduce_add_rms_norm(x, residual, weight, eps))?)
+                })
+            })
+        })
     }
 
     /// Concatenates the ranks' vectors, `counts[r]` elements of rank `r`.
@@ -66,34 +78,12 @@ impl Comm {
     }
 
     fn timed(&self, call: impl FnOnce(&Communicator) -> tensorwire::Result<()>) -> tensorwire::Result<()> {
-        if self.world() == 1 {
-            return Ok(());
-        }
         let start = Instant::now();
         let done = call(&self.inner);
-        self.spent_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        if self.world() > 1 {
+            self.spent_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        }
         done
-    }
-}
-
-struct SumInPlace<'a> {
-    comm: &'a Comm,
-    failed: RefCell<Option<tensorwire::Error>>,
-}
-
-impl InplaceOp1 for SumInPlace<'_> {
-    fn name(&self) -> &'static str {
-        "all-reduce"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (CpuStorage::F32(data), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
-            candle_core::bail!("all-reduce needs a contiguous f32 tensor")
-        };
-        self.comm.sum(&mut data[start..end]).map_err(|error| {
-            *self.failed.borrow_mut() = Some(error);
-            candle_core::Error::Msg("all-reduce failed".into())
-        })
     }
 }
 
@@ -103,5 +93,35 @@ pub(crate) fn with_f32<T>(tensor: &Tensor, use_it: impl FnOnce(&[f32]) -> Result
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::F32(data)), Some((start, end))) => use_it(&data[start..end]),
         _ => Err(candle_core::Error::Msg("a contiguous f32 tensor in memory is needed".into()).into()),
+    }
+}
+
+/// As [`with_f32`], to be written too.
+fn with_f32_mut<T>(tensor: &Tensor, use_it: impl FnOnce(&mut [f32]) -> Result<T>) -> Result<T> {
+    let lend = Lend { use_it: RefCell::new(Some(use_it)), result: RefCell::default() };
+    tensor.inplace_op1(&lend)?;
+    let none = || Err(candle_core::Error::Msg("the tensor wasn't lent".into()).into());
+    lend.result.into_inner().unwrap_or_else(none)
+}
+
+/// An operation in place, as which candle lends a tensor's storage. It keeps the result to itself, for candle
+/// would wrap an error in one of its own, which says less.
+struct Lend<T, F> {
+    use_it: RefCell<Option<F>>,
+    result: RefCell<Option<Result<T>>>,
+}
+
+impl<T, F: FnOnce(&mut [f32]) -> Result<T>> InplaceOp1 for Lend<T, F> {
+    fn name(&self) -> &'static str {
+        "collective"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(data), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+            candle_core::bail!("a collective needs a contiguous f32 tensor")
+        };
+        let use_it = self.use_it.take();
+        *self.result.borrow_mut() = use_it.map(|use_it| use_it(&mut data[start..end]));
+        Ok(())
     }
 }

@@ -100,6 +100,23 @@ impl RowLinear {
         // After the sum: every rank adds it, so that it counts once.
         add_bias(product, self.bias.as_ref())
     }
+
+    /// Adds the layer's output to `residual`, in place, and returns its norm: the addition and the norm are done
+    /// while the sum arrives.
+    pub(crate) fn add_to(
+        &self,
+        residual: &mut Tensor,
+        x: &Tensor,
+        norm: &RmsNorm,
+        comm: &Comm,
+    ) -> Result<Tensor> {
+        if let Some(bias) = &self.bias {
+            *residual = residual.broadcast_add(bias)?;
+        }
+        let product = self.weight.apply(x)?;
+        comm.sum_add_rms_norm(&product, residual, &norm.weight, norm.eps)?;
+        Ok(product)
+    }
 }
 
 fn add_bias(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {

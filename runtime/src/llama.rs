@@ -82,12 +82,15 @@ impl Llama {
     /// Runs the tokens that follow those in the cache, adds them to it; returns the logits after the last.
     pub(crate) fn forward(&self, ids: &[u32], cache: &mut Cache, comm: &Comm) -> Result<Vec<f32>> {
         let mut x = self.embedding.forward(ids, comm)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, cache, index, comm)?;
+        // Each norm but the first is made where its input is: at the end of what comes before it.
+        let mut norms = self.layers.iter().map(|l| &l.attention_norm).chain([&self.norm]);
+        let first = norms.next().unwrap_or(&self.norm);
+        let mut normed = first.forward(&x)?;
+        for ((index, layer), next_norm) in self.layers.iter().enumerate().zip(norms) {
+            normed = layer.forward(&mut x, &normed, next_norm, cache, index, comm)?;
         }
         cache.tokens += ids.len();
-        let last = x.narrow(0, ids.len() - 1, 1)?;
-        self.head.forward(&self.norm.forward(&last)?, comm)
+        self.head.forward(&normed.narrow(0, ids.len() - 1, 1)?, comm)
     }
 }
 
@@ -109,16 +112,24 @@ impl Layer {
         })
     }
 
-    fn forward(&self, x: &Tensor, cache: &Cache, index: usize, comm: &Comm) -> Result<Tensor> {
-        let normed = self.attention_norm.forward(x)?;
-        let q = cache.rotate(&split_heads(&self.q.forward(&normed)?, self.heads.q)?)?;
-        let k = cache.rotate(&split_heads(&self.k.forward(&normed)?, self.heads.kv)?)?;
-        let v = split_heads(&self.v.forward(&normed)?, self.heads.kv)?;
+    /// Adds to `x`, whose attention norm is `normed`, what the layer makes of it; returns the next layer's norm
+    /// of that.
+    fn forward(
+        &self,
+        x: &mut Tensor,
+        normed: &Tensor,
+        next_norm: &RmsNorm,
+        cache: &Cache,
+        index: usize,
+        comm: &Comm,
+    ) -> Result<Tensor> {
+        let q = cache.rotate(&split_heads(&self.q.forward(normed)?, self.heads.q)?)?;
+        let k = cache.rotate(&split_heads(&self.k.forward(normed)?, self.heads.kv)?)?;
+        let v = split_heads(&self.v.forward(normed)?, self.heads.kv)?;
         let (k, v) = cache.append(index, &k, &v)?;
-        let x = (self.o.forward(&self.heads.attend(&q, &k, &v, true)?, comm)? + x)?;
-        let normed = self.mlp_norm.forward(&x)?;
+        let normed = self.o.add_to(x, &self.heads.attend(&q, &k, &v, true)?, &self.mlp_norm, comm)?;
         let inner = (self.gate.forward(&normed)?.silu()? * self.up.forward(&normed)?)?;
-        Ok((self.down.forward(&inner, comm)? + x)?)
+        self.down.add_to(x, &inner, next_norm, comm)
     }
 }
 

@@ -188,3 +188,11 @@ fn llama_with_stretched_positions() {
 fn qwen2_with_biases() {
     agrees(&Shape { model_type: "qwen2", heads: 14, kv_heads: 2, ..SHAPE }.config());
 }
+
+#[test]
+fn llama_with_biases_everywhere() {
+    let biases = r#""attention_bias": true, "mlp_bias": true, "rope_theta""#;
+    let config = SHAPE.config().replace(r#""rope_theta""#, biases);
+    assert!(config.contains("mlp_bias"));
+    agrees(&config);
+}

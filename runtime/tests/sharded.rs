@@ -74,6 +74,14 @@ fn twenty_eight_heads_four_kv_with_biases() {
 }
 
 #[test]
+fn biases_everywhere() {
+    let biases = r#""attention_bias": true, "mlp_bias": true, "rope_theta""#;
+    let config = LLAMA.config().replace(r#""rope_theta""#, biases);
+    assert!(config.contains("mlp_bias"));
+    same_at(&Model::seeded(&config, SEED).unwrap(), &[2, 4]);
+}
+
+#[test]
 fn from_files_as_from_the_seed() {
     for shape in [LLAMA, Shape { model_type: "qwen2", heads: 14, kv_heads: 2, tied: false, ..LLAMA }] {
         for files in [1, 3] {

@@ -121,6 +121,24 @@ fn one_rank_and_symmetric_buffers_are_measured() {
 }
 
 #[test]
+fn any_algorithm_can_be_forced_and_is_named() {
+    for (buffer, bytes, algorithms) in [
+        ("user", "32", &["inline", "one_shot", "two_shot"][..]),
+        ("symmetric", "32", &["inline", "one_shot", "two_shot", "symmetric"]),
+        ("user", "1M", &["one_shot", "two_shot"]),
+        ("symmetric", "1M", &["one_shot", "two_shot", "symmetric"]),
+    ] {
+        for algorithm in algorithms {
+            let rows = rows(&format!("--buffer {buffer} --bytes {bytes} --algorithm {algorithm}"));
+            assert_eq!((&rows[0]["algorithm"], &rows[0]["correct"]), (&(*algorithm).into(), &true.into()));
+        }
+    }
+    let names = |line: &str| rows(line).iter().map(|r| r["algorithm"].clone()).collect::<Vec<_>>();
+    assert_eq!(names("--bytes 8,16M"), ["inline", "two_shot"]);
+    assert_eq!(names("--bytes 8,16M --buffer symmetric"), ["inline", "symmetric"]);
+}
+
+#[test]
 fn the_table_has_a_heading_and_a_line_a_size() {
     let output = bench("--batches 1 --bytes 8,4K --collective broadcast --dtype i8");
     let text = stdout(&output);
@@ -159,6 +177,8 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
         ("--collective reduce_all", "all_reduce"),
         ("--collective all_to_all --bytes 4", "at least 8 bytes"),
         ("--collective all_gather --algorithm two_shot", "two_shot"),
+        ("--algorithm symmetric", "--buffer symmetric"),
+        ("--algorithm one_shot --buffer symmetric --bytes 64M", "one_shot carries at most"),
         ("--op bit_and", "not defined for f32"),
         ("--algorithm inline --bytes 64K", "inline carries at most"),
         ("--bytes 64G --ranks 4000", "available"),

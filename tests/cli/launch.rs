@@ -222,7 +222,7 @@ fn bad_usage_is_one_line() {
         (&["launch", "--ranks", "2", "--", "/"], "'/': Permission denied"),
         (&["launch", "--rank", "2", "--", "true"], "--rank"),
         (&["lunch"], "lunch"),
-        (&[], "infer, plan, bench, launch"),
+        (&[], "infer, plan, topo, bench, launch"),
     ] {
         let line = refused(&run(args), 2);
         assert!(line.contains(says), "{args:?}: {line}");

@@ -135,6 +135,99 @@ fn all_to_all<T: Element>(comm: &Communicator, len: usize) {
     assert_same(&out, &expected, "all_to_all_v");
 }
 
+/// Uneven counts for blocks that change places: as many from `a` to `b` as from `b` to `a`.
+fn mutual(rank: usize, world: usize, len: usize) -> Vec<usize> {
+    (0..world).map(|r| if (rank + r) % 4 == 3 { 0 } else { len + 5 * (rank + r) }).collect()
+}
+
+/// Each form that works in place gives what the other form gives, and half the ranks call that other form: the two
+/// meet.
+fn in_place<T: Element>(comm: &Communicator, len: usize, op: ReduceOp) {
+    let (rank, world) = (comm.rank(), comm.world());
+    for counts in [vec![len; world], uneven(world, len)] {
+        let even = counts == vec![len; world];
+        let before = |r: usize| counts[..r].iter().sum::<usize>();
+        let (start, total) = (before(rank), before(world));
+        let own = start..start + counts[rank];
+        let input = buffer::<T>(rank, total);
+        let gathered: Vec<T> = (0..world).flat_map(|r| buffer::<T>(r, counts[r])).collect();
+        // Where nothing is to be read there are other bytes than expected.
+        let mut blocks: Vec<T> = buffer::<T>(world + 1, total);
+        blocks[own.clone()].copy_from_slice(&gathered[own.clone()]);
+
+        let mut x = blocks.clone();
+        match (even, rank % 2 == 0) {
+            (true, true) => comm.all_gather_in_place(&mut x),
+            (false, true) => comm.all_gather_v_in_place(&mut x, &counts),
+            (true, false) => comm.all_gather(&blocks[own.clone()], &mut x),
+            (false, false) => comm.all_gather_v(&blocks[own.clone()], &mut x, &counts),
+        }
+        .unwrap();
+        assert_same(&x, &gathered, "all_gather_in_place");
+
+        let mut x = input.clone();
+        let mut expected = input.clone();
+        expected[own.clone()].copy_from_slice(&reduced::<T>(op, world, total)[own.clone()]);
+        match (even, rank % 2 == 0) {
+            (true, true) => comm.reduce_scatter_in_place(&mut x, op),
+            (false, true) => comm.reduce_scatter_v_in_place(&mut x, &counts, op),
+            (true, false) => comm.reduce_scatter(&input, &mut x[own.clone()], op),
+            (false, false) => comm.reduce_scatter_v(&input, &mut x[own.clone()], &counts, op),
+        }
+        .unwrap();
+        assert_same(&x, &expected, format_args!("reduce_scatter_in_place {op}"));
+
+        for root in [0, world - 1] {
+            let mut x = if rank == root { blocks.clone() } else { blocks[own.clone()].to_vec() };
+            let as_it_was = x.clone();
+            match even {
+                true => comm.gather_in_place(&mut x, root).unwrap(),
+                false => comm.gather_v_in_place(&mut x, &counts, root).unwrap(),
+            }
+            assert_same(&x, if rank == root { &gathered } else { &as_it_was }, "gather_in_place");
+            match even {
+                true => comm.scatter_in_place(&mut x, root).unwrap(),
+                false => comm.scatter_v_in_place(&mut x, &counts, root).unwrap(),
+            }
+            assert_same(&x, if rank == root { &gathered } else { &as_it_was }, "scatter_in_place");
+            if rank != root {
+                x.fill(T::zeroed());
+            }
+            match even {
+                true => comm.scatter_in_place(&mut x, root).unwrap(),
+                false => comm.scatter_v_in_place(&mut x, &counts, root).unwrap(),
+            }
+            assert_same(&x, if rank == root { &gathered } else { &as_it_was }, "scatter_in_place");
+        }
+    }
+    let block = |r: usize| buffer::<T>(r, len * world)[rank * len..][..len].to_vec();
+    let mut x = buffer::<T>(rank, len * world);
+    comm.all_to_all_in_place(&mut x).unwrap();
+    assert_same(&x, &(0..world).flat_map(block).collect::<Vec<_>>(), "all_to_all_in_place");
+    let (counts, message) =
+        (mutual(rank, world, len), |a: usize, b: usize| buffer::<T>(a * world + b, mutual(a, world, len)[b]));
+    let mut x: Vec<T> = (0..world).flat_map(|r| message(rank, r)).collect();
+    comm.all_to_all_v_in_place(&mut x, &counts).unwrap();
+    let expected: Vec<T> = (0..world).flat_map(|r| message(r, rank)).collect();
+    assert_same(&x, &expected, "all_to_all_v_in_place");
+}
+
+/// The forms that leave their input as it is.
+fn out_of_place<T: Element>(comm: &Communicator, len: usize, op: ReduceOp) {
+    let (rank, world) = (comm.rank(), comm.world());
+    for root in 0..world {
+        let input = buffer::<T>(rank, len);
+        let mut out = vec![T::zeroed(); if rank == root { len } else { 3 }];
+        let untouched = out.clone();
+        comm.reduce_into(&input, &mut out, op, root).unwrap();
+        let expected = if rank == root { reduced::<T>(op, world, len) } else { untouched };
+        assert_same(&out, &expected, format_args!("reduce_into {op} of {len} to {root}"));
+        let mut out = vec![T::zeroed(); len];
+        comm.broadcast_into(if rank == root { &input } else { &[] }, &mut out, root).unwrap();
+        assert_same(&out, &buffer::<T>(root, len), "broadcast_into");
+    }
+}
+
 fn messages<T: Element>(comm: &Communicator, len: usize) {
     let (rank, world) = (comm.rank(), comm.world());
     if world == 1 {
@@ -172,6 +265,8 @@ fn everything_of<T: Element>(comm: &Communicator, lengths: &[usize]) {
         all_reduce_into::<T>(comm, len, ReduceOp::Sum);
         reduce::<T>(comm, len, ReduceOp::Sum);
         reduce_scatter_v::<T>(comm, len);
+        in_place::<T>(comm, len, ReduceOp::Sum);
+        out_of_place::<T>(comm, len, ReduceOp::Sum);
         all_gather::<T>(comm, len);
         all_gather_v::<T>(comm, len);
         gather_and_scatter::<T>(comm, len);
@@ -248,6 +343,8 @@ fn large_buffers_with_the_default_slots() {
             reduce::<f32>(&comm, len, ReduceOp::Sum);
             all_reduce_into::<bf16>(&comm, len, ReduceOp::Sum);
             all_to_all::<u8>(&comm, len / 2);
+            in_place::<f32>(&comm, len / 4, ReduceOp::Average);
+            out_of_place::<bf16>(&comm, len, ReduceOp::Max);
             messages::<f32>(&comm, len);
         });
     }
@@ -337,6 +434,16 @@ fn wrong_arguments(comm: Communicator) {
         comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[3, usize::MAX]),
         comm.send(&[0f32; 5], comm.rank()),
         comm.recv(&mut [0f32; 5], 2),
+        comm.all_gather_in_place(&mut [0f32; 5]),
+        comm.all_gather_v_in_place(&mut [0f32; 5], &[2, 2]),
+        comm.reduce_scatter_in_place(&mut [0f32; 5], ReduceOp::Sum),
+        comm.reduce_scatter_v_in_place(&mut [0f32; 5], &[5], ReduceOp::Sum),
+        comm.all_to_all_in_place(&mut [0f32; 5]),
+        comm.all_to_all_v_in_place(&mut [0f32; 5], &[2, 2]),
+        comm.gather_in_place(&mut [0f32; 5], 2),
+        comm.scatter_in_place(&mut [0f32; 5], 2),
+        comm.reduce_into(&[0f32; 5], &mut [0f32; 4], ReduceOp::Sum, comm.rank()),
+        comm.broadcast_into(&[0f32; 5], &mut [0f32; 4], comm.rank()),
     ];
     for error in wrong {
         let error = error.unwrap_err();

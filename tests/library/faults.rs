@@ -73,7 +73,7 @@ fn check(got: &[u32], expected: &[u32], what: &str) {
 fn one_call(comm: &Communicator, random: &mut Random, salt: u32) -> Result<()> {
     let (me, world) = (comm.rank(), comm.world());
     let len = random.of(&[1, 12, 13, 1000, 20_000, 300_000]);
-    let (root, kind, extra) = (random.below(world), random.below(18), random.below(1 << 20));
+    let (root, kind, extra) = (random.below(world), random.below(21), random.below(1 << 20));
     let mine = elements(salt, me, len);
     let of = |r: usize| elements(salt, r, len);
     let all = || (0..world).flat_map(of).collect::<Vec<_>>();
@@ -188,6 +188,37 @@ fn one_call(comm: &Communicator, random: &mut Random, salt: u32) -> Result<()> {
             x.copy_from_slice(&mine);
             comm.all_reduce_symmetric(&mut x, ReduceOp::Sum)?;
             check(&x, &sums(salt, world, len), "all_reduce_symmetric");
+        }
+        17 => {
+            let mut x = vec![0; total];
+            x[before(me)..][..counts[me]].copy_from_slice(&elements(salt, me, counts[me]));
+            comm.all_gather_v_in_place(&mut x, &counts)?;
+            let expected: Vec<u32> = (0..world).flat_map(|r| elements(salt, r, counts[r])).collect();
+            check(&x, &expected, "all_gather_v_in_place");
+            let mut x = elements(salt, me, total);
+            comm.reduce_scatter_v_in_place(&mut x, &counts, ReduceOp::Sum)?;
+            let part = &x[before(me)..][..counts[me]];
+            check(part, &sums(salt, world, total)[before(me)..][..counts[me]], "reduce_scatter_v_in_place");
+        }
+        18 => {
+            let mut x = if me == root { elements(salt, root, total) } else { vec![0; counts[me]] };
+            comm.scatter_v_in_place(&mut x, &counts, root)?;
+            let part = if me == root { &x[before(me)..][..counts[me]] } else { &x };
+            check(part, &elements(salt, root, total)[before(me)..][..counts[me]], "scatter_v_in_place");
+            comm.gather_v_in_place(&mut x, &counts, root)?;
+            if me == root {
+                check(&x, &elements(salt, root, total), "gather_v_in_place");
+            }
+        }
+        19 => {
+            // Rank a sends b as many as b sends a.
+            let count = |a: usize, b: usize| len / world + a + b;
+            let message = |a: usize, b: usize| elements(salt + b as u32, a, count(a, b));
+            let counts: Vec<usize> = (0..world).map(|r| count(me, r)).collect();
+            let mut x: Vec<u32> = (0..world).flat_map(|r| message(me, r)).collect();
+            comm.all_to_all_v_in_place(&mut x, &counts)?;
+            let expected: Vec<u32> = (0..world).flat_map(|r| message(r, me)).collect();
+            check(&x, &expected, "all_to_all_v_in_place");
         }
         _ => {
             let work = comm.start(mine, |comm, x| comm.all_reduce(x, ReduceOp::Sum))?;

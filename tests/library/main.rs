@@ -3,9 +3,13 @@
 mod common;
 mod conformance;
 mod faults;
+mod fused;
 mod groups;
 mod job;
+mod limits;
 mod mismatch;
 mod processes;
+mod survivors;
 #[cfg(feature = "tcp")]
 mod tcp;
+mod tuning;

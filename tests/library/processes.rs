@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::faults;
 use crate::job::{Job, run_rank};
+use crate::{faults, limits, survivors, tuning};
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
 
@@ -22,6 +22,16 @@ fn rank_process() {
         ("mismatch", mismatch),
         ("struck", faults::struck),
         ("late", faults::late),
+        ("many_calls", limits::many_calls),
+        ("tiny_dev_shm", limits::tiny_dev_shm),
+        ("cramped", limits::cramped),
+        ("few_files", limits::few_files),
+        ("bystander", survivors::bystander),
+        ("dwindle", survivors::dwindle),
+        ("undecided", survivors::undecided),
+        ("indirect", survivors::indirect),
+        ("tuned", tuning::tuned),
+        ("tuned threads", tuning::tuned_threads),
         ("join", || {
             println!("{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()))
         }),

@@ -19,6 +19,15 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A file could not be written.
+    #[error("can't write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+
     /// Something that must be JSON isn't.
     #[error("{what} is not valid JSON: {source}")]
     Json {

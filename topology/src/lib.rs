@@ -1,4 +1,4 @@
-//! Reads a model's own files and plans how to shard it over tensor-parallel ranks.
+//! Reads a model's own files and plans how to shard it over tensor-parallel ranks; knows the machine they run on.
 //!
 //! ```text
 //! config.json, *.safetensors ──> model ──> shard (rules) ──> plan ──> JSON, a runtime
@@ -10,8 +10,11 @@
 //! * [`cost`]: what an exchange and a decode step are expected to take.
 //! * [`plan`]: which rank holds what. [`Planner`] makes a [`Plan`]; a [`Plan`] is plain data.
 //!
-//! Nothing here talks to a peer, and apart from reading `config.json` and the safetensors headers nothing
-//! does I/O.
+//! * [`discover`]: what the machine is, read from procfs and sysfs.
+//! * [`table`]: what was measured on the machine about the collectives, kept in a file.
+//!
+//! Nothing here talks to a peer. Reading `config.json` and the safetensors headers, [`discover`] and [`table`]'s
+//! file are all its I/O.
 //!
 //! ```
 //! use tensorwire_topology::{ModelSpec, Planner};
@@ -39,10 +42,12 @@
 #![forbid(unsafe_code)]
 
 pub mod cost;
+pub mod discover;
 mod error;
 pub mod model;
 pub mod plan;
 pub mod shard;
+pub mod table;
 
 pub use error::{Error, Result};
 pub use model::ModelSpec;

@@ -5,15 +5,15 @@ use std::ops::{Deref, DerefMut, Range};
 use tensorwire::collectives::reduce::Kernels;
 use tensorwire::{Communicator, DType, Element, Error, ReduceOp, Symmetric};
 
+use super::Buffer;
 use super::collective::{Collective, Lengths};
-use super::{Args, Buffer};
 
 /// Elements whose right value is worked out at once.
 const CHUNK: usize = 4096;
 
 const PAGE: usize = 4096;
 
-pub(super) struct Case<'a, T> {
+pub(crate) struct Case<'a, T> {
     comm: &'a Communicator,
     collective: Collective,
     reduce: ReduceOp,
@@ -79,17 +79,28 @@ impl<T: Element> DerefMut for Input<T> {
 
 impl<'a, T: Element> Case<'a, T> {
     /// Buffers of zeros for `bytes`, which make whole blocks.
-    pub(super) fn new(comm: &'a Communicator, args: &Args, bytes: usize) -> tensorwire::Result<Case<'a, T>> {
+    pub(crate) fn new(
+        comm: &'a Communicator,
+        collective: Collective,
+        reduce: ReduceOp,
+        buffer: Buffer,
+        bytes: usize,
+    ) -> tensorwire::Result<Case<'a, T>> {
         let count = bytes / size_of::<T>();
-        let lengths = args.collective.lengths(count, comm.rank(), comm.world());
+        let lengths = collective.lengths(count, comm.rank(), comm.world());
         let Lengths { input, output } = lengths
             .ok_or_else(|| Error::InvalidArgument(format!("{bytes} bytes are more than memory holds")))?;
-        let input = match args.buffer {
+        let input = match buffer {
             Buffer::User => Input::User(Aligned::new(input)),
             Buffer::Symmetric => Input::Symmetric(comm.symmetric(input)?),
         };
         let output = Aligned::new(output);
-        Ok(Case { comm, collective: args.collective, reduce: args.op, input, output })
+        Ok(Case { comm, collective, reduce, input, output })
+    }
+
+    /// Calls over `comm` from now on, which has the same ranks; not for symmetric buffers.
+    pub(crate) fn over(&mut self, comm: &'a Communicator) {
+        self.comm = comm;
     }
 
     #[inline]
@@ -120,7 +131,7 @@ impl<'a, T: Element> Case<'a, T> {
     /// element that is wrong, if any. Leaves zeros.
     ///
     /// `round` makes other values, so that nothing left from an earlier call can pass for right.
-    pub(super) fn first_wrong(&mut self, round: u64) -> tensorwire::Result<Option<usize>> {
+    pub(crate) fn first_wrong(&mut self, round: u64) -> tensorwire::Result<Option<usize>> {
         let rank = self.comm.rank();
         for (i, x) in self.input.iter_mut().enumerate() {
             *x = sample(round, rank, i);
@@ -224,28 +235,20 @@ fn sample<T: Element>(round: u64, rank: usize, i: usize) -> T {
 
 #[cfg(test)]
 mod tests {
-    use clap::{Parser, ValueEnum};
+    use clap::ValueEnum;
 
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: Args,
-    }
-
     fn check(collective: Collective, world: usize, spoil: bool) -> Vec<Option<usize>> {
-        let args = Line::parse_from(["bench"]).args;
-        let args = Args { collective, ..args };
         let bytes = collective.whole_blocks(40_000, 4, world).unwrap();
         std::thread::scope(|s| {
             let comms = Communicator::in_process(world).unwrap();
             let started: Vec<_> = comms
                 .into_iter()
                 .map(|comm| {
-                    let args = &args;
                     s.spawn(move || {
-                        let mut case = Case::<f32>::new(&comm, args, bytes).unwrap();
+                        let mut case =
+                            Case::<f32>::new(&comm, collective, ReduceOp::Sum, Buffer::User, bytes).unwrap();
                         // A rank that works on another round's values makes the others' results wrong.
                         let round = if spoil && comm.rank() == 0 { 7 } else { 1 };
                         let wrong = case.first_wrong(round).unwrap();

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 /// A collective that can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
-pub(super) enum Collective {
+pub(crate) enum Collective {
     AllReduce,
     AllGather,
     ReduceScatter,

@@ -8,21 +8,21 @@ mod rank;
 mod report;
 
 use std::io::{self, Write};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::{ValueEnum, value_parser};
-use tensorwire::transports::launch::{Stream, Transport};
+use tensorwire::transports::launch::Transport;
 use tensorwire::{Algorithm, DType, ReduceOp};
 
 use crate::failure::{Failure, ranks};
-use crate::job::Job;
-use crate::launch::describe;
-use collective::{Collective, Lengths};
+use crate::launch::run_self;
+use collective::Lengths;
 use plot::PlotFile;
 use report::{Floor, Row, Table};
 
-pub(crate) use rank::main as rank_main;
+pub(crate) use case::Case;
+pub(crate) use collective::Collective;
+pub(crate) use rank::{batch, main as rank_main};
 
 /// The hidden command that one rank runs.
 pub(crate) const RANK_COMMAND: &str = "__bench-rank";
@@ -80,7 +80,7 @@ pub(crate) struct Args {
     #[arg(long)]
     touch: bool,
 
-    /// Force an algorithm of all_reduce and reduce: inline, one_shot or two_shot
+    /// Force an algorithm of all_reduce and reduce: inline, one_shot, two_shot, or symmetric for such buffers
     #[arg(long, default_value = "auto", value_parser = algorithm)]
     algorithm: Choice,
 
@@ -104,7 +104,7 @@ pub(crate) struct Args {
 const DEFAULT_SIZES: &str = "8,64,512,4K,16K,64K,256K,1M,4M,16M,64M";
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-enum Buffer {
+pub(crate) enum Buffer {
     /// Ordinary process memory.
     User,
     /// Memory that every rank maps.
@@ -180,6 +180,9 @@ impl Args {
                 "{algorithm} is an algorithm of all_reduce and reduce, not of {collective}"
             ));
         }
+        if self.algorithm.0 == Some(Algorithm::Symmetric) && self.buffer != Buffer::Symmetric {
+            return refuse("the algorithm symmetric takes --buffer symmetric".into());
+        }
         let has_floor =
             collective == Collective::AllReduce && self.ranks == 2 && self.transport == Transport::Shm;
         if self.limit.is_some() && !(has_floor && dtype == DType::F32 && op == ReduceOp::Sum) {
@@ -246,10 +249,6 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
 
 /// Runs the ranks to their end, and prints each row as it comes.
 fn run_ranks(args: &Args, floor: &Floor) -> Result<Vec<Row>, Failure> {
-    let job = Job::new(args.ranks, args.transport)?;
-    let program = std::env::current_exe().map_err(|e| Failure::run(format!("finding this program: {e}")))?;
-    // The ranks parse the same command line.
-    let own: Vec<_> = std::env::args_os().skip(2).collect();
     let mut table = Table::new(args);
     let mut rows = Vec::new();
     let mut take = |line: &[u8]| {
@@ -260,33 +259,9 @@ fn run_ranks(args: &Args, floor: &Floor) -> Result<Vec<Row>, Failure> {
         rows.push(row);
         Ok(())
     };
-    let mut broken = None;
-    let outcome = job
-        .launcher(program)
-        .arg(RANK_COMMAND)
-        .args(own)
-        .forward_signals()
-        .on_line(|line| {
-            // What a failing rank says on standard error is part of the outcome.
-            if line.stream == Stream::Stderr {
-                return ControlFlow::Continue(());
-            }
-            match take(line.bytes) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(failure) => {
-                    broken = Some(failure);
-                    ControlFlow::Break(())
-                }
-            }
-        })
-        .run()
-        .map_err(Failure::run)?;
-    match (broken, describe(&outcome, args.ranks)) {
-        (Some(failure), _) => Err(failure),
-        (None, Some(why)) if outcome.exit_code() == 2 => Err(Failure::usage(why)),
-        (None, Some(why)) => Err(Failure::run(why)),
-        (None, None) => Ok(rows),
-    }
+    // The ranks parse the same command line.
+    run_self(RANK_COMMAND, std::env::args_os().skip(2), args.ranks, args.transport, &mut take)?;
+    Ok(rows)
 }
 
 #[cfg(test)]
@@ -333,6 +308,7 @@ mod tests {
             "--collective barrier --plot x.svg",
             "--collective all_gather --buffer symmetric",
             "--collective all_gather --algorithm two_shot",
+            "--algorithm symmetric",
             "--limit x --ranks 3",
             "--limit x --transport tcp",
             "--transport tcp --buffer symmetric",
@@ -344,6 +320,7 @@ mod tests {
         }
         for line in [
             "",
+            "--algorithm symmetric --buffer symmetric",
             "--transport tcp",
             "--collective all_gather --dtype i32 --op average",
             "--dtype u8 --op bit_xor --bytes 7",

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tensorwire::{Communicator, DType, Element, Error, ReduceOp};
+use tensorwire::{Communicator, DType, Element, Error};
 
 use super::case::Case;
 use super::collective::Collective;
@@ -56,10 +56,11 @@ fn measure<T: Element>(
 ) -> tensorwire::Result<Result<Row, String>> {
     let algorithm = match args.collective {
         _ if comm.world() == 1 => "none",
+        Collective::AllReduce if args.buffer == Buffer::Symmetric => comm.algorithm_symmetric(bytes)?.name(),
         Collective::AllReduce | Collective::Reduce => comm.algorithm(bytes)?.name(),
         _ => "direct",
     };
-    let mut case = Case::<T>::new(comm, args, bytes)?;
+    let mut case = Case::<T>::new(comm, args.collective, args.op, args.buffer, bytes)?;
     for round in 1..=2 {
         if let Some(i) = case.first_wrong(round)? {
             let (rank, what) = (comm.rank(), args.collective);
@@ -105,7 +106,7 @@ fn measure<T: Element>(
 }
 
 /// The slowest rank's mean seconds a call.
-fn batch<T: Element>(
+pub(crate) fn batch<T: Element>(
     case: &mut Case<'_, T>,
     comm: &Communicator,
     touch: bool,
@@ -148,9 +149,9 @@ fn percentiles<T: Element, const N: usize>(
     Ok(found)
 }
 
-/// The largest of all ranks' times, in seconds.
+/// The largest of all ranks' times, in seconds: gathered, as a forced algorithm might not carry it.
 fn slowest(comm: &Communicator, seconds: f64) -> tensorwire::Result<f64> {
-    let mut x = [seconds];
-    comm.all_reduce(&mut x, ReduceOp::Max)?;
-    Ok(x[0])
+    let mut all = vec![0.0; comm.world()];
+    comm.all_gather(&[seconds], &mut all)?;
+    Ok(all.into_iter().fold(seconds, f64::max))
 }

@@ -38,7 +38,7 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(bytes, self.world)?;
+            let algorithm = state.choose(bytes)?;
             with_engine!(state.engine, |engine| engine
                 .run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None)))
         })
@@ -51,15 +51,24 @@ impl Communicator {
     /// As for [`all_reduce`](Communicator::all_reduce), and if `root` is no rank.
     pub fn reduce<T: Element>(&self, buf: &mut [T], op: ReduceOp, root: usize) -> Result<()> {
         let root = self.root("reduce", root)?;
-        let call = Call { reduce: Some(op), root: Some(root as u32), ..call::<T>(Op::Reduce, buf.len()) };
+        self.reduce_bytes::<T>(Buffers::in_place(bytemuck::cast_slice_mut(buf)), op, root)
+    }
+
+    pub(super) fn reduce_bytes<T: Element>(
+        &self,
+        data: Buffers<'_>,
+        op: ReduceOp,
+        root: usize,
+    ) -> Result<()> {
+        let count = data.len() / size_of::<T>();
+        let call = Call { reduce: Some(op), root: Some(root as u32), ..call::<T>(Op::Reduce, count) };
         let reduction = Reduction::new(T::DTYPE, op)?;
-        let data = Buffers::in_place(bytemuck::cast_slice_mut(buf));
         if self.world == 1 {
             reduction.alone(data);
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(data.output.len(), self.world)?;
+            let algorithm = state.choose(data.len())?;
             with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_reduce(
                 data,
                 &reduction,
@@ -147,7 +156,7 @@ impl Communicator {
             output.copy_from_slice(input);
             return Ok(());
         }
-        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
+        let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
         self.run(|state| {
             with_engine!(state.engine, |engine| engine
                 .run(call, |engine| engine.all_gather(input, output, block, root)))
@@ -205,7 +214,7 @@ impl Communicator {
             output.copy_from_slice(input);
             return Ok(());
         }
-        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
+        let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
         self.run(|state| {
             with_engine!(state.engine, |engine| engine
                 .run(call, |engine| engine.scatter(input, output, block, root)))
@@ -259,9 +268,9 @@ impl Communicator {
         block: impl Fn(usize) -> Range<usize>,
     ) -> Result<()> {
         let reduction = Reduction::new(T::DTYPE, op)?;
-        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
+        let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
         if self.world == 1 {
-            reduction.alone(Buffers { input: Some(input), output });
+            reduction.alone(Buffers { input, output });
             return Ok(());
         }
         self.run(|state| {
@@ -276,13 +285,23 @@ impl Communicator {
     /// [`Error::InvalidArgument`] if `root` is no rank; else see [`Communicator`].
     pub fn broadcast<T: Element>(&self, buf: &mut [T], root: usize) -> Result<()> {
         let root = self.root("broadcast", root)?;
-        let call = Call { root: Some(root as u32), ..call::<T>(Op::Broadcast, buf.len()) };
         if self.world == 1 {
             return Ok(());
         }
-        let bytes = bytemuck::cast_slice_mut(buf);
+        self.broadcast_bytes::<T>(None, bytemuck::cast_slice_mut(buf), root)
+    }
+
+    pub(super) fn broadcast_bytes<T: Element>(
+        &self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        root: usize,
+    ) -> Result<()> {
+        let call =
+            Call { root: Some(root as u32), ..call::<T>(Op::Broadcast, output.len() / size_of::<T>()) };
         self.run(|state| {
-            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.broadcast(bytes, root)))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.broadcast(input, output, root)))
         })
     }
 
@@ -297,7 +316,7 @@ impl Communicator {
         let count = input.len() / self.world;
         self.expect("all_to_all: input", "a multiple of the world", Some(count * self.world), input.len())?;
         let call = call::<T>(Op::AllToAll, input.len());
-        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
+        let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
         let block = equal::<T>(count);
         self.run(|state| {
             let longest = count * size_of::<T>();
@@ -325,7 +344,7 @@ impl Communicator {
         self.expect("all_to_all_v: output", "the sum of receive_counts", Some(receives.total), output.len())?;
         // The counts differ between ranks: the engine compares them pair by pair.
         let call = Call { layout: 1, ..call::<T>(Op::AllToAll, 0) };
-        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
+        let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
         self.run(|state| {
             with_engine!(state.engine, |engine| engine.run(call, |engine| {
                 let longest = engine.agree_on_counts(&sends.lengths(), &receives.lengths())? as usize;
@@ -389,7 +408,7 @@ impl Communicator {
         Err(Error::invalid(format!("rank {}: {what} has {got} elements, not {expected} ({rule})", self.rank)))
     }
 
-    fn root(&self, what: &str, root: usize) -> Result<usize> {
+    pub(super) fn root(&self, what: &str, root: usize) -> Result<usize> {
         if root < self.world {
             return Ok(root);
         }
@@ -414,23 +433,23 @@ pub(super) fn call<T: Element>(op: Op, count: usize) -> Call {
 }
 
 /// The bytes of block `r` of equal blocks of `count` elements.
-fn equal<T: Element>(count: usize) -> impl Fn(usize) -> Range<usize> {
+pub(super) fn equal<T: Element>(count: usize) -> impl Fn(usize) -> Range<usize> {
     let bytes = count * size_of::<T>();
     move |r| r * bytes..(r + 1) * bytes
 }
 
 /// Blocks of differing lengths, one a rank, one after the other.
-struct Blocks {
+pub(super) struct Blocks {
     /// Where each ends, in bytes.
     ends: Vec<usize>,
     /// Elements in all.
-    total: usize,
+    pub(super) total: usize,
     /// Never 0, so that ranks that disagree on the counts are found out.
-    digest: u32,
+    pub(super) digest: u32,
 }
 
 impl Blocks {
-    fn new<T: Element>(comm: &Communicator, what: &str, counts: &[usize]) -> Result<Blocks> {
+    pub(super) fn new<T: Element>(comm: &Communicator, what: &str, counts: &[usize]) -> Result<Blocks> {
         comm.expect(&format!("{what}: counts"), "one a rank", Some(comm.world), counts.len())?;
         let mut digest: u64 = 0xcbf2_9ce4_8422_2325;
         let (mut ends, mut total) = (Vec::with_capacity(counts.len()), 0usize);
@@ -452,11 +471,11 @@ impl Blocks {
     }
 
     /// The bytes of block `r`.
-    fn of(&self, r: usize) -> Range<usize> {
+    pub(super) fn of(&self, r: usize) -> Range<usize> {
         if r == 0 { 0..self.ends[0] } else { self.ends[r - 1]..self.ends[r] }
     }
 
-    fn lengths(&self) -> Vec<u64> {
+    pub(super) fn lengths(&self) -> Vec<u64> {
         (0..self.ends.len()).map(|r| self.of(r).len() as u64).collect()
     }
 }

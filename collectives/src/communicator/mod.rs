@@ -1,7 +1,9 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
 mod collectives;
+mod fused;
 mod groups;
+mod placement;
 mod prepared;
 mod symmetric;
 mod work;
@@ -18,7 +20,7 @@ use tensorwire_transports::tcp;
 #[cfg(feature = "tcp")]
 use crate::engine::NetEngine;
 use crate::engine::{Either, Engine};
-use crate::select::Algorithm;
+use crate::select::{Algorithm, tuned};
 
 pub use prepared::AllReducePlan;
 pub use symmetric::Symmetric;
@@ -112,7 +114,7 @@ impl Communicator {
             Rendezvous::Store(address) => UnixStore::connect(address, deadline)?,
             Rendezvous::Job(job) => UnixStore::of_job(job, env.rank, deadline)?,
         };
-        let group = shm::join(env.rank, env.world, &store, &options)?;
+        let group = shm::join(env.rank, env.world, &store, &tuned(&options, env.rank))?;
         Ok(Communicator::over(Either::Shm(Engine::new(group)), Some(Box::new(store))))
     }
 
@@ -156,7 +158,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::Config`] for a rank outside the world; [`Error::Rendezvous`] if the other ranks don't come.
     pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> Result<Communicator> {
-        let group = shm::join(rank, world, store, options)?;
+        let group = shm::join(rank, world, store, &tuned(options, rank))?;
         Ok(Communicator::over(Either::Shm(Engine::new(group)), None))
     }
 
@@ -173,7 +175,7 @@ impl Communicator {
     /// # Errors
     /// As for [`in_process`](Communicator::in_process), and for options that can't be had.
     pub fn in_process_with(world: usize, options: &Options) -> Result<Vec<Communicator>> {
-        Ok(shm::in_process(world, options)?
+        Ok(shm::in_process(world, &tuned(options, 0))?
             .into_iter()
             .map(|group| Communicator::over(Either::Shm(Engine::new(group)), None))
             .collect())
@@ -229,7 +231,8 @@ impl Communicator {
         Ok(())
     }
 
-    /// The algorithm that an all-reduce of `bytes` takes.
+    /// The algorithm that an all-reduce of `bytes` takes. What it is chosen by is the same on every rank: what
+    /// [`Options`] give rank 0, or the table that `tensorwire topo --probe` made on rank 0's machine, or constants.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the one set by [`set_algorithm`](Communicator::set_algorithm) can't carry
@@ -237,7 +240,17 @@ impl Communicator {
     pub fn algorithm(&self, bytes: usize) -> Result<Algorithm> {
         let rank = self.rank;
         let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
-        state.choose(bytes, self.world)
+        state.choose(bytes)
+    }
+
+    /// The algorithm that an all-reduce of `bytes` in a [`Symmetric`] buffer takes.
+    ///
+    /// # Errors
+    /// As for [`algorithm`](Communicator::algorithm).
+    pub fn algorithm_symmetric(&self, bytes: usize) -> Result<Algorithm> {
+        let rank = self.rank;
+        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        state.choose_symmetric(bytes)
     }
 
     /// Runs `body` alone, unless the group has failed; if it fails, no further call will run.
@@ -265,21 +278,34 @@ impl Communicator {
 
 impl State {
     #[inline]
-    fn choose(&self, bytes: usize, world: usize) -> Result<Algorithm> {
-        let (slot, best) = match &self.engine {
-            Either::Shm(engine) => {
-                let slot = engine.slot_bytes();
-                (slot, Algorithm::all_reduce(bytes, world, slot))
+    fn choose(&self, bytes: usize) -> Result<Algorithm> {
+        match self.algorithm {
+            None => Ok(match &self.engine {
+                Either::Shm(engine) => engine.selection.all_reduce(bytes),
+                #[cfg(feature = "tcp")]
+                Either::Tcp(engine) => engine.choose(bytes),
+            }),
+            Some(Algorithm::Symmetric) => {
+                Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"))
             }
+            Some(forced) => self.forced(forced, bytes),
+        }
+    }
+
+    #[inline]
+    fn choose_symmetric(&self, bytes: usize) -> Result<Algorithm> {
+        match (self.algorithm, &self.engine) {
+            (Some(forced), _) => self.forced(forced, bytes),
+            (None, Either::Shm(engine)) => Ok(engine.selection.symmetric(bytes)),
             #[cfg(feature = "tcp")]
-            Either::Tcp(engine) => (usize::MAX, engine.choose(bytes)),
-        };
-        let Some(forced) = self.algorithm else { return Ok(best) };
-        if bytes > forced.limit(slot) {
-            return Err(Error::invalid(format!(
-                "{forced} carries at most {} bytes, not {bytes}",
-                forced.limit(slot)
-            )));
+            (None, Either::Tcp(_)) => Err(Error::invalid("a group over TCP has no symmetric buffers")),
+        }
+    }
+
+    fn forced(&self, forced: Algorithm, bytes: usize) -> Result<Algorithm> {
+        let limit = forced.limit();
+        if bytes > limit {
+            return Err(Error::invalid(format!("{forced} carries at most {limit} bytes, not {bytes}")));
         }
         Ok(forced)
     }

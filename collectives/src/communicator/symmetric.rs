@@ -9,7 +9,7 @@ use tensorwire_transports::shm::{Failure, Region};
 
 use super::collectives::call;
 use super::{Communicator, State};
-use crate::engine::{Either, Engine, Reduction};
+use crate::engine::{Buffers, Either, Engine, Reduction};
 use crate::select::Algorithm;
 
 /// A rank's block of memory that every rank of its communicator maps, so that a collective on it need not copy
@@ -49,7 +49,8 @@ impl<T: Element> DerefMut for Symmetric<T> {
 }
 
 impl Communicator {
-    /// A buffer of `len` zeros that every rank of the host maps. Every rank calls it with the same length.
+    /// A buffer of `len` zeros that every rank of the host maps. Every rank calls it with the same length. From 1 MiB
+    /// on it is made of huge pages where the system has them, and takes a multiple of 2 MiB.
     ///
     /// ```
     /// # use tensorwire_collectives::Communicator;
@@ -88,18 +89,26 @@ impl Communicator {
     pub fn all_reduce_symmetric<T: Element>(&self, buf: &mut Symmetric<T>, op: ReduceOp) -> Result<()> {
         let reduction = Reduction::new(T::DTYPE, op)?;
         let bytes = buf.len * size_of::<T>();
-        // What is small travels in the flag or a slot, as from any other memory.
-        if self.world == 1 || Algorithm::all_reduce(bytes, self.world, usize::MAX) != Algorithm::TwoShot {
+        if self.world == 1 {
             return self.all_reduce(buf, op);
         }
-        let call = Call { reduce: Some(op), layout: SYMMETRIC, ..call::<T>(Op::AllReduce, buf.len) };
+        let call = Call { reduce: Some(op), ..call::<T>(Op::AllReduce, buf.len) };
         self.run(|state| {
+            let algorithm = state.choose_symmetric(bytes)?;
             let engine = self.shared_memory(state)?;
             if !engine.group.owns(&buf.region) {
                 let what = format!("rank {}: the symmetric buffer is another communicator's", self.rank);
                 return Err(Error::invalid(what).into());
             }
-            engine.run(call, |engine| engine.all_reduce_symmetric(&buf.region, bytes, &reduction))
+            if algorithm == Algorithm::Symmetric {
+                // Two ranks with different buffers don't make the same call.
+                let call = Call { layout: buf.region.id(), ..call };
+                let run = |engine: &mut Engine| engine.all_reduce_symmetric(&buf.region, bytes, &reduction);
+                return engine.run(call, run);
+            }
+            // It travels in the flag or the slots, as from any other memory.
+            let data = Buffers::in_place(bytemuck::cast_slice_mut(buf));
+            engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None))
         })
     }
 
@@ -115,6 +124,3 @@ impl Communicator {
         }
     }
 }
-
-/// Tells an all-reduce of a symmetric buffer from one of ordinary memory, which takes other steps.
-const SYMMETRIC: u32 = 1;

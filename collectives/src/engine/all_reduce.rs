@@ -5,7 +5,7 @@ use std::ops::Range;
 use tensorwire_transports::shm::Failure;
 
 use super::copy::copy_from_peer;
-use super::{Buffers, CHUNK, Engine, REDUCE_BLOCK, Reduction};
+use super::{Buffers, Engine, REDUCE_BLOCK, Reduction};
 use crate::schedule::{Pieces, part};
 use crate::select::Algorithm;
 
@@ -19,11 +19,26 @@ impl Engine {
         algorithm: Algorithm,
         root: Option<usize>,
     ) -> Result<(), Failure> {
+        self.all_reduce_then(data, r, algorithm, root, |_, _| {})
+    }
+
+    /// As [`all_reduce`](Engine::all_reduce). Calls `arrived` with the output and how many of its bytes are the
+    /// result, whenever there are more.
+    #[inline]
+    pub(super) fn all_reduce_then(
+        &mut self,
+        data: Buffers<'_>,
+        r: &Reduction,
+        algorithm: Algorithm,
+        root: Option<usize>,
+        arrived: impl FnMut(&mut [u8], usize),
+    ) -> Result<(), Failure> {
         self.group.note(algorithm.label());
         match algorithm {
-            Algorithm::Inline => self.all_reduce_one_step(data, r, root, true),
-            Algorithm::OneShot => self.all_reduce_one_step(data, r, root, false),
-            Algorithm::TwoShot => self.all_reduce_two_shot(data, r, root),
+            Algorithm::Inline => self.all_reduce_inline(data, r, root, arrived),
+            Algorithm::OneShot => self.all_reduce_one_shot(data, r, root, arrived),
+            // Memory that no peer maps goes through the slots.
+            Algorithm::TwoShot | Algorithm::Symmetric => self.all_reduce_two_shot(data, r, root, arrived),
         }
     }
 
@@ -31,31 +46,71 @@ impl Engine {
         root.is_none_or(|root| root == self.group.rank())
     }
 
-    /// Each rank publishes its whole input, in the flag's cache line or its slot, and reduces everybody's.
+    /// Each rank publishes its whole input in the flag's cache line, and reduces everybody's.
     #[inline]
-    fn all_reduce_one_step(
+    fn all_reduce_inline(
         &mut self,
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
-        inline: bool,
+        mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
         let step = self.group.next_step()?;
-        if inline {
-            self.group.publish_inline(data.input());
-        } else {
-            self.group.slot()[..data.len()].copy_from_slice(data.input());
-            self.group.publish();
-            self.group.prefetch(data.len());
-        }
+        self.group.publish_inline(data.input());
         if self.wants(root) {
             self.group.wait_all(step)?;
-            let Engine { group, sources } = self;
+            let Engine { group, sources, .. } = self;
             let len = data.len();
-            data.reduce(r, 0..len, group.rank(), sources, |peer, _| match inline {
-                true => &group.peer_inline(peer, step)[..],
-                false => group.peer_slot(peer, step),
-            });
+            data.reduce(r, 0..len, group.rank(), sources, |peer, _| &group.peer_inline(peer, step)[..]);
+            arrived(data.output, len);
+        }
+        Ok(())
+    }
+
+    /// Each rank publishes its whole input, a chunk a step, and reduces everybody's, one step behind.
+    fn all_reduce_one_shot(
+        &mut self,
+        mut data: Buffers<'_>,
+        r: &Reduction,
+        root: Option<usize>,
+        mut arrived: impl FnMut(&mut [u8], usize),
+    ) -> Result<(), Failure> {
+        let (rank, size) = (self.group.rank(), r.dtype.size());
+        // The first chunk is reduced alone and the last one published alone: a few of them are worth more than few
+        // steps.
+        let chunk_bytes = (data.len() / 4).clamp(self.chunk / 2, self.chunk);
+        let chunks = Pieces::new(data.len() / size, size, chunk_bytes);
+        self.group.use_slots(chunks.range(0).len() * size);
+        let count = chunks.count();
+        let bytes = |i: usize| {
+            let chunk = chunks.range(i);
+            chunk.start * size..chunk.end * size
+        };
+        let mut last = 0;
+        for t in 0..=count {
+            let before = last;
+            if t < count {
+                last = self.group.next_step()?;
+                let chunk = bytes(t);
+                self.group.slot()[..chunk.len()].copy_from_slice(&data.input()[chunk]);
+                if t == 0 {
+                    self.group.publish();
+                    self.group.prefetch(chunks.range(0).len() * size);
+                }
+            }
+            if t > 0 && self.wants(root) {
+                self.group.wait_all(before)?;
+                let Engine { group, sources, .. } = self;
+                data.reduce(r, bytes(t - 1), rank, sources, |peer, len| {
+                    &group.peer_slot(peer, before)[..len]
+                });
+            }
+            if t > 0 && t < count {
+                self.group.publish();
+            }
+            if t > 0 && self.wants(root) {
+                arrived(data.output, bytes(t - 1).end);
+            }
         }
         Ok(())
     }
@@ -67,12 +122,16 @@ impl Engine {
         mut data: Buffers<'_>,
         r: &Reduction,
         root: Option<usize>,
+        mut arrived: impl FnMut(&mut [u8], usize),
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let wanted = self.wants(root);
-        // A slot holds a chunk and, behind it, a reduced part, which is at most half a chunk and a line.
-        let chunk_bytes = CHUNK.min(self.group.slot_bytes() / 2) / 64 * 64;
+        // A slot holds a chunk and, behind it, a reduced part, which is at most half a chunk and a line. Both together
+        // are what a step moves.
+        let chunk_bytes = (self.chunk / 2).min(self.group.slot_bytes() / 2) / 64 * 64;
         let chunks = Pieces::new(data.len() / size, size, chunk_bytes);
+        let reduced_bytes = part(chunks.range(0).len(), size, world, 0).len() * size;
+        self.group.use_slots(chunk_bytes + reduced_bytes);
         // The bytes of the buffer that are `who`'s part of chunk `i`.
         let part_of = |i: usize, who: usize| {
             let chunk = chunks.range(i);
@@ -112,6 +171,9 @@ impl Engine {
             if t <= count {
                 self.group.publish();
             }
+            if t > 1 && wanted {
+                arrived(data.output, chunks.range(t - 2).end * size);
+            }
         }
         Ok(())
     }
@@ -130,7 +192,7 @@ impl Engine {
         root: Option<usize>,
     ) {
         let wanted = self.wants(root);
-        let Engine { group, sources } = self;
+        let Engine { group, sources, .. } = self;
         let rank = group.rank();
         for at in part.clone().step_by(REDUCE_BLOCK) {
             let block = at..(at + REDUCE_BLOCK).min(part.end);

@@ -5,16 +5,16 @@ use std::ops::Range;
 use tensorwire_core::Error;
 use tensorwire_transports::shm::{Failure, INLINE};
 
-use super::copy::copy_from_peer;
-use super::{Buffers, CHUNK, Engine, Reduction};
+use super::copy::copy_for;
+use super::{Buffers, Engine, Reduction};
 use crate::schedule::Pieces;
 
 impl Engine {
     /// `block(r)` are the bytes of `output` that rank `r`'s `input` becomes, on every rank or on `root` alone,
-    /// whose `output` alone is looked at then.
+    /// whose `output` alone is looked at then. Without an input, the rank's block of its `output` is it.
     pub(crate) fn all_gather(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         root: Option<usize>,
@@ -24,9 +24,11 @@ impl Engine {
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
         if longest <= INLINE {
             let step = self.group.next_step()?;
-            self.group.publish_inline(input);
+            self.group.publish_inline(input.unwrap_or_else(|| &output[block(rank)]));
             if wanted {
-                output[block(rank)].copy_from_slice(input);
+                if let Some(input) = input {
+                    output[block(rank)].copy_from_slice(input);
+                }
                 self.group.wait_all(step)?;
                 for who in self.peers() {
                     let to = &mut output[block(who)];
@@ -35,26 +37,27 @@ impl Engine {
             }
             return Ok(());
         }
-        let chunk = CHUNK.min(self.slot_bytes());
+        let (chunk, copy) = (self.chunk, copy_for(output.len()));
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
+        self.group.use_slots(chunk.min(longest));
         self.rounds(
             Pieces::new(longest, 1, chunk).count(),
             |_| wanted,
-            |engine, write| {
-                let own = &input[pieces(rank).range(write)];
+            |engine, output, write| {
+                let own = &input.unwrap_or_else(|| &output[block(rank)])[pieces(rank).range(write)];
                 engine.group.slot()[..own.len()].copy_from_slice(own);
             },
             |output, written| {
-                if wanted {
+                if let (true, Some(input)) = (wanted, input) {
                     let (piece, start) = (pieces(rank).range(written), block(rank).start);
-                    output[start + piece.start..start + piece.end].copy_from_slice(&input[piece]);
+                    copy(&mut output[start + piece.start..start + piece.end], &input[piece]);
                 }
             },
             |engine, output, read, step| {
                 for who in engine.peers().filter(|_| wanted) {
                     let (piece, start) = (pieces(who).range(read), block(who).start);
                     let from = &engine.group.peer_slot(who, step)[..piece.len()];
-                    copy_from_peer(&mut output[start + piece.start..start + piece.end], from);
+                    copy(&mut output[start + piece.start..start + piece.end], from);
                 }
             },
             output,
@@ -62,22 +65,23 @@ impl Engine {
     }
 
     /// `block(r)` are the bytes of `root`'s `input` that become rank `r`'s `output`; no other `input` is looked
-    /// at.
+    /// at. Without an input, the root's `output` is it, of which nothing changes.
     pub(crate) fn scatter(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         root: usize,
     ) -> Result<(), Failure> {
         let (rank, world) = (self.group.rank(), self.group.world());
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
-        let room = self.room();
+        let (room, copy) = (self.room(longest), copy_for(output.len()));
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, room);
         self.rounds(
             Pieces::new(longest, 1, room).count(),
             |who| who == root,
-            |engine, write| {
+            |engine, output, write| {
+                let input = input.unwrap_or(output);
                 for who in engine.peers().filter(|_| rank == root) {
                     let (piece, from) = (pieces(who).range(write), block(who).start);
                     let to = &mut engine.group.slot()[who * room..][..piece.len()];
@@ -85,15 +89,15 @@ impl Engine {
                 }
             },
             |output, written| {
-                if rank == root {
+                if let (true, Some(input)) = (rank == root, input) {
                     let (piece, from) = (pieces(rank).range(written), block(rank).start);
-                    output[piece.clone()].copy_from_slice(&input[from + piece.start..from + piece.end]);
+                    copy(&mut output[piece.clone()], &input[from + piece.start..from + piece.end]);
                 }
             },
             |engine, output, read, step| {
                 if rank != root {
                     let to = &mut output[pieces(rank).range(read)];
-                    copy_from_peer(to, &engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
+                    copy(to, &engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
                 }
             },
             output,
@@ -101,21 +105,23 @@ impl Engine {
     }
 
     /// `sends(r)` are the bytes of `input` that go to rank `r`, `receives(r)` those of `output` that come from
-    /// it; `longest` is the most that any rank sends to any.
+    /// it; `longest` is the most that any rank sends to any. Without an input, `output` is it, and `receives` what
+    /// `sends` is.
     pub(crate) fn all_to_all(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         sends: impl Fn(usize) -> Range<usize>,
         receives: impl Fn(usize) -> Range<usize>,
         longest: usize,
     ) -> Result<(), Failure> {
         let rank = self.group.rank();
-        let room = self.room();
+        let (room, copy) = (self.room(longest), copy_for(output.len()));
         self.rounds(
             Pieces::new(longest, 1, room).count(),
             |_| true,
-            |engine, write| {
+            |engine, output, write| {
+                let input = input.unwrap_or(output);
                 for who in engine.peers() {
                     let block = sends(who);
                     let piece = Pieces::new(block.len(), 1, room).range(write);
@@ -124,17 +130,18 @@ impl Engine {
                 }
             },
             |output, written| {
+                let Some(input) = input else { return };
                 let (from, to) = (sends(rank).start, receives(rank).start);
                 let piece = Pieces::new(sends(rank).len(), 1, room).range(written);
-                output[to + piece.start..to + piece.end]
-                    .copy_from_slice(&input[from + piece.start..from + piece.end]);
+                let own = &input[from + piece.start..from + piece.end];
+                copy(&mut output[to + piece.start..to + piece.end], own);
             },
             |engine, output, read, step| {
                 for who in engine.peers() {
                     let block = receives(who);
                     let piece = Pieces::new(block.len(), 1, room).range(read);
                     let to = &mut output[block.start + piece.start..block.start + piece.end];
-                    copy_from_peer(to, &engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
+                    copy(to, &engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
                 }
             },
             output,
@@ -146,6 +153,7 @@ impl Engine {
     pub(crate) fn agree_on_counts(&mut self, sends: &[u64], expects: &[u64]) -> Result<u64, Failure> {
         let step = self.group.next_step()?;
         let bytes = bytemuck::cast_slice::<u64, u8>(sends);
+        self.group.use_slots(bytes.len());
         self.group.slot()[..bytes.len()].copy_from_slice(bytes);
         self.group.publish();
         self.group.wait_all(step)?;
@@ -163,17 +171,18 @@ impl Engine {
         Ok(most)
     }
 
-    /// Block `block(r)` of the input is reduced into rank `r`'s `output`.
+    /// Block `block(r)` of the input is reduced into rank `r`'s `output`. Without an input, `output` is it, and
+    /// the rank's block of it is reduced where it lies.
     pub(crate) fn reduce_scatter(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         r: &Reduction,
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
-        let room = self.room();
+        let room = self.room(longest);
         // The bytes of piece `i` of a block.
         let piece = |block: &Range<usize>, i: usize| {
             let p = Pieces::new(block.len() / size, size, room).range(i);
@@ -182,7 +191,8 @@ impl Engine {
         self.rounds(
             Pieces::new(longest / size, size, room).count(),
             |_| true,
-            |engine, write| {
+            |engine, output, write| {
+                let input = input.unwrap_or(output);
                 for who in engine.peers() {
                     let block = block(who);
                     let piece = piece(&block, write);
@@ -192,9 +202,12 @@ impl Engine {
             },
             |_, _| {},
             |engine, output, read, step| {
-                let Engine { group, sources } = engine;
+                let Engine { group, sources, .. } = engine;
                 let own = piece(&block(rank), read);
-                let mut data = Buffers { input: Some(&input[block(rank)]), output };
+                let mut data = match input {
+                    Some(input) => Buffers { input: Some(&input[block(rank)]), output },
+                    None => Buffers::in_place(&mut output[block(rank)]),
+                };
                 data.reduce(r, own, rank, sources, |peer, len| {
                     &group.peer_slot(peer, step)[rank * room..][..len]
                 });
@@ -203,19 +216,31 @@ impl Engine {
         )
     }
 
-    pub(crate) fn broadcast(&mut self, buf: &mut [u8], root: usize) -> Result<(), Failure> {
-        let pieces = Pieces::new(buf.len(), 1, CHUNK.min(self.slot_bytes()));
+    /// Copies `root`'s input, or without one its `output`, into every rank's `output`.
+    pub(crate) fn broadcast(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        root: usize,
+    ) -> Result<(), Failure> {
+        let (pieces, copy) = (Pieces::new(output.len(), 1, self.chunk), copy_for(output.len()));
+        self.group.use_slots(pieces.range(0).len());
         // An empty broadcast is a step too: it shows whether the ranks agree.
         for i in 0..pieces.count().max(1) {
-            let piece = &mut buf[pieces.range(i)];
+            let own = input.map(|input| &input[pieces.range(i)]);
+            let piece = &mut output[pieces.range(i)];
             let step = self.group.next_step()?;
             let inline = piece.len() <= INLINE;
             if self.group.rank() == root {
+                let from = own.unwrap_or(piece);
                 if inline {
-                    self.group.publish_inline(piece);
+                    self.group.publish_inline(from);
                 } else {
-                    self.group.slot()[..piece.len()].copy_from_slice(piece);
+                    self.group.slot()[..from.len()].copy_from_slice(from);
                     self.group.publish();
+                }
+                if let Some(own) = own {
+                    copy(piece, own);
                 }
             } else {
                 self.group.publish();
@@ -225,15 +250,19 @@ impl Engine {
                 } else {
                     self.group.peer_slot(root, step)
                 };
-                copy_from_peer(piece, &from[..piece.len()]);
+                copy(piece, &from[..piece.len()]);
             }
         }
         Ok(())
     }
 
-    /// Bytes of a slot for each rank, where a slot holds a piece for each, in whole cache lines.
-    fn room(&self) -> usize {
+    /// Bytes of a slot for each rank, where a slot holds a piece of up to `longest` bytes for each, in whole cache
+    /// lines. From here on the call uses slots of that many.
+    fn room(&mut self, longest: usize) -> usize {
         let world = self.group.world();
-        (CHUNK.min(self.slot_bytes()) / world / 64 * 64).max(64)
+        let most = (self.chunk / world / 64 * 64).max(64);
+        let room = longest.next_multiple_of(64).clamp(64, most);
+        self.group.use_slots(room * world);
+        room
     }
 }

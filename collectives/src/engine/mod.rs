@@ -7,6 +7,7 @@ mod all_reduce;
 mod blocks;
 mod copy;
 mod either;
+mod fused;
 #[cfg(feature = "tcp")]
 mod net;
 mod symmetric;
@@ -15,14 +16,12 @@ use tensorwire_core::{Call, DType, Error, ReduceOp};
 use tensorwire_transports::shm::{Failure, Group};
 
 use crate::reduce::{Kernel, Kernels};
+use crate::select::Selection;
 
 pub(crate) use either::{Either, with_engine};
+pub(crate) use fused::Epilogue;
 #[cfg(feature = "tcp")]
 pub(crate) use net::NetEngine;
-
-/// Bytes that a rank puts into one step of a pipelined collective: small enough for the copies to stay in the
-/// second-level cache, large enough for a step's latency not to matter.
-const CHUNK: usize = 256 << 10;
 
 /// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
 const REDUCE_BLOCK: usize = 16 << 10;
@@ -30,6 +29,9 @@ const REDUCE_BLOCK: usize = 16 << 10;
 #[derive(Debug)]
 pub(crate) struct Engine {
     pub(crate) group: Group,
+    pub(crate) selection: Selection,
+    /// Bytes that a rank puts into one step of a pipelined collective, at most; the same on every rank.
+    chunk: usize,
     /// Room for one pointer a rank, so that a call need not allocate.
     sources: Sources,
 }
@@ -64,7 +66,8 @@ impl Reduction {
     }
 }
 
-/// A rank's contribution and where its result goes: two buffers of one length, or one for both.
+/// A rank's contribution and where its result goes: two buffers of one length, or one for both. Where a rank gets
+/// no result, its output isn't looked at unless it is the contribution.
 #[derive(Debug)]
 pub(crate) struct Buffers<'a> {
     pub(crate) input: Option<&'a [u8]>,
@@ -82,8 +85,8 @@ impl Buffers<'_> {
     }
 
     #[inline]
-    fn len(&self) -> usize {
-        self.output.len()
+    pub(crate) fn len(&self) -> usize {
+        self.input().len()
     }
 
     /// Reduces the bytes `range` of this rank's contribution with the peers', in rank order, into the same
@@ -150,11 +153,9 @@ impl Reduction {
 impl Engine {
     pub(crate) fn new(group: Group) -> Engine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
-        Engine { group, sources }
-    }
-
-    pub(crate) fn slot_bytes(&self) -> usize {
-        self.group.slot_bytes()
+        let tuning = group.tuning();
+        let selection = Selection::new(&tuning);
+        Engine { chunk: tuning.chunk.min(group.slot_bytes()), selection, group, sources }
     }
 
     /// Runs `body` as the call `call`.
@@ -182,13 +183,14 @@ impl Engine {
     }
 
     /// `count` rounds in which ranks write their slots and read their peers', the reading one round behind the
-    /// writing. `write(i)` fills this rank's slot for round `i`; `meanwhile(i)` does what needs no peer once it
-    /// is published; `read(i, step)` uses what the ranks in `sources` wrote for it.
+    /// writing. `write(output, i)` fills this rank's slot for round `i`; `meanwhile(i)` does what needs no peer
+    /// once it is published; `read(i, step)` uses what the ranks in `sources` wrote for it. What round `i` reads
+    /// may lie where round `i` wrote from, which is how blocks are exchanged in place.
     fn rounds(
         &mut self,
         count: usize,
         sources: impl Fn(usize) -> bool,
-        mut write: impl FnMut(&mut Engine, usize),
+        mut write: impl FnMut(&mut Engine, &[u8], usize),
         mut meanwhile: impl FnMut(&mut [u8], usize),
         mut read: impl FnMut(&mut Engine, &mut [u8], usize, u64),
         output: &mut [u8],
@@ -199,7 +201,7 @@ impl Engine {
         for t in 0..=count {
             let step = if t < count { self.group.next_step()? } else { 0 };
             if t < count {
-                write(self, t);
+                write(self, output, t);
             }
             if t > 0 {
                 for who in self.peers().filter(|who| sources(*who)) {

@@ -1,12 +1,13 @@
 //! Runs the schedules of collectives over the connections of a [`TcpGroup`].
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use tensorwire_core::{Call, Error};
 use tensorwire_transports::shm::Failure;
 use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
 
-use super::{Buffers, Reduction, Sources};
+use super::{Buffers, Epilogue, Reduction, Sources};
 use crate::schedule::steps::{Rank, Step, Steps};
 use crate::schedule::{direct, tree};
 use crate::select::Algorithm;
@@ -101,52 +102,77 @@ impl NetEngine {
             Algorithm::Inline | Algorithm::OneShot => {
                 direct::one_shot(&mut self.steps, me, len, size, PIECE, root)
             }
-            Algorithm::TwoShot => direct::two_shot(&mut self.steps, me, len, size, PIECE, root),
+            Algorithm::TwoShot | Algorithm::Symmetric => {
+                direct::two_shot(&mut self.steps, me, len, size, PIECE, root)
+            }
         }
         self.execute(data, Some(r))
     }
 
+    /// Reduces every rank's `x` into every rank's, and finishes its rows.
+    pub(crate) fn all_reduce_add_rms_norm(
+        &mut self,
+        x: &mut [u8],
+        mut epilogue: Epilogue<'_>,
+        algorithm: Algorithm,
+    ) -> Result<(), Failure> {
+        self.all_reduce(Buffers::in_place(x), &epilogue.sum(), algorithm, None)?;
+        epilogue.finish_arrived(x, 0, x.len());
+        Ok(())
+    }
+
     /// `block(r)` are the bytes of `output` that rank `r`'s `input` becomes, on every rank or on `root` alone,
-    /// whose `output` alone is looked at then.
+    /// whose `output` alone is looked at then. Without an input, the rank's block of its `output` is it: it is copied
+    /// first, here and below, for what is sent must stay as it is while other bytes arrive beside it.
     pub(crate) fn all_gather(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         root: Option<usize>,
     ) -> Result<(), Failure> {
         let me = self.me();
+        let input = input.map_or_else(|| Cow::Owned(output[block(me.rank)].to_vec()), Cow::Borrowed);
         direct::all_gather(&mut self.steps, me, block, root);
-        self.execute(Buffers { input: Some(input), output }, None)
+        self.execute(Buffers { input: Some(&input), output }, None)
     }
 
     /// `block(r)` are the bytes of `root`'s `input` that become rank `r`'s `output`; no other `input` is looked
-    /// at.
+    /// at. Without an input, the root's `output` is it, of which nothing changes.
     pub(crate) fn scatter(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         root: usize,
     ) -> Result<(), Failure> {
         let me = self.me();
+        let mut own = Vec::new();
+        let (input, output) = match input {
+            None if me.rank == root => {
+                own.resize(block(root).len(), 0);
+                (&*output, own.as_mut_slice())
+            }
+            input => (input.unwrap_or_default(), output),
+        };
         direct::scatter(&mut self.steps, me, block, root);
         self.execute(Buffers { input: Some(input), output }, None)
     }
 
     /// `sends(r)` are the bytes of `input` that go to rank `r`, `receives(r)` those of `output` that come from
-    /// it.
+    /// it. Without an input, `output` is it.
     pub(crate) fn all_to_all(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         sends: impl Fn(usize) -> Range<usize>,
         receives: impl Fn(usize) -> Range<usize>,
         _longest: usize,
     ) -> Result<(), Failure> {
         let me = self.me();
+        let input = input.map_or_else(|| Cow::Owned(output.to_vec()), Cow::Borrowed);
         direct::all_to_all(&mut self.steps, me, sends, receives);
-        self.execute(Buffers { input: Some(input), output }, None)
+        self.execute(Buffers { input: Some(&input), output }, None)
     }
 
     /// Tells each rank how many bytes this one sends to it, and checks what this one expects against what the
@@ -166,23 +192,40 @@ impl NetEngine {
         Ok(sends.iter().chain(expects).copied().max().unwrap_or(0))
     }
 
-    /// Block `block(r)` of the input is reduced into rank `r`'s `output`.
+    /// Block `block(r)` of the input is reduced into rank `r`'s `output`; without an input, of `output` into the rank's
+    /// block of it.
     pub(crate) fn reduce_scatter(
         &mut self,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [u8],
         block: impl Fn(usize) -> Range<usize>,
         r: &Reduction,
     ) -> Result<(), Failure> {
         let me = self.me();
+        let own = block(me.rank);
         direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), PIECE);
-        self.execute(Buffers { input: Some(input), output }, Some(r))
+        match input {
+            Some(_) => self.execute(Buffers { input, output }, Some(r)),
+            None => {
+                let input = output.to_vec();
+                self.execute(Buffers { input: Some(&input), output: &mut output[own] }, Some(r))
+            }
+        }
     }
 
-    pub(crate) fn broadcast(&mut self, buf: &mut [u8], root: usize) -> Result<(), Failure> {
+    /// Copies `root`'s input, or without one its `output`, into every rank's `output`.
+    pub(crate) fn broadcast(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        root: usize,
+    ) -> Result<(), Failure> {
         let me = self.me();
-        tree::broadcast(&mut self.steps, me, buf.len(), BROADCAST_PIECE, root);
-        self.execute(Buffers::in_place(buf), None)
+        if let (Some(input), true) = (input, me.rank == root) {
+            output.copy_from_slice(input);
+        }
+        tree::broadcast(&mut self.steps, me, output.len(), BROADCAST_PIECE, root);
+        self.execute(Buffers::in_place(output), None)
     }
 
     pub(crate) fn barrier(&mut self) -> Result<(), Failure> {

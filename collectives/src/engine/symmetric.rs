@@ -1,9 +1,10 @@
 //! All-reduce in memory that every rank maps: nothing is copied to be sent.
 
-use tensorwire_transports::shm::{Failure, Label, Region};
+use tensorwire_transports::shm::{Failure, Region};
 
 use super::{Engine, REDUCE_BLOCK, Reduction};
 use crate::schedule::part;
+use crate::select::Algorithm;
 
 impl Engine {
     /// Each rank reduces its part of the first `bytes` of all blocks and writes it to all of them. Two steps;
@@ -16,7 +17,7 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         assert!(bytes <= region.bytes());
-        self.group.note(const { Label::new("symmetric") });
+        self.group.note(Algorithm::Symmetric.label());
         // Every rank's block may be touched by its peers between these two steps, and only there.
         let step = self.group.next_step()?;
         self.group.publish();

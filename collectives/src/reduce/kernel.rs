@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 use super::number::Number;
 use super::op::{Average, BitAnd, BitOr, BitXor, Combine, Max, Min, PreScaledSum, Product, Sum};
-use super::{Kernel, Kernels, OPS};
+use super::{Kernel, Kernels, OPS, norm};
 
 /// Elements that are accumulated at once: a few vector registers on any instruction set. All sources of a
 /// block are read before it is written, so the destination may be a source.
@@ -135,7 +135,7 @@ macro_rules! kernels {
             table[9] = integer!(u32);
             table[10] = integer!(i64);
             table[11] = integer!(u64);
-            Kernels { name: $name, table }
+            Kernels { name: $name, table, add_rms_norm: &norm::$table }
         };
     };
 }

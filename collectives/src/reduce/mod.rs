@@ -7,14 +7,19 @@
 //! Types narrower than 32 bits are accumulated in f32 and rounded once, to nearest even. Subnormals are kept.
 //! Any NaN result is the positive quiet NaN without payload, for which operand a processor's NaN comes from is
 //! not specified. Integers wrap around.
+//!
+//! A second kernel, made in the same way, ends a row of an all-reduce with addition and RMSNorm: [`AddRmsNorm`].
 
 mod kernel;
+mod norm;
 mod number;
 mod op;
 
 use std::sync::OnceLock;
 
 use tensorwire_core::{DType, ReduceOp};
+
+pub use norm::AddRmsNorm;
 
 /// Reduces `count` elements of `n` buffers into `dst`: `dst[i] = sources[0][i] ∘ sources[1][i] ∘ ...`, each
 /// element times `factor` first for [`ReduceOp::PreScaledSum`], which alone looks at it.
@@ -33,6 +38,7 @@ const OPS: usize = ReduceOp::ALL.len();
 pub struct Kernels {
     name: &'static str,
     table: [[Option<Kernel>; OPS]; DType::ALL.len()],
+    add_rms_norm: &'static norm::Table,
 }
 
 impl Kernels {

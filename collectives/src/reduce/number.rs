@@ -10,6 +10,12 @@ pub(super) trait Number: Copy {
     fn widen(self) -> Self::Wide;
     /// Rounds to nearest even; any NaN becomes the canonical one.
     fn narrow(x: Self::Wide) -> Self;
+    /// `x` narrowed, and what that is when it is widened again.
+    #[inline(always)]
+    fn round(x: Self::Wide) -> (Self, Self::Wide) {
+        let narrow = Self::narrow(x);
+        (narrow, narrow.widen())
+    }
 }
 
 impl Number for f64 {
@@ -54,6 +60,14 @@ impl Number for bf16 {
         // Half a unit in the last place, less one where the kept part is even: ties go to even.
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         bf16::from_bits(if x.is_nan() { 0x7fc0 } else { rounded as u16 })
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> (bf16, f32) {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
+        let wide = if x.is_nan() { 0x7fc0_0000 } else { rounded };
+        (bf16::from_bits((wide >> 16) as u16), f32::from_bits(wide))
     }
 }
 

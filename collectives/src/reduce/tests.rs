@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// The value of a floating-point element, exactly.
-fn value(dtype: DType, x: u64) -> f64 {
+pub(super) fn value(dtype: DType, x: u64) -> f64 {
     match dtype {
         DType::F64 => f64::from_bits(x),
         DType::F32 => f64::from(f32::from_bits(x as u32)),
@@ -66,15 +66,29 @@ fn nearest_small(dtype: DType, r: f32) -> u64 {
 }
 
 /// One element, by the definition.
-fn reference(dtype: DType, op: ReduceOp, xs: &[u64]) -> u64 {
+pub(super) fn reference(dtype: DType, op: ReduceOp, xs: &[u64]) -> u64 {
     if dtype.is_integer() {
         return integer(dtype, op, xs);
     }
     if dtype == DType::F64 {
-        let r = fold(op, xs.iter().map(|x| f64::from_bits(*x)), f64::NAN, |a, b| a + b, |a, b| a * b);
-        return if r.is_nan() { 0x7ff8_0000_0000_0000 } else { r.to_bits() };
+        return round64(fold(
+            op,
+            xs.iter().map(|x| f64::from_bits(*x)),
+            f64::NAN,
+            |a, b| a + b,
+            |a, b| a * b,
+        ));
     }
-    let r = fold(op, xs.iter().map(|x| value(dtype, *x) as f32), f32::NAN, |a, b| a + b, |a, b| a * b);
+    round(dtype, fold(op, xs.iter().map(|x| value(dtype, *x) as f32), f32::NAN, |a, b| a + b, |a, b| a * b))
+}
+
+/// The bits of an f64, with one NaN for all.
+pub(super) fn round64(r: f64) -> u64 {
+    if r.is_nan() { 0x7ff8_0000_0000_0000 } else { r.to_bits() }
+}
+
+/// The bits of what an f32 is rounded to.
+pub(super) fn round(dtype: DType, r: f32) -> u64 {
     match dtype {
         DType::F32 if r.is_nan() => 0x7fc0_0000,
         DType::F32 => u64::from(r.to_bits()),
@@ -156,15 +170,7 @@ fn integer(dtype: DType, op: ReduceOp, xs: &[u64]) -> u64 {
 /// Runs a kernel over rows of bit patterns, into a buffer of its own or in place of source `place`.
 fn run(kernel: Kernel, dtype: DType, factor: f64, rows: &[Vec<u64>], place: Option<usize>) -> Vec<u64> {
     let (count, size) = (rows[0].len(), dtype.size());
-    // u64 buffers are aligned for every type.
-    let pack = |row: &Vec<u64>| {
-        let mut words = vec![0u64; (count * size).div_ceil(8)];
-        for (to, x) in bytemuck::cast_slice_mut::<u64, u8>(&mut words).chunks_mut(size).zip(row) {
-            to.copy_from_slice(&x.to_le_bytes()[..size]);
-        }
-        words
-    };
-    let mut buffers: Vec<Vec<u64>> = rows.iter().map(pack).collect();
+    let mut buffers: Vec<Vec<u64>> = rows.iter().map(|row| pack(dtype, row)).collect();
     let mut out = vec![0u64; (count * size).div_ceil(8)];
     let dst = place.map_or(out.as_mut_ptr(), |i| buffers[i].as_mut_ptr());
     let sources: Vec<*const u8> = (0..buffers.len())
@@ -173,16 +179,28 @@ fn run(kernel: Kernel, dtype: DType, factor: f64, rows: &[Vec<u64>], place: Opti
     // SAFETY: (1) every buffer has `count` elements, aligned to 8; (2) `dst` is separate or a source itself;
     // (3) `available` listed the table.
     unsafe { kernel(dst.cast(), sources.as_ptr(), sources.len(), count, factor) };
-    let result = place.map_or(&out, |i| &buffers[i]);
-    bytemuck::cast_slice::<u64, u8>(result)
-        .chunks(size)
-        .take(count)
-        .map(|x| {
-            let mut word = [0; 8];
-            word[..size].copy_from_slice(x);
-            u64::from_le_bytes(word)
-        })
-        .collect()
+    unpack(dtype, place.map_or(&out, |i| &buffers[i]), count)
+}
+
+/// Elements one after the other, in words and so aligned for every type.
+pub(super) fn pack(dtype: DType, row: &[u64]) -> Vec<u64> {
+    let size = dtype.size();
+    let mut words = vec![0u64; (row.len() * size).div_ceil(8)];
+    for (to, x) in bytemuck::cast_slice_mut::<u64, u8>(&mut words).chunks_mut(size).zip(row) {
+        to.copy_from_slice(&x.to_le_bytes()[..size]);
+    }
+    words
+}
+
+/// The bits of `count` elements.
+pub(super) fn unpack(dtype: DType, words: &[u64], count: usize) -> Vec<u64> {
+    let elements = bytemuck::cast_slice::<u64, u8>(words).chunks(dtype.size()).take(count);
+    let bits = |x: &[u8]| {
+        let mut word = [0; 8];
+        word[..x.len()].copy_from_slice(x);
+        u64::from_le_bytes(word)
+    };
+    elements.map(bits).collect()
 }
 
 fn check(dtype: DType, factor: f64, rows: &[Vec<u64>], place: usize) {
@@ -202,7 +220,7 @@ fn check(dtype: DType, factor: f64, rows: &[Vec<u64>], place: usize) {
 }
 
 /// Bit patterns with the awkward values over-represented.
-fn pattern(dtype: DType) -> BoxedStrategy<u64> {
+pub(super) fn pattern(dtype: DType) -> BoxedStrategy<u64> {
     let mask = if dtype.size() == 8 { u64::MAX } else { (1 << (dtype.size() * 8)) - 1 };
     let any = any::<u64>().prop_map(move |x| x & mask);
     // Exponent and mantissa bits; zero, subnormals, the smallest and largest numbers, infinity, NaNs, one.

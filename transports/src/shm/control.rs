@@ -7,8 +7,8 @@
 //! | `Control::doorbell` | ringers, Release | its rank, Acquire, before it looks at anything else; then the kernel, when it sleeps | a ring after that look ends the sleep |
 //! | `Control::state` | its rank, Release, once, when it leaves | peers, Acquire, before the last look at the flag | what was published before leaving is seen |
 //! | `Header::failed` | CAS from 0 by a rank that fails, Release, after its `Control::verdict` | everyone, Acquire | makes that rank's verdict visible |
-//! | `Control::shrinking` | its rank, Release | the decider, Acquire | the rank is out of its call |
-//! | `Header::decider` | CAS by the lowest living rank, AcqRel; a dead decider is replaced | itself | one decides |
+//! | `Control::shrinking` | its rank, Release | the others, Acquire | the rank is out of its call |
+//! | `Header::decider` | CAS by the rank whose turn it is, AcqRel; a dead decider is replaced | itself | one decides |
 //! | `Header::decided` | the decider, Release, after `decision` | everyone, Acquire | makes the decision visible |
 //! | `LaneHead::written` | the lane's sender, Release, after the bytes | the receiver, Acquire | makes the bytes visible |
 //! | `LaneHead::read` | the lane's receiver, Release, after copying | the sender, Acquire | the bytes may be overwritten |
@@ -45,7 +45,7 @@ pub(super) struct Control {
     pub(super) state: AtomicU32,
     /// The rank's process, as it numbers itself; 0 before it has joined.
     pub(super) pid: AtomicU32,
-    /// 1 once the rank wants to go on without those that are gone.
+    /// How far the rank is on its way to go on without those that are gone: see `form`.
     pub(super) shrinking: AtomicU32,
     pub(super) sleeping: AtomicU32,
     /// While the rank waits for long: the peer that it waits for, and when it last looked around.

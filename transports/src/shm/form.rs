@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
 
 use super::Failure;
 use super::control::{Decision, LEFT};
-use super::group::Group;
+use super::group::{Above, Group};
 use super::layout::Layout;
 use super::memory::Memory;
 use super::sync::Ordering;
@@ -18,6 +18,17 @@ use crate::liveness::Liveness;
 
 /// How often a rank that waits to go on looks who is alive.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// How long, when time is up, a rank has to decide before it is another's turn.
+const TURN: Duration = Duration::from_secs(1);
+
+// `Control::shrinking`: 0, or
+/// the rank waits to go on;
+const READY: u32 = 1;
+/// it has done so up to the timeout;
+const OVERDUE: u32 = 2;
+/// it knows who goes on.
+const WENT_ON: u32 = 3;
 
 impl Group {
     /// A rank's membership in the group whose part of the memory starts at `start` and whose head is
@@ -30,18 +41,15 @@ impl Group {
         liveness: Liveness,
         options: &Options,
     ) -> Result<Group> {
-        let part = memory.map(start, layout.len)?;
-        let slots = part.start() + layout.slot(rank, 0) as u64;
-        let group = Group::new(Words::new(part, layout), rank, liveness, options);
-        match memory.reserve(slots, layout.slots()) {
-            Ok(()) => Ok(group),
-            // The others learn why, and not only that this rank has left.
-            Err(e) => {
-                let why = Error::invalid(e.to_string());
-                group.fail(why);
-                Err(e)
-            }
-        }
+        let group = |part| Group::new(Words::new(part, layout), rank, liveness, options);
+        let (group, had) = match memory.map(start, layout.len) {
+            Ok(part) => (group(part), memory.reserve(start + layout.slot(rank, 0) as u64, layout.slots())),
+            // What it takes to say so may still be had.
+            Err(e) => (group(memory.map_head(start, layout.len, layout.head)?), Err(e)),
+        };
+        // The others learn why, and not only that this rank has left.
+        had.inspect_err(|e| drop(group.fail(Error::invalid(e.to_string()))))?;
+        Ok(group)
     }
 
     fn memory(&self) -> &Arc<Memory> {
@@ -87,12 +95,23 @@ impl Group {
                 // The processors are shared with the ranks of the other groups.
                 group.map(|mut group| {
                     group.patience = self.patience;
+                    group.above = self.above_another(&ranks);
                     Some(group)
                 })
             }
             _ => Err(self.no_memory(first.unwrap_or(0))),
         };
         self.agree(made)
+    }
+
+    /// This group and those above it, for a group of some of its ranks.
+    fn above_another(&self, ranks: &[usize]) -> Vec<Above> {
+        let this = Above { shared: Arc::downgrade(&self.shared), ranks: ranks.to_vec() };
+        let further = self.above.iter().map(|above| Above {
+            shared: above.shared.clone(),
+            ranks: ranks.iter().map(|r| above.ranks[*r]).collect(),
+        });
+        further.chain([this]).collect()
     }
 
     /// Takes memory of which every rank of the group has `bytes`, mapped by all. Every rank calls it with the
@@ -114,7 +133,9 @@ impl Group {
         let made = match taken {
             Err(e) => Err(e),
             Ok(_) if start == 0 => Err(self.no_memory(0)),
-            Ok(_) => Region::map(&self.shared.words.part, start, self.world(), self.rank(), bytes),
+            Ok(_) => {
+                Region::map(&self.shared.words.part, start, self.world(), self.rank(), bytes, &self.liveness)
+            }
         };
         self.agree(made)
     }
@@ -145,54 +166,80 @@ impl Group {
     }
 
     /// Forms a group of the ranks that are still there, in their old order, after this one has failed. Every
-    /// survivor calls it. A rank that has ended, left, or is the one that a timeout named, is left out; for
-    /// the others it waits up to the timeout.
+    /// survivor calls it, once. A rank that has ended, left, or is the one that a timeout named, is left out; for
+    /// the others it waits up to the timeout. The first that has come decides; if it is stopped before it does, the
+    /// next one.
     pub fn shrink(&self) -> Result<Group> {
-        let shared = &self.shared;
-        let (me, world) = (self.rank(), self.world());
+        let (shared, me) = (&self.shared, self.rank());
         if !shared.ended() {
             self.fail(Error::invalid(format!("rank {me} shrinks the group")));
         }
-        let failed = |what: String| Error::Rendezvous { rank: me, world, what: format!("shrinking: {what}") };
-        let deadline = Deadline::after(self.options.timeout);
-        // Others may wait for a rank until then; this one waits for them.
-        let patience = Deadline::after(self.options.timeout + LOOK * 100);
-        let header = shared.words.header();
-        shared.words.control(me).shrinking.store(1, Ordering::Release);
+        let mine = &shared.words.control(me).shrinking;
+        if mine.load(Ordering::Relaxed) == WENT_ON {
+            let what = format!("rank {me}: this group was shrunk before: use the one that it became");
+            return Err(Error::invalid(what));
+        }
+        mine.store(READY, Ordering::Release);
         shared.wake_everyone();
-        let lost = shared.lost();
+        let decision = self.decision().inspect_err(|_| mine.store(0, Ordering::Release))?;
+        mine.store(WENT_ON, Ordering::Relaxed);
+        let members = decision.ranks();
+        let rank = members.iter().position(|r| *r == me).ok_or_else(|| {
+            let what = format!("shrinking: ranks {members:?} went on without this one, which came too late");
+            Error::Rendezvous { rank: me, world: self.world(), what }
+        })?;
+        let layout = Layout::new(members.len(), shared.words.layout.slots())?;
+        let liveness = self.liveness.subset(&members);
+        Group::enter_part(self.memory(), decision.start, layout, rank, liveness, &self.options)
+    }
+
+    /// Waits for the decision who goes on, or makes it when it is this rank's turn.
+    fn decision(&self) -> Result<Decision> {
+        let (shared, me, timeout) = (&self.shared, self.rank(), self.options.timeout);
+        let (header, deadline) = (shared.words.header(), Deadline::after(timeout));
         let doorbell = &shared.words.control(me).doorbell.0;
+        let lost = shared.lost();
+        let mut overdue: Option<Instant> = None;
         loop {
             let bell = doorbell.look();
             if header.decided.load(Ordering::Acquire) == 1 {
-                break;
+                // SAFETY: `decided` is stored after the decision was written, and nobody writes it again.
+                return Ok(header.decision.with(|d| unsafe { *d }));
             }
             let gone = |r: usize| {
                 shared.words.control(r).state.load(Ordering::Acquire) == LEFT
                     || self.liveness.ended(r)
                     || lost.contains(&r)
             };
-            let there: Vec<usize> = (0..world).filter(|r| *r == me || !gone(*r)).collect();
-            let ready = |r: &usize| shared.words.control(*r).shrinking.load(Ordering::Acquire) == 1;
-            if there.first() == Some(&me) && (there.iter().all(ready) || deadline.passed()) {
-                let members: Vec<usize> = there.into_iter().filter(ready).collect();
-                self.decide(&members, |decider| self.liveness.ended(decider))?;
+            let state = |r: usize| shared.words.control(r).shrinking.load(Ordering::Acquire);
+            let there: Vec<usize> = (0..self.world()).filter(|r| *r == me || !gone(*r)).collect();
+            let states: Vec<u32> = there.iter().map(|r| state(*r)).collect();
+            let ready = there.iter().zip(&states).filter(|(_, state)| **state != 0);
+            let ready: Vec<usize> = ready.map(|(r, _)| *r).collect();
+            if deadline.passed() {
+                shared.words.control(me).shrinking.store(OVERDUE, Ordering::Release);
             }
-            if patience.passed() {
-                return Err(failed(format!("no rank decided who goes on within {:?}", patience.budget())));
+            // All take it from the first whose time is up, so that they agree whose turn it is.
+            if overdue.is_none() && states.contains(&OVERDUE) {
+                overdue = Some(Instant::now());
+            }
+            let turn = overdue.map_or(0, |since| (since.elapsed().as_nanos() / TURN.as_nanos()) as usize);
+            let ours = ready.iter().position(|r| *r == me).unwrap_or(0);
+            if turn == ours && (overdue.is_some() || ready.len() == there.len()) {
+                self.decide(&ready[turn..], |decider| self.liveness.ended(decider))?;
+            } else if turn > ours + 1 {
+                let decider = header.decider.load(Ordering::Acquire).saturating_sub(1) as usize;
+                return Err(Error::Timeout {
+                    rank: me,
+                    call: self.call,
+                    seq: self.seq,
+                    waiting_for: vec![decider],
+                    after: timeout,
+                    instead: "it was about to say who goes on after this call".into(),
+                });
             }
             doorbell.sleep(bell, LOOK);
         }
-        // SAFETY: `decided` is stored after the decision was written, and nobody writes it again.
-        let decision = header.decision.with(|d| unsafe { *d });
-        let members = decision.ranks();
-        let rank = members.iter().position(|r| *r == me);
-        let rank = rank.ok_or_else(|| {
-            failed(format!("ranks {members:?} went on without this one, which came too late"))
-        })?;
-        let layout = Layout::new(members.len(), shared.words.layout.slots())?;
-        let liveness = self.liveness.subset(&members);
-        Group::enter_part(self.memory(), decision.start, layout, rank, liveness, &self.options)
     }
 
     /// Decides who goes on, unless another rank that lives does.

@@ -9,16 +9,16 @@
 //! A wait spins, then sleeps on the rank's doorbell. Whoever publishes rings the doorbells of sleepers before
 //! it sleeps or returns itself.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use tensorwire_core::{Call, Deadline, Error, Op, Result};
+use tensorwire_core::{Call, Deadline, Error, Op, Result, Tuning};
 
 use super::cache;
 use super::control::LEFT;
 use super::flight::FlightRecord;
-use super::layout::{DEPTH, INLINE};
-use super::record::Label;
+use super::layout::{DEPTH, INLINE, Span};
+use super::record::{Label, RECORDS};
 use super::shared::Shared;
 use super::sync::{Ordering, fence};
 use super::words::Words;
@@ -43,6 +43,8 @@ pub struct Group {
     pub(super) patience: Patience,
     /// The step that this rank is in.
     step: u64,
+    /// Where the current call's steps keep their bytes.
+    span: Span,
     /// The last step that this rank has published: `step`, or the one before while `step` is being written.
     published: u64,
     /// The highest step seen of each rank.
@@ -58,6 +60,16 @@ pub struct Group {
     fingerprint: u32,
     /// When the current call gives up; set by its first wait that isn't short.
     pub(super) deadline: Option<Deadline>,
+    /// The groups that this one was split from, whose ranks may come to wait for this one's.
+    pub(super) above: Vec<Above>,
+}
+
+/// A group that another was split from.
+#[derive(Clone, Debug)]
+pub(super) struct Above {
+    pub(super) shared: Weak<Shared>,
+    /// What it calls the other group's ranks.
+    pub(super) ranks: Vec<usize>,
 }
 
 /// What a rank waits for.
@@ -85,6 +97,14 @@ impl Awaited {
                 }) || to
                     .is_some_and(|(peer, at)| shared.words.lane(me, peer).read.0.load(Ordering::Acquire) > at)
             }
+        }
+    }
+
+    /// The same of another peer.
+    fn of(&self, peer: usize) -> Awaited {
+        match *self {
+            Awaited::Step { step, .. } => Awaited::Step { peer, step },
+            lanes @ Awaited::Lanes { .. } => lanes,
         }
     }
 
@@ -118,6 +138,7 @@ impl Group {
             patience: Patience::for_world(world),
             options: options.clone(),
             step: 0,
+            span: Span::NONE,
             published: 0,
             seen: vec![0; world],
             seq: 0,
@@ -127,6 +148,7 @@ impl Group {
             call: Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 },
             fingerprint: 0,
             deadline: None,
+            above: Vec::new(),
         }
     }
 
@@ -148,6 +170,11 @@ impl Group {
         self.shared.words.layout.slot
     }
 
+    /// Where the collectives change their algorithm: the same on every rank.
+    pub fn tuning(&self) -> Tuning {
+        Tuning::for_world(&self.options.tuning, self.world())
+    }
+
     /// What other threads of this rank may do with the group.
     pub fn handle(&self) -> Handle {
         Handle { shared: self.shared.clone(), liveness: self.liveness.clone() }
@@ -162,9 +189,12 @@ impl Group {
     #[inline]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
-        self.fingerprint = call.fingerprint();
+        // Of all calls so far: a rank that waits for nobody, as the root of a broadcast, is found out later. What is
+        // done to the last value can be undone, so that once it differs between ranks it always does.
+        self.fingerprint = call.fingerprint() ^ self.fingerprint.wrapping_mul(0x9E37_79B1);
         self.unrecorded = true;
         self.label = Label::NONE;
+        self.span = Span::NONE;
         self.enter(call)?;
         if call.count > SMALL {
             self.record_call();
@@ -224,6 +254,14 @@ impl Group {
         records.finish(self.recorded - before, self.shared.clock.now());
     }
 
+    /// Says that each of the call's steps from here on uses up to `bytes` of its slot, before the first that does.
+    /// Every rank says the same.
+    #[inline]
+    pub fn use_slots(&mut self, bytes: usize) {
+        assert!(bytes <= self.slot_bytes());
+        self.span = self.shared.words.layout.span(bytes);
+    }
+
     /// Enters the next step and returns its number. The rank's slot for it may be written from now on: every
     /// peer has read what was there.
     #[inline]
@@ -242,16 +280,16 @@ impl Group {
         Ok(step)
     }
 
-    /// The rank's own slot in the step it is in, which isn't published yet.
+    /// What the step that the rank is in uses of its slot. It isn't published yet.
     #[inline]
     pub fn slot(&mut self) -> &mut [u8] {
         assert!(self.published < self.step, "the slot of a published step belongs to its readers");
         let words = &self.shared.words;
-        let at = words.slot(self.rank(), self.step);
-        // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) this rank alone writes it, and
+        let at = words.slot(self.rank(), self.step, self.span);
+        // SAFETY: (1) the span lies within the slot, and the slot lies in the mapping, which outlives `self`; (2) this rank alone writes it, and
         // `self` is borrowed; (3) peers don't read it: what was there they have read (`next_step`), and what
         // will be there they read only once it is published, which needs `self` again.
-        unsafe { std::slice::from_raw_parts_mut(at, words.layout.slot) }
+        unsafe { std::slice::from_raw_parts_mut(at, self.span.bytes) }
     }
 
     /// Publishes the step: what was written to the slot before is visible to whoever waits for it.
@@ -271,8 +309,8 @@ impl Group {
     #[inline]
     pub fn prefetch(&self, bytes: usize) {
         let words = &self.shared.words;
-        let bytes = bytes.min(cache::FEW).min(words.layout.slot);
-        cache::fetch_for_writing(words.slot(self.rank(), self.step + 1), bytes);
+        let bytes = bytes.min(cache::FEW).min(self.span.bytes);
+        cache::fetch_for_writing(words.slot(self.rank(), self.step + 1, self.span), bytes);
     }
 
     /// Publishes the step with up to [`INLINE`] bytes in the flag's own cache line.
@@ -292,10 +330,10 @@ impl Group {
     pub fn peer_slot(&self, peer: usize, step: u64) -> &[u8] {
         self.assert_readable(peer, step);
         let words = &self.shared.words;
-        // SAFETY: (1) the slot lies in the mapping, which outlives `self`; (2) `peer` published `step`, and
+        // SAFETY: (1) the span lies within the slot, and the slot in the mapping, which outlives `self`; (2) `peer` published `step`, and
         // the Acquire load that showed it makes the slot's bytes visible; (3) `peer` writes there again only
         // when this rank has published a later step, which needs `self` mutably.
-        unsafe { std::slice::from_raw_parts(words.peer_slot(peer, step), words.layout.slot) }
+        unsafe { std::slice::from_raw_parts(words.peer_slot(peer, step, self.span), self.span.bytes) }
     }
 
     /// What `peer` published in its flag's cache line in `step`; the conditions of
@@ -383,15 +421,26 @@ impl Group {
         loop {
             // Whatever happens from here on rings, and ends the sleep.
             let bell = me.doorbell.0.look();
-            for peer in awaited.peers() {
-                self.check_peer(peer, awaited, deadline)?;
-                me.awaits.store(peer as u32, Ordering::Relaxed);
+            // Every peer that hasn't come to a step is needed, by this rank or by one that it waits for, and that
+            // one may be elsewhere for long: so a death is known at once.
+            for peer in awaited.late(&self.shared) {
+                self.check_peer(peer, awaited.of(peer), deadline).inspect_err(|_| self.show_waiting(None))?;
             }
-            me.looked.store(self.shared.clock.now(), Ordering::Relaxed);
+            self.show_waiting(awaited.peers().last());
             self.sleep(awaited, bell, deadline);
             if arrived() {
-                me.looked.store(0, Ordering::Relaxed);
+                self.show_waiting(None);
                 return Ok(());
+            }
+        }
+    }
+
+    /// Shows everyone for whom this rank waits: in the groups above too, where its peers may wait for it.
+    fn show_waiting(&self, peer: Option<usize>) {
+        self.shared.show_waiting(peer);
+        for above in &self.above {
+            if let Some(shared) = above.shared.upgrade() {
+                shared.show_waiting(peer.map(|peer| above.ranks[peer]));
             }
         }
     }
@@ -446,23 +495,31 @@ impl Group {
     #[cold]
     #[inline(never)]
     fn mismatch(&self, peer: usize) -> Failure {
-        let (rank, seq, ours) = (self.rank(), self.seq, self.call);
+        let (rank, seq, call) = (self.rank(), self.seq, self.call);
+        let records = |rank: usize| &self.shared.words.control(rank).records.0;
         // The peer may have published before it put its call on record, and not after.
         let soon = Deadline::after(RECORDED_WITHIN);
-        let mut theirs = None;
-        while theirs.is_none() && !soon.passed() {
-            theirs = self.shared.words.control(peer).records.0.collective(seq);
-        }
-        let Some(theirs) = theirs.filter(|theirs| *theirs != ours) else {
-            let why = format!("rank {peer} is in another call than {ours}, which it no longer has on record");
-            return self.fail(Error::Aborted { rank, by: rank, call: ours, seq, why });
+        while records(peer).collective(seq).is_none() && !soon.passed() {}
+        let ours = |of: u64| if of == seq { Some(call) } else { records(rank).collective(of) };
+        let differs = |of: u64| {
+            let (ours, theirs) = (ours(of)?, records(peer).collective(of)?);
+            (ours != theirs).then_some((of, ours, theirs))
         };
-        self.disagree(peer, ours, theirs)
+        // It may have been an earlier call, in which neither waited for the other.
+        match (seq.saturating_sub(RECORDS as u64)..=seq).find_map(differs) {
+            Some((seq, ours, theirs)) => self.disagree(peer, seq, ours, theirs),
+            None => {
+                let why = format!(
+                    "rank {peer} made another call than this rank, in {call} or before it, that is no longer on record"
+                );
+                self.fail(Error::Aborted { rank, by: rank, call, seq, why })
+            }
+        }
     }
 
-    /// Ends the group because this rank and `peer` made calls that don't fit together.
-    pub(super) fn disagree(&self, peer: usize, ours: Call, theirs: Call) -> Failure {
-        let (rank, seq) = (self.rank(), self.seq);
+    /// Ends the group because this rank and `peer` made calls that don't fit together, as their number `seq`.
+    pub(super) fn disagree(&self, peer: usize, seq: u64, ours: Call, theirs: Call) -> Failure {
+        let rank = self.rank();
         let ((a, a_call), (b, b_call)) =
             if rank < peer { ((rank, ours), (peer, theirs)) } else { ((peer, theirs), (rank, ours)) };
         self.fail(Error::Mismatch { rank, seq, a, a_call: Box::new(a_call), b, b_call: Box::new(b_call) })
@@ -481,7 +538,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.shared.leave();
+        self.shared.leave(|rank| self.liveness.ended(rank));
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Rank 0 makes the memory and listens on an abstract Unix socket whose name it publishes through the job's
 //! store. Each other rank connects and says who it is, with a pidfd of itself; when all have come, each gets
-//! its memfd and everyone's pidfd. That a rank can be handed the memory is the proof that it is on
+//! its memfd and everyone's pidfd, and says so; when all have, each is told to go on. A rank that can't take them
+//! is everyone's error. That a rank can be handed the memory is the proof that it is on
 //! this host.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -12,11 +13,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
-use tensorwire_core::{Deadline, Error, Result};
+use tensorwire_core::{Deadline, Error, Result, Tuning};
 
 use super::layout::Layout;
 use super::memory::{Memory, VERSION};
@@ -28,6 +30,12 @@ const MAGIC: [u8; 4] = *b"TWsh";
 /// The kernel passes at most 253 descriptors at once.
 const FDS_A_MESSAGE: usize = 128;
 
+/// Begins what rank 0 publishes instead of a name if it can't begin.
+const FAILED: char = '!';
+
+/// Tunings that rank 0 may pass on.
+pub(super) const MAX_TUNINGS: usize = 256;
+
 /// How long a caller may take to introduce itself: one that says nothing must not keep the others waiting.
 const GREETING: Duration = Duration::from_secs(2);
 
@@ -37,32 +45,49 @@ pub(super) struct Handover {
     /// Where the group's part of it starts.
     pub(super) start: u64,
     pub(super) layout: Layout,
+    pub(super) tuning: Vec<Tuning>,
     pub(super) pidfds: Vec<OwnedFd>,
 }
 
 /// Rank 0: makes the memory, waits for the others and hands it over.
-pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadline) -> Result<Handover> {
+pub(super) fn give(
+    layout: Layout,
+    tuning: &[Tuning],
+    key: &str,
+    store: &dyn Store,
+    deadline: Deadline,
+) -> Result<Handover> {
     let world = layout.world;
     let rendezvous = |what: String| Error::Rendezvous { rank: 0, world, what };
-    let memory = Memory::create()?;
-    let start = layout.take(&memory)?;
-    let name = local_socket::fresh_name("shm").map_err(|e| Error::os("naming a socket", e))?;
-    let listener = local_socket::listen(&name).map_err(|e| Error::os("listening for the other ranks", e))?;
-    listener.set_nonblocking(true).map_err(|e| Error::os("listening for the other ranks", e))?;
+    let make = || {
+        let memory = Memory::create()?;
+        let start = layout.take(&memory)?;
+        let name = local_socket::fresh_name("shm").map_err(|e| Error::os("naming a socket", e))?;
+        let listener = local_socket::listen(&name).and_then(|l| l.set_nonblocking(true).map(|()| l));
+        Ok((memory, start, name, listener.map_err(|e| Error::os("listening for the other ranks", e))?))
+    };
+    let (memory, start, name, listener) = make().inspect_err(|e: &Error| {
+        // If the store is out of reach as well, the others' time runs out.
+        let _ = store.set(key, format!("{FAILED}{e}").as_bytes(), deadline);
+    })?;
     store.set(key, name.as_bytes(), deadline)?;
 
     let mut guests: Vec<Option<(UnixStream, OwnedFd)>> = (0..world).map(|_| None).collect();
     let mut refused = Vec::new();
     for _ in 1..world {
-        while let Err(refusal) = welcome(&listener, &mut guests, deadline) {
-            let Some(why) = refusal else {
-                let missing: Vec<usize> = (1..world).filter(|r| guests[*r].is_none()).collect();
-                let mut what = format!("rank(s) {missing:?} did not come within {:?}", deadline.budget());
-                if !refused.is_empty() {
-                    what += &format!("; refused: {}", refused.join("; "));
-                }
-                return Err(rendezvous(what));
-            };
+        let failed = |e: io::Error, missing: Vec<usize>| match e.kind() {
+            io::ErrorKind::TimedOut => {
+                format!("rank(s) {missing:?} did not come within {:?}", deadline.budget())
+            }
+            _ => format!("rank 0 can't let rank(s) {missing:?} in: {e}{}", advice(&e)),
+        };
+        while let Some(why) = welcome(&listener, &mut guests, deadline).map_err(|e| {
+            let mut what = failed(e, (1..world).filter(|r| guests[*r].is_none()).collect());
+            if !refused.is_empty() {
+                what += &format!("; refused: {}", refused.join("; "));
+            }
+            rendezvous(what)
+        })? {
             refused.push(why);
         }
     }
@@ -73,26 +98,42 @@ pub(super) fn give(layout: Layout, key: &str, store: &dyn Store, deadline: Deadl
         streams.push(stream);
     }
     let borrowed: Vec<BorrowedFd<'_>> = pidfds.iter().map(AsFd::as_fd).collect();
-    for (i, mut stream) in streams.into_iter().enumerate() {
+    let went_away =
+        |i: usize| move |e: io::Error| rendezvous(format!("rank {} went away while it joined: {e}", i + 1));
+    for (i, stream) in streams.iter_mut().enumerate() {
         let mut hand = || {
-            local_socket::limit(&stream, deadline)?;
-            local_socket::write_frame(&mut stream, &accepted(&layout, start))?;
-            send_fds(&stream, &[memory.fd()])?;
-            borrowed.chunks(FDS_A_MESSAGE).try_for_each(|fds| send_fds(&stream, fds))
+            local_socket::limit(stream, deadline)?;
+            local_socket::write_frame(stream, &accepted(&layout, start, tuning))?;
+            send_fds(stream, &[memory.fd()])?;
+            borrowed.chunks(FDS_A_MESSAGE).try_for_each(|fds| send_fds(stream, fds))
         };
-        hand().map_err(|e| rendezvous(format!("rank {} went away while it joined: {e}", i + 1)))?;
+        hand().map_err(went_away(i))?;
     }
     drop(borrowed);
-    Ok(Handover { memory, start, layout, pidfds })
+    for (i, stream) in streams.iter_mut().enumerate() {
+        local_socket::read_frame(stream).map_err(went_away(i))?;
+    }
+    for (i, stream) in streams.iter_mut().enumerate() {
+        local_socket::write_frame(stream, &[]).map_err(went_away(i))?;
+    }
+    Ok(Handover { memory, start, layout, tuning: tuning.to_vec(), pidfds })
 }
 
-/// Lets one rank in. Fails with why a caller was refused, or with `None` when time is up.
+/// What to do about an error.
+fn advice(e: &io::Error) -> &'static str {
+    match Errno::from_io_error(e) {
+        Some(Errno::MFILE) => "; is the limit of open files (ulimit -n) too low?",
+        _ => "",
+    }
+}
+
+/// Lets one rank in, or says why a caller was refused. Fails when time is up, or for want of files.
 fn welcome(
     listener: &UnixListener,
     guests: &mut [Option<(UnixStream, OwnedFd)>],
     deadline: Deadline,
-) -> Result<(), Option<String>> {
-    let mut stream = accept(listener, deadline).map_err(|_| None)?;
+) -> io::Result<Option<String>> {
+    let mut stream = accept(listener, deadline)?;
     let mut introduce = || {
         local_socket::check_user(&stream)?;
         local_socket::limit(&stream, Deadline::after(GREETING.min(deadline.remaining())))?;
@@ -100,19 +141,22 @@ fn welcome(
         let pidfd = recv_fds(&stream, 1)?.remove(0);
         Ok((hello, pidfd))
     };
-    let (hello, pidfd) =
-        introduce().map_err(|e: io::Error| Some(format!("a caller that did not introduce itself: {e}")))?;
+    let (hello, pidfd) = match introduce() {
+        Ok(introduced) => introduced,
+        Err(e) if !advice(&e).is_empty() => return Err(e),
+        Err(e) => return Ok(Some(format!("a caller that did not introduce itself: {e}"))),
+    };
     match admit(&hello, guests) {
         Ok(rank) => {
             guests[rank] = Some((stream, pidfd));
-            Ok(())
+            Ok(None)
         }
         Err(why) => {
             let mut reply = vec![1];
             reply.extend_from_slice(why.as_bytes());
             // A caller that has gone needs no answer.
             let _ = local_socket::write_frame(&mut stream, &reply);
-            Err(Some(why))
+            Ok(Some(why))
         }
     }
 }
@@ -153,7 +197,11 @@ pub(super) fn take(
     let rendezvous = |what: String| Error::Rendezvous { rank, world, what };
     let name = store.get(key, deadline)?;
     let name = String::from_utf8_lossy(&name).into_owned();
-    let mut stream = local_socket::connect(&name, deadline)
+    if let Some(why) = name.strip_prefix(FAILED) {
+        return Err(rendezvous(format!("rank 0 could not begin: {why}")));
+    }
+    // It listened before it published the name: if it doesn't now, it has given up.
+    let mut stream = local_socket::connect(&name, Deadline::after(Duration::ZERO))
         .map_err(|e| rendezvous(format!("rank 0 can't be reached on this host ({name}): {e}")))?;
     let mut hello = Vec::from(MAGIC);
     for word in [VERSION, rank as u32, world as u32] {
@@ -179,7 +227,7 @@ pub(super) fn take(
         }
         None => None,
     };
-    let (layout, start) =
+    let (layout, start, tuning) =
         accepted.ok_or_else(|| rendezvous("rank 0 sent an answer that makes no sense".into()))?;
     let receive = || {
         let memory = recv_fds(&stream, 1)?.remove(0);
@@ -189,23 +237,43 @@ pub(super) fn take(
         }
         Ok((memory, pidfds))
     };
-    let (memory, pidfds) =
-        receive().map_err(|e: io::Error| rendezvous(format!("rank 0 went away while handing over: {e}")))?;
-    Ok(Handover { memory: Memory::open(memory)?, start, layout, pidfds })
+    let (memory, pidfds) = receive().map_err(|e: io::Error| match advice(&e) {
+        "" => rendezvous(format!("rank 0 went away while handing over: {e}")),
+        advice => rendezvous(format!("no room for {} descriptors: {e}{advice}", world + 1)),
+    })?;
+    let mut confirm = || {
+        local_socket::write_frame(&mut stream, &[])?;
+        local_socket::read_frame(&mut stream)
+    };
+    confirm().map_err(|e| rendezvous(format!("rank 0 gave up, for a rank that could not join: {e}")))?;
+    Ok(Handover { memory: Memory::open(memory)?, start, layout, tuning, pidfds })
 }
 
-/// Rank 0's answer to a rank it lets in: status 0, the slot bytes of the layout, and where the group starts.
-fn accepted(layout: &Layout, start: u64) -> Vec<u8> {
-    let mut body = vec![0];
-    body.extend_from_slice(&(layout.slots() as u64).to_le_bytes());
-    body.extend_from_slice(&start.to_le_bytes());
-    body
+/// Rank 0's answer to a rank it lets in, in words behind status 0: the slot bytes of the layout, where the group
+/// starts, and the tunings.
+fn accepted(layout: &Layout, start: u64, tuning: &[Tuning]) -> Vec<u8> {
+    let words = |t: &Tuning| [t.world, t.one_shot, t.symmetric_one_shot, t.chunk].map(|n| n as u64);
+    let words = [layout.slots() as u64, start].into_iter().chain(tuning.iter().flat_map(words));
+    std::iter::once(0).chain(words.flat_map(u64::to_le_bytes)).collect()
 }
 
-fn parse_accepted(body: &[u8], world: usize) -> Option<(Layout, u64)> {
-    let (slots, start) = body.split_first_chunk::<8>()?;
-    let slots = usize::try_from(u64::from_le_bytes(*slots)).ok()?;
-    Some((Layout::new(world, slots).ok()?, u64::from_le_bytes(start.try_into().ok()?)))
+fn parse_accepted(body: &[u8], world: usize) -> Option<(Layout, u64, Vec<Tuning>)> {
+    let (words, []) = body.as_chunks::<8>() else { return None };
+    let words: Vec<u64> = words.iter().map(|w| u64::from_le_bytes(*w)).collect();
+    let ([slots, start], rest) = words.split_first_chunk()?;
+    let (tuning, []) = rest.as_chunks::<4>() else { return None };
+    let parse = |words: &[u64; 4]| {
+        let number = |i: usize| usize::try_from(words[i]).ok();
+        let tuning = Tuning {
+            world: number(0)?,
+            one_shot: number(1)?,
+            symmetric_one_shot: number(2)?,
+            chunk: number(3)?,
+        };
+        Some(tuning).filter(Tuning::is_sound)
+    };
+    let layout = Layout::new(world, usize::try_from(*slots).ok()?).ok()?;
+    Some((layout, *start, tuning.iter().map(parse).collect::<Option<_>>()?))
 }
 
 fn accept(listener: &UnixListener, deadline: Deadline) -> io::Result<UnixStream> {
@@ -253,6 +321,9 @@ fn recv_fds(stream: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
             _ => Vec::new(),
         })
         .collect();
+    if got.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(Errno::MFILE.into());
+    }
     if got.bytes != 1 || fds.len() != count {
         return Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
@@ -270,6 +341,23 @@ mod tests {
         let mut h = Vec::from(*magic);
         words.iter().for_each(|w| h.extend_from_slice(&w.to_le_bytes()));
         h
+    }
+
+    #[test]
+    fn what_rank_0_tells_comes_whole_or_not_at_all() {
+        let layout = Layout::new(3, 64 << 10).unwrap();
+        for tuning in [vec![], vec![Tuning::built_in(2)], (2..9).map(Tuning::built_in).collect()] {
+            let body = accepted(&layout, 1 << 21, &tuning);
+            assert_eq!(body[0], 0);
+            assert_eq!(parse_accepted(&body[1..], 3), Some((layout, 1 << 21, tuning)));
+            for cut in 1..body.len() {
+                // Whole words can be a shorter list.
+                let parsed = parse_accepted(&body[1..cut], 3);
+                assert!(parsed.is_none() || (cut >= 17 && (cut - 17).is_multiple_of(32)), "{cut}");
+            }
+        }
+        let unsound = Tuning { chunk: 3, ..Tuning::built_in(2) };
+        assert_eq!(parse_accepted(&accepted(&layout, 0, &[unsound])[1..], 3), None);
     }
 
     #[test]

@@ -161,7 +161,7 @@ impl Group {
             let fits = |theirs: &Call| theirs.dtype == call.dtype && theirs.count == call.count;
             match Call::from_words(words) {
                 Some(theirs) if fits(&theirs) => {}
-                theirs => return Err(self.disagree(into.from, *call, theirs.unwrap_or(*call))),
+                theirs => return Err(self.disagree(into.from, self.seq, *call, theirs.unwrap_or(*call))),
             }
             (p.done, there) = (HEADER, there - HEADER);
         }

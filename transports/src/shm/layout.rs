@@ -33,6 +33,30 @@ pub(super) const PAGE: usize = 4096;
 /// Flag lines stand two cache lines apart: processors fetch lines in pairs.
 pub(super) const FLAG: usize = 128;
 
+/// Bytes of slots, over all ranks, that a call's steps walk through: a few times a second-level cache. A processor
+/// writes a cache line much sooner that has left for the third-level cache, with nobody's copy of it to take back,
+/// than one that its peer still has at hand.
+const WALK: usize = 4 << 20;
+
+/// Where within its slot a step's bytes lie: the same for all steps of a call, and for all ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    /// How many the step uses.
+    pub(super) bytes: usize,
+    places: u64,
+}
+
+impl Span {
+    /// Of steps that leave their slots alone.
+    pub(super) const NONE: Span = Span { bytes: 0, places: 1 };
+
+    /// How far into its slot `step` begins.
+    #[inline]
+    pub(super) fn start(&self, step: u64) -> usize {
+        (step / DEPTH % self.places) as usize * self.bytes
+    }
+}
+
 /// The offsets of a group's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
@@ -93,6 +117,15 @@ impl Layout {
     pub(super) fn slot(&self, rank: usize, step: u64) -> usize {
         let flags = (FLAG * DEPTH as usize * self.world).next_multiple_of(PAGE);
         self.control(self.world) + flags + self.slot * (rank * DEPTH as usize + (step % DEPTH) as usize)
+    }
+
+    /// The span of steps that use `bytes` of their slot.
+    #[inline]
+    pub(super) fn span(&self, bytes: usize) -> Span {
+        debug_assert!(bytes <= self.slot);
+        let bytes = bytes.next_multiple_of(64);
+        let walk = (WALK / self.world / DEPTH as usize).min(self.slot);
+        Span { bytes, places: (walk / bytes.max(1)).max(1) as u64 }
     }
 
     /// Bytes of all slots of one rank, which lie together from its slot for step 0.

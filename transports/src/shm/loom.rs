@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use super::bell::Doorbell;
 use super::control::{Control, Decision, Flag, Header, LaneHead, Line, Payload};
-use super::layout::{DEPTH, INLINE, LANE_DATA, Layout, PAGE};
+use super::layout::{DEPTH, INLINE, LANE_DATA, Layout, PAGE, Span};
 use super::memory::{Memory, Part};
 use super::sync::{AtomicU32, AtomicU64, Ordering, UnsafeCell};
 use super::words::Words;
@@ -121,7 +121,7 @@ impl Words {
         unsafe { self.at(offset) }
     }
 
-    pub(super) fn leave(&self) {
+    pub(super) fn leave(&self, _: usize, _: impl Fn(usize) -> bool) {
         if self.model.left.fetch_add(1, Ordering::Relaxed) + 1 == self.layout.world {
             MODELS.lock().unwrap().remove(&Words::key(&self.part));
         }
@@ -129,13 +129,13 @@ impl Words {
 
     /// Loom notes a use at this moment. What keeps the slice that is made of it from being used later than the
     /// protocol allows is its lifetime.
-    pub(super) fn slot(&self, rank: usize, step: u64) -> *mut u8 {
-        self.cell::<PAGE>(self.layout.slot(rank, step)).with_mut(|bytes| bytes.cast())
+    pub(super) fn slot(&self, rank: usize, step: u64, span: Span) -> *mut u8 {
+        self.cell::<PAGE>(self.layout.slot(rank, step) + span.start(step)).with_mut(|bytes| bytes.cast())
     }
 
     /// As for `slot`.
-    pub(super) fn peer_slot(&self, peer: usize, step: u64) -> *const u8 {
-        self.cell::<PAGE>(self.layout.slot(peer, step)).with(|bytes| bytes.cast())
+    pub(super) fn peer_slot(&self, peer: usize, step: u64, span: Span) -> *const u8 {
+        self.cell::<PAGE>(self.layout.slot(peer, step) + span.start(step)).with(|bytes| bytes.cast())
     }
 
     /// # Safety
@@ -216,6 +216,7 @@ mod tests {
                 let mut group = Group::new(words, rank, Liveness::default(), &options);
                 let (op, dtype, reduce, count, root, layout) = (Op::Barrier, None, None, 0, None, 0);
                 group.begin(Call { op, dtype, reduce, count, root, layout }).unwrap();
+                group.use_slots(PAGE);
                 Rank(ManuallyDrop::new(group))
             }));
         });

@@ -20,9 +20,10 @@ use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, memfd_create,
 };
 use rustix::io::{Errno, pwrite};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use tensorwire_core::{Error, Result};
 
+use super::available::available_memory;
 use super::layout::{MAX_WORLD, PAGE};
 
 /// What the file of the memory is called: the end of a link in /proc/PID/fd reads `memfd:` and this.
@@ -34,7 +35,7 @@ const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::SEAL);
 pub(super) const HUGE: u64 = 2 << 20;
 
 /// Changes with any change of what lies where in the memory, or of how it is handed over.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// The file that all ranks of a host share.
 #[derive(Debug)]
@@ -67,9 +68,9 @@ pub(super) struct PartHead {
     pub(super) world: AtomicU32,
     /// Bytes of slots a rank, or of a block.
     pub(super) bytes: AtomicU64,
-    /// Ranks that are done with it. Each adds to it once, AcqRel: what any of them did with the part happened
-    /// before the last one gives it back.
-    left: AtomicU32,
+    /// A bit for each rank that is done with it. Each sets its own, then looks at all, SeqCst: what any of them did
+    /// with the part happened before one gives it back, and of two that set theirs at once one sees both.
+    left: [AtomicU64; MAX_WORLD / 64],
 }
 
 /// What a part is, for whoever opens the file.
@@ -88,7 +89,7 @@ pub(super) enum Kind {
 }
 
 impl About {
-    /// Bytes of a part's head but for its last word, which begins as zero.
+    /// Bytes of a part's head but for its last words, which begin as zeros.
     pub(super) const BYTES: usize = 32;
 
     fn to_bytes(self, len: u64) -> [u8; About::BYTES] {
@@ -201,8 +202,14 @@ impl Memory {
 
     /// Maps a part.
     pub(super) fn map(self: &Arc<Memory>, start: u64, len: usize) -> Result<Part> {
-        let mapping = map(self.fd(), start, len)?;
-        Ok(Part { mapping, start, memory: self.clone() })
+        self.map_head(start, len, len)
+    }
+
+    /// Maps only `head` bytes of a part of `len`: enough for a rank that can't map all of it to say so and to be
+    /// counted.
+    pub(super) fn map_head(self: &Arc<Memory>, start: u64, len: usize, head: usize) -> Result<Part> {
+        let mapping = map(self.fd(), start, head)?;
+        Ok(Part { mapping, start, len, memory: self.clone() })
     }
 }
 
@@ -211,6 +218,7 @@ impl Memory {
 pub(super) struct Part {
     mapping: Mapping,
     start: u64,
+    len: usize,
     memory: Arc<Memory>,
 }
 
@@ -229,15 +237,31 @@ impl Part {
         self.mapping.at(offset)
     }
 
-    /// Counts one user of `world` as done with the part; the last one returns its pages to the system.
-    pub(super) fn leave(&self, world: usize) {
+    /// Puts the huge pages that lie between `offset` and `offset + len`, which are reserved, where small ones are, if
+    /// the system has any, whatever its setting for shared memory: that is about who gets them unasked.
+    pub(super) fn make_huge(&self, offset: usize, len: usize) {
+        debug_assert!(offset + len <= self.mapping.len);
+        // SAFETY: the range lies in the mapping, and what it holds stays the same. Linux before 6.1 doesn't know how;
+        // then nothing changes.
+        let _ = unsafe { libc::madvise(self.at(offset).cast(), len, MADV_COLLAPSE) };
+    }
+
+    /// Counts `rank` of `world` as done with the part; the last one, but for ranks that have `ended` without saying
+    /// so, returns its pages to the system.
+    pub(super) fn leave(&self, rank: usize, world: usize, ended: impl Fn(usize) -> bool) {
         // SAFETY: (1) the part begins with its head, aligned to a page; (2) atomics are valid from any bytes.
         let head = unsafe { &*self.at(0).cast::<PartHead>() };
-        if head.left.fetch_add(1, Ordering::AcqRel) as usize + 1 == world {
-            self.memory.give_back(self.start, self.mapping.len as u64);
+        head.left[rank / 64].fetch_or(1 << (rank % 64), Ordering::SeqCst);
+        let left = |r: usize| head.left[r / 64].load(Ordering::SeqCst) >> (r % 64) & 1 == 1;
+        // Two may both find themselves the last: what is given back a second time is nothing.
+        if (0..world).all(|r| left(r) || ended(r)) {
+            self.memory.give_back(self.start, self.len as u64);
         }
     }
 }
+
+/// Of Linux 6.1 on.
+const MADV_COLLAPSE: libc::c_int = 25;
 
 #[derive(Debug)]
 struct Mapping {
@@ -252,20 +276,40 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 fn map(fd: BorrowedFd<'_>, start: u64, len: usize) -> Result<Mapping> {
-    let flags = MapFlags::SHARED;
-    // SAFETY: (1) a new mapping at an address of the kernel's choice overlaps nothing; (2) the file reaches to
-    // the end of every part that was taken, and is sealed against shrinking.
-    let base =
-        unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, start) }
-            .map_err(|e| Error::os(format!("mapping {len} bytes of shared memory"), e))?;
-    let base =
-        NonNull::new(base.cast::<u8>()).ok_or_else(|| Error::os("mapping shared memory", Errno::FAULT))?;
-    if len as u64 >= HUGE {
-        // SAFETY: the range was mapped above. Advice: where the system has no huge pages for shared memory,
-        // nothing changes.
-        let _ = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxHugepage) };
+    let failed = |e| Error::os(format!("mapping {len} bytes of shared memory"), e);
+    // A huge page must begin at a multiple of its size in the address space as in the file, which the kernel doesn't
+    // see to: room enough is taken for such an address.
+    let room = if len as u64 >= HUGE { len + HUGE as usize } else { len };
+    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+    let taken = unsafe {
+        mmap_anonymous(
+            std::ptr::null_mut(),
+            room,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )
     }
-    Ok(Mapping { base, len })
+    .map_err(failed)?;
+    let taken = NonNull::new(taken.cast::<u8>()).ok_or_else(|| failed(Errno::FAULT))?;
+    let before = if room > len { taken.as_ptr().align_offset(HUGE as usize) } else { 0 };
+    // SAFETY: `before` is less than a huge page, by which the room is longer than `len`.
+    let mapping = Mapping { base: unsafe { taken.add(before) }, len };
+    // SAFETY: what is given back was taken above and lies before and behind the mapping. It can fail only for want
+    // of room in the kernel's own lists: then it stays taken, and is no memory.
+    unsafe {
+        let behind = mapping.base.as_ptr().add(len.next_multiple_of(PAGE));
+        let rest = room.next_multiple_of(PAGE).saturating_sub(before + len.next_multiple_of(PAGE));
+        for (at, bytes) in [(taken.as_ptr(), before), (behind, rest)] {
+            if bytes > 0 {
+                let _ = munmap(at.cast(), bytes);
+            }
+        }
+    }
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+    // SAFETY: (1) the range is this mapping's own, and nothing refers to it yet; (2) the file reaches to the end of
+    // every part that was taken, and is sealed against shrinking.
+    unsafe { mmap(mapping.base.as_ptr().cast(), len, protection, flags, fd, start) }.map_err(failed)?;
+    Ok(mapping)
 }
 
 impl Mapping {
@@ -283,18 +327,6 @@ impl Drop for Mapping {
         // It can fail only for a range that is not mapped.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }
-}
-
-/// Bytes that could still be had: on the machine, or under the control group's limit if that is less.
-fn available_memory() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    let machine = line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)?;
-    let group =
-        |name| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
-    // Without a limit, memory.max reads "max".
-    let group = group("memory.max").zip(group("memory.current")).map(|(max, used)| max.saturating_sub(used));
-    Some(group.map_or(machine, |g| g.min(machine)))
 }
 
 #[cfg(test)]
@@ -322,10 +354,18 @@ mod tests {
         assert!(blocks(&a) < 1 << 20, "only what is touched takes memory");
         a.reserve(second, 5 << 20).unwrap();
         assert!(blocks(&a) >= 5 << 20);
-        ours.leave(2);
+        let nobody = |_| false;
+        ours.leave(0, 2, nobody);
         assert!(blocks(&a) >= 5 << 20, "one still needs it");
-        theirs.leave(2);
+        theirs.leave(1, 2, nobody);
         assert!(blocks(&a) < 1 << 20, "{}", blocks(&a));
+        let third = a.take(about, 5 << 20).unwrap();
+        a.reserve(third, 5 << 20).unwrap();
+        let part = a.map_head(third, 5 << 20, PAGE).unwrap();
+        part.leave(1, 3, |rank| rank == 0);
+        assert!(blocks(&a) >= 5 << 20, "rank 2 still needs it");
+        part.leave(2, 3, |rank| rank == 0);
+        assert!(blocks(&a) < 1 << 20, "the dead don't keep it: {}", blocks(&a));
         assert!(ftruncate(a.fd(), 0).is_err(), "nobody can shrink it");
     }
 

@@ -7,6 +7,7 @@
 //! to 64 KiB for each peer that it sends messages to, from an anonymous file: the size of /dev/shm doesn't
 //! matter and nothing is left behind, however a job ends.
 
+mod available;
 mod bell;
 mod cache;
 mod clock;
@@ -34,7 +35,7 @@ mod words;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tensorwire_core::{DEFAULT_TIMEOUT, Deadline, Error, Result};
+use tensorwire_core::{DEFAULT_TIMEOUT, Deadline, Error, Result, Tuning};
 
 pub use flight::{CallRecord, FlightRecord, RankRecord, RankState};
 pub use group::{Group, Handle};
@@ -61,11 +62,14 @@ pub struct Options {
     pub timeout: Duration,
     /// Bytes of slots a rank; rank 0's value holds for all. `TENSORWIRE_SHM_BYTES`.
     pub slot_bytes: usize,
+    /// Where collectives change their algorithm, for any numbers of ranks; rank 0's value holds for all, and for
+    /// the groups that are formed from this one. Empty: what was measured on this machine, or what is built in.
+    pub tuning: Vec<Tuning>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { timeout: DEFAULT_TIMEOUT, slot_bytes: DEFAULT_SLOTS }
+        Options { timeout: DEFAULT_TIMEOUT, slot_bytes: DEFAULT_SLOTS, tuning: Vec::new() }
     }
 }
 
@@ -94,10 +98,22 @@ impl Options {
         }
         Ok(options)
     }
+
+    fn check(&self) -> Result<()> {
+        match self.tuning.iter().find(|t| !t.is_sound()) {
+            Some(t) => Err(Error::Config(format!("{t:?} can't be used: see Tuning::is_sound"))),
+            None if self.tuning.len() > handover::MAX_TUNINGS => {
+                let most = handover::MAX_TUNINGS;
+                Err(Error::Config(format!("{} tunings: at most {most} can be given", self.tuning.len())))
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// The group of `world` ranks that are threads of this process; rank `i` is element `i`.
 pub fn in_process(world: usize, options: &Options) -> Result<Vec<Group>> {
+    options.check()?;
     let layout = Layout::new(world, options.slot_bytes)?;
     let memory = Arc::new(Memory::create()?);
     let start = layout.take(&memory)?;
@@ -112,17 +128,19 @@ pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> 
             "rank {rank} is outside the world of {world}: ranks are 0 to world - 1"
         )));
     }
+    options.check()?;
     let layout = Layout::new(world, options.slot_bytes)?;
     let deadline = Deadline::after(options.timeout);
     // A program may make several groups over one store: its nth meets the others' nth.
     let nth = store.add(&format!("shm/made/{rank}"), 1, deadline)?;
     let key = format!("shm/{nth}");
     let handover = match rank {
-        0 => handover::give(layout, &key, store, deadline)?,
+        0 => handover::give(layout, &options.tuning, &key, store, deadline)?,
         _ => handover::take(rank, world, &key, store, deadline)?,
     };
     let (memory, liveness) = (Arc::new(handover.memory), Liveness::new(handover.pidfds));
-    Group::enter_part(&memory, handover.start, handover.layout, rank, liveness, options)
+    let options = Options { tuning: handover.tuning, ..options.clone() };
+    Group::enter_part(&memory, handover.start, handover.layout, rank, liveness, &options)
 }
 
 #[cfg(test)]

@@ -113,6 +113,15 @@ impl Shared {
         (0..self.world()).for_each(|rank| self.words.control(rank).doorbell.0.ring());
     }
 
+    /// Shows for whom this rank waits, unless it has left the group: the memory may be somebody else's then.
+    pub(super) fn show_waiting(&self, peer: Option<usize>) {
+        let control = self.words.control(self.rank);
+        if control.state.load(Ordering::Relaxed) != LEFT {
+            control.awaits.store(peer.unwrap_or(self.rank) as u32, Ordering::Relaxed);
+            control.looked.store(peer.map_or(0, |_| self.clock.now()), Ordering::Relaxed);
+        }
+    }
+
     /// The peer that a rank waits for, if it is seen to wait: it looks around every now and then, and has done
     /// so within `recently`.
     pub(super) fn awaited_by(&self, rank: usize, recently: Duration, reading: &Reading) -> Option<usize> {
@@ -147,11 +156,11 @@ impl Shared {
         if blamed.is_empty() { late.to_vec() } else { blamed }
     }
 
-    /// Leaves the group.
-    pub(super) fn leave(&self) {
+    /// Leaves the group, of which some ranks have `ended` without leaving.
+    pub(super) fn leave(&self, ended: impl Fn(usize) -> bool) {
         // Release: pairs with the Acquire load in `Group::check_peer`, which then sees all that was published.
         self.words.control(self.rank).state.store(LEFT, Ordering::Release);
         self.wake_everyone();
-        self.words.leave();
+        self.words.leave(self.rank, ended);
     }
 }

@@ -22,7 +22,9 @@ pub(crate) struct Verdict {
     by: u32,
     /// The two ranks of a mismatch, or the lost one.
     ranks: [u32; 2],
+    /// The calls of the two ranks of a mismatch, and their number.
     calls: [[u64; 4]; 2],
+    seq: u64,
     waiting: [u16; WAITING],
     waiting_len: u32,
     text_len: u32,
@@ -52,7 +54,7 @@ impl Verdict {
 
 #[cfg(feature = "tcp")]
 const _: () = assert!(
-    size_of::<Verdict>() == 4 * 4 + 2 * 4 * 8 + 2 * WAITING + 2 * 4 + 8 + TEXT
+    size_of::<Verdict>() == 4 * 4 + 2 * 4 * 8 + 8 + 2 * WAITING + 2 * 4 + 8 + TEXT
         && cfg!(target_endian = "little")
 );
 
@@ -65,6 +67,7 @@ impl Verdict {
             by: by as u32,
             ranks: [0; 2],
             calls: [[0; 4]; 2],
+            seq: 0,
             waiting: [0; WAITING],
             waiting_len: 0,
             text_len: 0,
@@ -86,9 +89,10 @@ impl Verdict {
                     *to = *from as u16;
                 }
             }
-            Error::Mismatch { a, a_call, b, b_call, .. } => {
+            Error::Mismatch { seq, a, a_call, b, b_call, .. } => {
                 v.kind = MISMATCH;
                 v.ranks = [*a as u32, *b as u32];
+                v.seq = *seq;
                 v.calls = [a_call.to_words(), b_call.to_words()];
             }
             other => v.set_text(&other.to_string()),
@@ -130,7 +134,7 @@ impl Verdict {
             }
             MISMATCH => Error::Mismatch {
                 rank,
-                seq,
+                seq: self.seq,
                 a: self.ranks[0] as usize,
                 a_call: Box::new(Call::from_words(self.calls[0]).unwrap_or(call)),
                 b: self.ranks[1] as usize,

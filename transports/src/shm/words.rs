@@ -1,7 +1,7 @@
 //! A group's shared words and bytes, found in its part of the memory.
 
 use super::control::{Control, Flag, Header, LaneHead};
-use super::layout::Layout;
+use super::layout::{Layout, Span};
 use super::memory::Part;
 
 #[derive(Debug)]
@@ -62,21 +62,21 @@ impl Words {
         unsafe { &*self.part.at(offset).cast() }
     }
 
-    /// Counts one rank as gone; the last one returns the memory to the system.
-    pub(super) fn leave(&self) {
-        self.part.leave(self.layout.world);
+    /// Counts a rank as gone; the last one returns the memory to the system.
+    pub(super) fn leave(&self, rank: usize, ended: impl Fn(usize) -> bool) {
+        self.part.leave(rank, self.layout.world, ended);
     }
 
     /// The bytes of this rank's slot for a step, to be written.
     #[inline]
-    pub(super) fn slot(&self, rank: usize, step: u64) -> *mut u8 {
-        self.part.at(self.layout.slot(rank, step))
+    pub(super) fn slot(&self, rank: usize, step: u64, span: Span) -> *mut u8 {
+        self.part.at(self.layout.slot(rank, step) + span.start(step))
     }
 
     /// The bytes of a peer's slot for a step, to be read.
     #[inline]
-    pub(super) fn peer_slot(&self, peer: usize, step: u64) -> *const u8 {
-        self.part.at(self.layout.slot(peer, step))
+    pub(super) fn peer_slot(&self, peer: usize, step: u64, span: Span) -> *const u8 {
+        self.part.at(self.layout.slot(peer, step) + span.start(step))
     }
 
     /// Copies `bytes` into a lane's bytes at `at`.

@@ -1,0 +1,254 @@
+//! What `topo` prints.
+
+use std::fmt::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use tensorwire::topology::discover::{Fingerprint, Machine, as_list};
+use tensorwire::topology::table::{Absent, Table};
+use tensorwire::{Algorithm, Tuning};
+
+use super::sample::{CHUNKS, SIZES, Samples};
+
+/// The machine, a line or more for each of its parts.
+pub(super) fn machine(m: &Machine) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, what: &str| {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "{name:<12}{what}");
+    };
+    let p = &m.processors;
+    line("processor", &p.model);
+    let mut allowed = format!("{} ({}) on {}", p.allowed.len(), as_list(&p.allowed), count(p.cores, "core"));
+    if let Some(quota) = p.quota {
+        allowed += &format!(", a quota of {quota}");
+    }
+    line("allowed", &format!("{allowed}: up to {} at once", count(p.usable, "rank")));
+    for (i, same) in
+        p.caches.chunk_by(|a, b| (a.level, &a.kind, &a.size) == (b.level, &b.kind, &b.size)).enumerate()
+    {
+        let shared: Vec<String> = same.iter().map(|c| as_list(&c.shared_by)).collect();
+        let (level, kind) = (same[0].level, same[0].kind.to_lowercase());
+        let what = format!("L{level} {kind} {} of processors {}", same[0].size, shared.join(" | "));
+        line(if i == 0 { "caches" } else { "" }, &what);
+    }
+    let size = |bytes: Option<u64>| bytes.map_or("an unknown amount".into(), bytes_text);
+    let mem = &m.memory;
+    let limit = mem.limit.map_or("no limit".into(), |limit| format!("a limit of {}", bytes_text(limit)));
+    line(
+        "memory",
+        &format!("{}, {} available, {limit} by control group", size(mem.total), size(mem.available)),
+    );
+    for node in &mem.nodes {
+        let processors = as_list(&node.processors);
+        let what = format!("processors {processors}, {}, {} free", size(node.total), size(node.free));
+        line(&format!("node {}", node.node), &what);
+    }
+    let setting = |s: &Option<String>| s.clone().unwrap_or("unknown".into());
+    let (own, shared) = (setting(&mem.huge_pages.anonymous), setting(&mem.huge_pages.shared));
+    line("huge pages", &format!("{own}; for shared memory {shared}"));
+    line("/dev/shm", &size(mem.dev_shm));
+    for (i, interface) in m.interfaces.iter().enumerate() {
+        let speed = interface.mbit_per_s.map_or("speed unknown".into(), |mbit| format!("{mbit} Mbit/s"));
+        let what = format!("{}: {}, {speed}", interface.name, interface.state);
+        line(if i == 0 { "network" } else { "" }, &what);
+    }
+    text
+}
+
+/// What was chosen for a number of ranks, and how the choices beside it fared.
+pub(super) fn choice(t: &Tuning, samples: &Samples<'_>, processors: usize) -> String {
+    let turns = if t.world > processors { ", taking turns" } else { "" };
+    let mut text = format!("\nmeasured at {} ranks{turns}\n", t.world);
+    let mut line = |name: &str, what: String| {
+        let _ = writeln!(text, "  {name:<20}{what}");
+    };
+    for (name, buffer, large, threshold) in [
+        ("all_reduce", "user", Algorithm::TwoShot, t.one_shot),
+        ("  symmetric buffers", "symmetric", Algorithm::Symmetric, t.symmetric_one_shot),
+    ] {
+        line(name, format!("one_shot up to {}, then {large}", bytes_text(threshold as u64)));
+        let (small, other) = (samples.by_size(Algorithm::OneShot, buffer), samples.by_size(large, buffer));
+        let last = SIZES.partition_point(|size| *size <= threshold);
+        let at = |i: usize| {
+            let (mine, theirs, than) =
+                if i < last { (small[i], other[i], large) } else { (other[i], small[i], Algorithm::OneShot) };
+            format!(
+                "at {} {mine:.2} us, {}",
+                bytes_text(SIZES[i] as u64),
+                compared(theirs / mine, than.name())
+            )
+        };
+        let neighbours: Vec<String> = [last.checked_sub(1), Some(last)]
+            .into_iter()
+            .flatten()
+            .filter(|i| *i < SIZES.len())
+            .map(at)
+            .collect();
+        line("", neighbours.join("; "));
+    }
+    let times = samples.by_chunk();
+    let mean = |i: usize| times[i].iter().map(|t| t.ln()).sum::<f64>() / times[i].len().max(1) as f64;
+    if let Some(i) = CHUNKS.iter().position(|chunk| *chunk == t.chunk) {
+        let beside = |j: usize| compared((mean(j) - mean(i)).exp(), &bytes_text(CHUNKS[j] as u64));
+        let beside: Vec<String> = [i.checked_sub(1), Some(i + 1)]
+            .into_iter()
+            .flatten()
+            .filter(|j| *j < CHUNKS.len())
+            .map(beside)
+            .collect();
+        line("chunk", format!("{}, {}", bytes_text(t.chunk as u64), beside.join(", ")));
+    }
+    text
+}
+
+fn compared(ratio: f64, than: &str) -> String {
+    if ratio >= 1.0 {
+        format!("{ratio:.2} x faster than {than}")
+    } else {
+        format!("{:.2} x slower than {than}", 1.0 / ratio)
+    }
+}
+
+/// The table in force: where it is, how old, and what it says.
+pub(super) fn table(table: &Result<Table, Absent>, machine: &Fingerprint) -> String {
+    let mut text = String::new();
+    let rows = match table {
+        Ok(table) => {
+            let place = Table::path(machine).map(|path| path.display().to_string()).unwrap_or_default();
+            let _ = writeln!(
+                text,
+                "\ntable       {place}, measured {} ago",
+                age(seconds_since(table.measured_at))
+            );
+            table.tunings.clone()
+        }
+        Err(why) => {
+            let _ = writeln!(text, "\ntable       built-in constants: {why}");
+            vec![Tuning::built_in(2), Tuning::built_in(4)]
+        }
+    };
+    let _ = writeln!(
+        text,
+        "{:>10}{:>20}{:>25}{:>10}",
+        "ranks", "one_shot up to", "in symmetric buffers", "chunk"
+    );
+    for t in rows {
+        let cells = [t.one_shot, t.symmetric_one_shot, t.chunk].map(|n| bytes_text(n as u64));
+        let _ = writeln!(text, "{:>10}{:>20}{:>25}{:>10}", t.world, cells[0], cells[1], cells[2]);
+    }
+    let others = match table {
+        Ok(_) => "other numbers of ranks: as the nearest, where a rank reads as many bytes of its peers",
+        Err(_) => "other numbers of ranks: where a rank reads as many bytes of its peers",
+    };
+    let _ = writeln!(text, "{others}");
+    text
+}
+
+pub(super) fn table_json(table: &Result<Table, Absent>, machine: &Fingerprint) -> Value {
+    let world = |t: &Tuning| {
+        json!({
+            "ranks": t.world, "one_shot": t.one_shot, "symmetric_one_shot": t.symmetric_one_shot, "chunk": t.chunk,
+        })
+    };
+    let path = Table::path(machine).ok();
+    match table {
+        Ok(table) => json!({
+            "source": "measured",
+            "path": path,
+            "measured_at": table.measured_at,
+            "age_s": seconds_since(table.measured_at),
+            "worlds": table.tunings.iter().map(world).collect::<Vec<_>>(),
+        }),
+        Err(why) => json!({
+            "source": "built_in",
+            "path": path,
+            "why": why.to_string(),
+            "worlds": ([2, 4].map(|n| world(&Tuning::built_in(n)))),
+        }),
+    }
+}
+
+fn seconds_since(then: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    now.saturating_sub(then)
+}
+
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..120 => count(seconds as usize, "second"),
+        120..7200 => format!("{} minutes", seconds / 60),
+        7200..172_800 => format!("{} hours", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// Bytes in the largest unit of 1024 that leaves a whole number, or about that.
+fn bytes_text(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (bytes.max(1).ilog2() as usize / 10).min(UNITS.len() - 1);
+    let scaled = bytes as f64 / (1u64 << (10 * unit)) as f64;
+    let decimals = usize::from(scaled.fract() > 0.05 && scaled < 100.0);
+    format!("{scaled:.decimals$} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topo::probe::tests::measured;
+
+    #[test]
+    fn sizes_and_ages_are_read_easily() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (128 << 10, "128 KiB"),
+            (43_690, "42.7 KiB"),
+            (47 << 30, "47 GiB"),
+            (25_276_502_016, "23.5 GiB"),
+            (u64::MAX, "16777216 TiB"),
+        ] {
+            assert_eq!(bytes_text(bytes), text);
+        }
+        for (seconds, text) in
+            [(1, "1 second"), (119, "119 seconds"), (180, "3 minutes"), (86_400 * 3, "3 days")]
+        {
+            assert_eq!(age(seconds), text);
+        }
+    }
+
+    #[test]
+    fn a_choice_is_compared_with_its_neighbours() {
+        let samples = measured(2, 32 << 10, 64 << 10);
+        let tuning = Tuning { world: 2, one_shot: 32 << 10, symmetric_one_shot: 1 << 20, chunk: 64 << 10 };
+        let text = choice(&tuning, &Samples(&samples), 2);
+        assert!(text.contains("one_shot up to 32 KiB, then two_shot"), "{text}");
+        assert!(text.contains("at 32 KiB 8.00 us, 1.25 x faster than two_shot"), "{text}");
+        assert!(text.contains("at 64 KiB 10.00 us, 1.20 x faster than one_shot"), "{text}");
+        // One shot at all sizes was forced on this one, and loses at the largest.
+        assert!(text.contains("at 1 MiB 12.00 us, 1.20 x slower than symmetric\n"), "{text}");
+        assert!(text.contains("64 KiB, 1.69 x faster than 32 KiB, 1.69 x faster than 128 KiB"), "{text}");
+        assert!(
+            !text.contains("taking turns") && choice(&tuning, &Samples(&samples), 1).contains("taking turns")
+        );
+    }
+
+    #[test]
+    fn without_a_table_the_constants_are_shown_with_why() {
+        let machine = Fingerprint { processor: "x".into(), processors: 2, caches: vec![] };
+        let text = table(&Err(Absent::Missing), &machine);
+        assert!(
+            text.contains("built-in constants: nothing measured yet") && text.contains("4 MiB"),
+            "{text}"
+        );
+        let json = table_json(&Err(Absent::Off), &machine);
+        assert_eq!(
+            (&json["source"], &json["worlds"][0]["one_shot"]),
+            (&"built_in".into(), &(4 << 20).into())
+        );
+    }
+}

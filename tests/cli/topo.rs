@@ -1,0 +1,175 @@
+//! `tensorwire topo` as a person and as a script use it.
+
+mod support;
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use serde_json::Value;
+use support::*;
+
+/// The command with this cache folder and no other settings.
+fn topo(cache: &Path, line: &str) -> Command {
+    let mut command = tensorwire(["topo"].into_iter().chain(line.split_whitespace()));
+    command.env("XDG_CACHE_HOME", cache).env_remove("TENSORWIRE_TABLE");
+    command
+}
+
+#[track_caller]
+fn json(output: &Output) -> Value {
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
+    serde_json::from_str(&stdout(output)).unwrap()
+}
+
+#[test]
+fn shows_the_machine_and_the_constants_where_nothing_was_measured() {
+    let cache = tempfile::tempdir().unwrap();
+    let output = topo(cache.path(), "").output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    for part in [
+        "processor ",
+        "allowed ",
+        "memory ",
+        "huge pages ",
+        "table ",
+        "built-in constants: nothing measured yet",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    let found = json(&topo(cache.path(), "--json").output().unwrap());
+    let processors = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(found["machine"]["processors"]["usable"], processors);
+    assert!(found["machine"]["memory"]["total"].as_u64().unwrap() > 1 << 20);
+    assert_eq!((&found["table"]["source"], found.get("samples")), (&"built_in".into(), None));
+    let path = found["table"]["path"].as_str().unwrap();
+    assert!(path.starts_with(&format!("{}/tensorwire/shm-", cache.path().display())), "{path}");
+    assert!(!cache.path().join("tensorwire").exists(), "looking leaves nothing behind");
+}
+
+#[test]
+fn bad_usage_is_refused() {
+    let cache = tempfile::tempdir().unwrap();
+    for line in ["--prob", "extra", "--probe=1"] {
+        let refusal = refused(&topo(cache.path(), line).output().unwrap(), 2);
+        assert!(refusal.contains("tensorwire topo --help"), "{refusal}");
+    }
+}
+
+#[test]
+fn a_table_that_can_not_be_used_is_named_and_harms_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("table.json");
+    for (text, why) in [
+        ("garbage", "it is no table"),
+        ("{\"schema\": \"tensorwire.table/v0\", \"version\": \"0\"}", "schema"),
+        ("{\"schema\": \"tensorwire.table/v1\", \"version\": \"0.0.0\"}", "version"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let output = topo(folder.path(), "").env("TENSORWIRE_TABLE", &file).output().unwrap();
+        let shown = stdout(&output);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert!(shown.contains("built-in constants: ") && shown.contains("is ignored: "), "{shown}");
+        assert!(shown.contains(why) && shown.contains("--probe makes a new one"), "{shown}");
+        let mut bench = tensorwire(["bench", "--json", "--batches", "1", "--bytes", "128K,256K"]);
+        let output = bench.env("TENSORWIRE_TABLE", &file).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let text = stdout(&output);
+        let algorithms: Vec<Value> = text
+            .lines()
+            .map(|row| serde_json::from_str::<Value>(row).unwrap()["algorithm"].clone())
+            .collect();
+        assert_eq!(algorithms, ["one_shot", "two_shot"]);
+    }
+    let off = json(&topo(folder.path(), "--json").env("TENSORWIRE_TABLE", "off").output().unwrap());
+    assert_eq!((&off["table"]["source"], &off["table"]["path"]), (&"built_in".into(), &Value::Null));
+}
+
+#[test]
+fn a_place_that_can_not_be_written_is_refused_before_anything_is_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let with = |name: &str, value: &Path| {
+        let mut command = topo(folder.path(), "--probe");
+        command.env(name, value).output().unwrap()
+    };
+    if std::thread::available_parallelism().unwrap().get() < 2 {
+        return;
+    }
+    for (output, why) in [
+        (with("XDG_CACHE_HOME", &file), "Not a directory"),
+        (with("XDG_CACHE_HOME", Path::new("/proc/self")), "can't write /proc/self/tensorwire/"),
+        (with("TENSORWIRE_TABLE", Path::new("/dev/full")), "no ordinary file"),
+        (with("TENSORWIRE_TABLE", folder.path()), "no ordinary file"),
+        (with("TENSORWIRE_TABLE", Path::new("off")), "TENSORWIRE_TABLE is off"),
+    ] {
+        let refusal = refused(&output, 2);
+        assert!(refusal.contains("topo --probe: ") && refusal.contains(why), "{refusal}");
+    }
+    let mut homeless = topo(folder.path(), "--probe");
+    let refusal = refused(&homeless.env_remove("XDG_CACHE_HOME").env("HOME", "").output().unwrap(), 2);
+    assert!(refusal.contains("neither HOME nor XDG_CACHE_HOME"), "{refusal}");
+}
+
+#[test]
+fn one_processor_is_nothing_to_measure() {
+    let cache = tempfile::tempdir().unwrap();
+    let allowed = sched_getaffinity(None).unwrap();
+    let mut one = CpuSet::new();
+    one.set((0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).unwrap());
+    let mut probe = topo(cache.path(), "--probe --json");
+    // SAFETY: the system call is all that happens between fork and exec.
+    unsafe { probe.pre_exec(move || Ok(sched_setaffinity(None, &one)?)) };
+    let refusal = refused(&probe.output().unwrap(), 2);
+    assert!(refusal.contains("may use 1 processor") && refusal.contains("2 processors or more"), "{refusal}");
+}
+
+#[test]
+fn what_a_probe_finds_is_kept_and_followed() {
+    let cache = tempfile::tempdir().unwrap();
+    if std::thread::available_parallelism().unwrap().get() < 2 {
+        return;
+    }
+    let found = json(&topo(cache.path(), "--probe --json").output().unwrap());
+    assert_eq!(found["table"]["source"], "measured");
+    assert!(found["table"]["age_s"].as_u64().unwrap() < 600);
+    let samples = found["samples"].as_array().unwrap();
+    assert!(samples.iter().all(|s| s["median_us"].as_f64().unwrap() > 0.0));
+    let names: Vec<_> = std::fs::read_dir(cache.path().join("tensorwire")).unwrap().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+    let path = Path::new(found["table"]["path"].as_str().unwrap());
+    let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    assert_eq!(file["worlds"], found["table"]["worlds"]);
+    let again = topo(cache.path(), "").output().unwrap();
+    assert!(stdout(&again).contains(&format!("{}, measured ", path.display())), "{}", stdout(&again));
+
+    // The ranks of a job follow it: here, one that says other than the constants.
+    let world = &file["worlds"][0];
+    assert_eq!(world["ranks"], 2);
+    let one_shot = world["one_shot"].as_u64().unwrap();
+    let text = std::fs::read_to_string(path).unwrap();
+    let changed = text.replacen(&format!("\"one_shot\": {one_shot}"), "\"one_shot\": 2048", 1);
+    let changed = changed.replacen(
+        &format!("\"symmetric_one_shot\": {}", world["symmetric_one_shot"]),
+        "\"symmetric_one_shot\": 4096",
+        1,
+    );
+    std::fs::write(path, changed).unwrap();
+    for (buffer, expected) in
+        [("user", ["one_shot", "two_shot", "two_shot"]), ("symmetric", ["one_shot", "one_shot", "symmetric"])]
+    {
+        let mut bench =
+            tensorwire(["bench", "--json", "--batches", "1", "--bytes", "2K,4K,8K", "--buffer", buffer]);
+        let output =
+            bench.env("XDG_CACHE_HOME", cache.path()).env_remove("TENSORWIRE_TABLE").output().unwrap();
+        let text = stdout(&output);
+        let chosen: Vec<Value> = text
+            .lines()
+            .map(|row| serde_json::from_str::<Value>(row).unwrap()["algorithm"].clone())
+            .collect();
+        assert_eq!(chosen, expected, "{buffer}: {}", stderr(&output));
+    }
+}

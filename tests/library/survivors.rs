@@ -1,0 +1,195 @@
+//! Ranks that die one after the other, or stop while the others decide how to go on; and groups that are used at
+//! once.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::{Signal, getpid, kill_process};
+use tensorwire::{Communicator, Error, Options, ReduceOp};
+
+use crate::common::threads;
+use crate::job::Job;
+
+/// Far more than anything here takes, and far less than a timeout that isn't set.
+const SOON: Duration = Duration::from_secs(20);
+
+fn end(signal: Signal) {
+    kill_process(getpid(), signal).unwrap();
+}
+
+/// Rank 1 dies while rank 0 is busy elsewhere and rank 2 waits for rank 0.
+pub(crate) fn bystander() {
+    let comm = Communicator::from_env().unwrap();
+    comm.barrier().unwrap();
+    match comm.rank() {
+        0 => std::thread::sleep(Duration::from_secs(3)),
+        1 => {
+            std::thread::sleep(Duration::from_millis(100));
+            end(Signal::KILL);
+        }
+        _ => {}
+    }
+    let start = Instant::now();
+    let error = comm.all_reduce(&mut [1f32; 1000], ReduceOp::Sum).unwrap_err();
+    assert!(matches!(error, Error::PeerLost { peer: 1, .. }), "{error}");
+    println!("\nknown after {}", start.elapsed().as_millis());
+}
+
+#[test]
+fn a_death_is_known_while_waiting_for_one_that_is_slow() {
+    let mut job = Job::start("bystander", 3, &[]);
+    let (status, text) = job.join_within(2, SOON);
+    assert!(status.success(), "{text}");
+    let after: u64 = text.split("known after ").nth(1).unwrap().lines().next().unwrap().parse().unwrap();
+    // 100 ms until the death, 20 until it is noticed, and a machine that is busy with other things.
+    assert!(after < 2000, "{text}");
+    assert!(job.join_within(0, SOON).0.success());
+}
+
+/// All but one rank are killed, one after the other, each at a moment of its own, wherever it is then; the rest go
+/// on each time.
+pub(crate) fn dwindle() {
+    let mut comm = Communicator::from_env().unwrap();
+    let (me, ranks) = (comm.rank(), comm.world());
+    let seed: usize = std::env::var("FAULT_SEED").unwrap().parse().unwrap();
+    if me != seed % ranks {
+        let moment = 1 + (me * 7919 + seed * 104_729) % 60;
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20 + moment as u64));
+            end(Signal::KILL);
+        });
+    }
+    while comm.world() > 1 {
+        // Each rank's bit once: whose is missing is gone.
+        let mut x = vec![1u32 << me; 10_000];
+        match comm.all_reduce(&mut x, ReduceOp::Sum) {
+            Ok(()) => {
+                assert!(x.iter().all(|bits| *bits == x[0]) && x[0].count_ones() as usize == comm.world());
+                assert!(x[0] >> me & 1 == 1 && x[0] >> ranks == 0);
+            }
+            Err(error) => {
+                assert!(matches!(error, Error::PeerLost { .. }), "{error}");
+                comm = comm.shrink().unwrap();
+            }
+        }
+    }
+    println!("alone");
+}
+
+#[test]
+fn ranks_that_die_one_after_the_other_leave_one_that_goes_on() {
+    for seed in 0..8 {
+        let text = seed.to_string();
+        let mut job = Job::start("dwindle", 5, &[("FAULT_SEED", &text)]);
+        let (status, text) = job.join_within(seed % 5, SOON);
+        assert!(status.success() && text.contains("alone"), "seed {seed}: {text}");
+    }
+}
+
+/// Rank 2 leaves. Rank 0 waits for rank 1 to go on with it, as the one who would decide, and is stopped there.
+pub(crate) fn undecided() {
+    let comm = Communicator::from_env().unwrap();
+    comm.barrier().unwrap();
+    if comm.rank() == 2 {
+        return;
+    }
+    assert!(comm.barrier().is_err());
+    match comm.rank() {
+        0 => {
+            std::thread::spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                println!("\nstopping");
+                end(Signal::STOP);
+            });
+        }
+        _ => std::thread::sleep(Duration::from_millis(500)),
+    }
+    match comm.shrink() {
+        Ok(next) => println!("rank {} goes on as one of {}", comm.rank(), next.world()),
+        Err(error) => println!("{error}"),
+    }
+}
+
+#[test]
+fn a_rank_that_stops_while_it_decides_is_left_behind() {
+    let mut job = Job::start("undecided", 3, &[("TENSORWIRE_TIMEOUT", "2")]);
+    let (status, text) = job.join_within(1, SOON);
+    assert!(status.success() && text.contains("rank 1 goes on as one of 1"), "{text}");
+    job.signal(0, Signal::CONT);
+    let (_, text) = job.join_within(0, SOON);
+    assert!(text.contains("ranks [1] went on without this one"), "{text}");
+}
+
+#[test]
+fn a_group_is_shrunk_once() {
+    threads(2, &Options::default(), |comm| {
+        let next = comm.shrink().unwrap();
+        next.barrier().unwrap();
+        let error = comm.shrink().unwrap_err();
+        assert!(matches!(&error, Error::InvalidArgument(why) if why.contains("shrunk before")), "{error}");
+        next.barrier().unwrap();
+    });
+}
+
+/// Rank 2 is stopped in its turn of a group of two, which it is not alone in waiting for: the whole group waits for
+/// the other of the two.
+pub(crate) fn indirect() {
+    let comm = Communicator::from_env().unwrap();
+    let pair = comm.split(Some((comm.rank() % 2) as u32), 0).unwrap().unwrap();
+    comm.barrier().unwrap();
+    if comm.rank() == 2 {
+        println!("\nstopping");
+        end(Signal::STOP);
+    }
+    let in_pair = pair.barrier();
+    let in_all = comm.barrier();
+    for error in [in_pair.err(), in_all.err()].into_iter().flatten() {
+        assert!(matches!(&error, Error::Timeout { waiting_for, .. } if !waiting_for.contains(&0)), "{error}");
+    }
+    if comm.rank() != 2 {
+        assert_eq!(comm.shrink().unwrap().world(), 2);
+    }
+    println!("told");
+}
+
+#[test]
+fn who_waits_in_another_group_is_not_blamed() {
+    // Rank 0's own timeout is later than rank 1's, so that rank 1 must find out who it is.
+    for late in ["1", "3"] {
+        let env = |rank: &'static str, timeout| vec![("RANK", rank), ("TENSORWIRE_TIMEOUT", timeout)];
+        let id = format!("{}-{late}", std::process::id());
+        let envs: Vec<Vec<(&str, &str)>> = [env("0", late), env("1", "1"), env("2", "1")]
+            .into_iter()
+            .map(|mut env| {
+                env.extend([("WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511")]);
+                env.push(("TORCHELASTIC_RUN_ID", &*id));
+                env
+            })
+            .collect();
+        let mut job = Job::start_with("indirect", &envs);
+        for rank in [0, 1] {
+            let (status, text) = job.join_within(rank, SOON);
+            assert!(status.success() && text.contains("told"), "{text}");
+        }
+    }
+}
+
+#[test]
+fn two_groups_of_the_same_ranks_are_used_at_once() {
+    threads(2, &Options::default(), |comm| {
+        let groups = [0, 1].map(|_| comm.split(Some(0), 0).unwrap().unwrap());
+        std::thread::scope(|s| {
+            for (which, group) in groups.iter().enumerate() {
+                s.spawn(move || {
+                    for i in 0..3000usize {
+                        // Both carry the same kinds of calls, at other moments and with other data.
+                        let len = [2, 500, 40_000][(i + which) % 3];
+                        let mut x = vec![(i + which + group.rank()) as u32; len];
+                        group.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+                        assert!(x.iter().all(|x| *x as usize == 2 * (i + which) + 1));
+                    }
+                });
+            }
+        });
+        comm.barrier().unwrap();
+    });
+}

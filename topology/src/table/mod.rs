@@ -1,0 +1,157 @@
+//! Where the collectives change their algorithm on this machine: what `tensorwire topo --probe` measured, kept in a
+//! file.
+//!
+//! The file is JSON, [`SCHEMA`]:
+//!
+//! ```json
+//! {"schema": "tensorwire.table/v1", "version": "0.1.0",
+//!  "machine": {"processor": "AMD EPYC", "processors": 2, "caches": ["L1 Data 32K for 1"]},
+//!  "measured_at": 1795000000,
+//!  "worlds": [{"ranks": 2, "one_shot": 131072, "symmetric_one_shot": 65536, "chunk": 262144}]}
+//! ```
+//!
+//! It is `$TENSORWIRE_TABLE`, or a file named after the machine's [`Fingerprint`] in `$XDG_CACHE_HOME/tensorwire` or
+//! `~/.cache/tensorwire`: machines that share a home have a file each. `TENSORWIRE_TABLE=off` is for the
+//! built-in constants. A file that is damaged, of another version or of another machine isn't used, and
+//! [`Absent`] says why.
+
+mod file;
+pub mod fit;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use tensorwire_core::Tuning;
+
+use crate::discover::Fingerprint;
+
+/// The schema that a table's file names.
+pub const SCHEMA: &str = "tensorwire.table/v1";
+
+/// The most worlds that a table may hold.
+const MOST: usize = 256;
+
+/// What was measured on a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// The machine.
+    pub machine: Fingerprint,
+    /// When, in seconds since 1970.
+    pub measured_at: u64,
+    /// What is fastest, by number of ranks.
+    pub tunings: Vec<Tuning>,
+}
+
+/// Why there is no table, so that the built-in constants hold.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Absent {
+    /// `TENSORWIRE_TABLE` is `off`.
+    #[error("TENSORWIRE_TABLE is off")]
+    Off,
+    /// There is no place for it.
+    #[error(
+        "no place for a table: neither HOME nor XDG_CACHE_HOME is an absolute path, and TENSORWIRE_TABLE names no file"
+    )]
+    NoHome,
+    /// Nothing was measured yet.
+    #[error("nothing measured yet: tensorwire topo --probe does")]
+    Missing,
+    /// There is a file that can't be used.
+    #[error("{} is ignored: {why}", path.display())]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// Why not, and what to do.
+        why: String,
+    },
+}
+
+/// Where the table of a machine is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    Off,
+    Nowhere,
+    File(PathBuf),
+    /// A file in this folder, named after the machine.
+    Folder(PathBuf),
+}
+
+impl Place {
+    fn from_lookup(get: impl Fn(&str) -> Option<OsString>) -> Place {
+        match get("TENSORWIRE_TABLE").filter(|value| !value.is_empty()) {
+            Some(value) if value == "off" => return Place::Off,
+            Some(value) => return Place::File(value.into()),
+            None => {}
+        }
+        // As the XDG base directory specification has it: what isn't absolute is ignored.
+        let absolute = |name| get(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+        cache.map_or(Place::Nowhere, |cache| Place::Folder(cache.join("tensorwire")))
+    }
+
+    fn from_env() -> Place {
+        Place::from_lookup(|name| std::env::var_os(name))
+    }
+
+    fn path(self, machine: &Fingerprint) -> Result<PathBuf, Absent> {
+        match self {
+            Place::Off => Err(Absent::Off),
+            Place::Nowhere => Err(Absent::NoHome),
+            Place::File(path) => Ok(path),
+            Place::Folder(folder) => Ok(folder.join(file::name(machine))),
+        }
+    }
+}
+
+impl Table {
+    /// The file of this machine's table, whether it exists or not.
+    ///
+    /// # Errors
+    /// [`Absent::Off`] and [`Absent::NoHome`].
+    pub fn path(machine: &Fingerprint) -> Result<PathBuf, Absent> {
+        Place::from_env().path(machine)
+    }
+
+    /// The table of this machine.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn in_force() -> Result<Table, Absent> {
+        let place = Place::from_env();
+        // Most machines have none: then nothing more is read.
+        match &place {
+            Place::Folder(path) | Place::File(path) if !path.exists() => return Err(Absent::Missing),
+            _ => {}
+        }
+        let machine = Fingerprint::read(Path::new("/"));
+        Table::load(&place.path(&machine)?, &machine)
+    }
+
+    /// What was measured on this machine; nothing if there is no table.
+    pub fn tunings_in_force() -> Vec<Tuning> {
+        Table::in_force().map(|table| table.tunings).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_place_is_as_the_environment_says() {
+        let place = |set: &[(&str, &str)]| {
+            Place::from_lookup(|name| set.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into()))
+        };
+        let folder = |path: &str| Place::Folder(path.into());
+        assert_eq!(place(&[]), Place::Nowhere);
+        assert_eq!(place(&[("HOME", "/h")]), folder("/h/.cache/tensorwire"));
+        assert_eq!(place(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]), folder("/c/tensorwire"));
+        assert_eq!(place(&[("HOME", "/h"), ("XDG_CACHE_HOME", "c")]), folder("/h/.cache/tensorwire"));
+        assert_eq!(place(&[("HOME", "h")]), Place::Nowhere);
+        let file = Place::File("x.json".into());
+        assert_eq!(place(&[("HOME", "/h"), ("TENSORWIRE_TABLE", "x.json")]), file);
+        assert_eq!(place(&[("HOME", "/h"), ("TENSORWIRE_TABLE", "off")]), Place::Off);
+        assert_eq!(place(&[("HOME", "/h"), ("TENSORWIRE_TABLE", "")]), folder("/h/.cache/tensorwire"));
+    }
+}
