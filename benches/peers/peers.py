@@ -82,21 +82,33 @@ class Peer:
         raise NotImplementedError
 
 
+def compiled(source, root, compiler, libraries=(), **variables):
+    """The program of a C source beside this file, named after what it was compiled from, so that a changed one is
+    compiled again."""
+    digest = hashlib.sha256((HERE / source).read_bytes()).hexdigest()[:12]
+    binary = root / f"tensorwire-{Path(source).stem.replace('_', '-')}-{digest}"
+    if not binary.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        half_done = binary.with_suffix(f".{os.getpid()}")
+        shell([*compiler, "-O2", str(HERE / source), *libraries, "-o", str(half_done)], **variables)
+        half_done.rename(binary)
+    return binary
+
+
+def distance():
+    """Nanoseconds of a cache line's round trip between the first two processors."""
+    program = compiled("distance.c", directory(), [os.environ.get("CC", "cc")], ["-pthread"])
+    return int(subprocess.run([str(program)], stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
 class Mpi(Peer):
     def install(self):
         super().install()
-        binary = self.binary()
-        if binary.exists():
-            return
-        half_done = binary.with_suffix(f".{os.getpid()}")
-        compiler, variables = self.compiler()
-        shell([*compiler, "-O2", str(HERE / "mpi_bench.c"), *self.libraries(), "-o", str(half_done)], **variables)
-        half_done.rename(binary)
+        self.binary()
 
     def binary(self):
-        """Named after the source it was compiled from, so that a changed one is compiled again."""
-        digest = hashlib.sha256((HERE / "mpi_bench.c").read_bytes()).hexdigest()[:12]
-        return self.root / f"tensorwire-mpi-bench-{digest}"
+        compiler, variables = self.compiler()
+        return compiled("mpi_bench.c", self.root, compiler, self.libraries(), **variables)
 
     def compiler(self):
         found = self.root / "bin"
