@@ -207,8 +207,11 @@ impl NetEngine {
         match input {
             Some(_) => self.execute(Buffers { input, output }, Some(r)),
             None => {
-                let input = output.to_vec();
-                self.execute(Buffers { input: Some(&input), output: &mut output[own] }, Some(r))
+                // In words, so that it is aligned for any type.
+                let mut words = vec![0u64; output.len().div_ceil(8)];
+                let input = &mut bytemuck::cast_slice_mut(&mut words)[..output.len()];
+                input.copy_from_slice(output);
+                self.execute(Buffers { input: Some(input), output: &mut output[own] }, Some(r))
             }
         }
     }
