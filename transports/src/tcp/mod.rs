@@ -10,7 +10,7 @@
 //! noticed by the end of its connection, one whose host was cut off by its silence, one that doesn't come by the
 //! timeout; whoever notices tells all others.
 //!
-//! A peer takes at most 1 MiB: 640 KiB that the kernel may hold for its connection ([`TcpOptions::send_buffer`],
+//! A peer takes at most 1 MiB: 752 KiB that the kernel may hold for its connection ([`TcpOptions::send_buffer`],
 //! [`TcpOptions::receive_buffer`]), 16 KiB that are read ahead, and two pieces of 128 KiB that wait to be reduced.
 //! Messages between two ranks have a connection of their own.
 
