@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tensorwire::{Algorithm, Tuning};
 
-/// Sizes at which an all-reduce's algorithms are compared: a slot holds the largest.
+/// Sizes at which an all-reduce's algorithms are compared.
 pub(super) const SIZES: [usize; 12] = [
     512,
     1 << 10,
