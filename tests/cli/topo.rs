@@ -73,7 +73,7 @@ fn a_table_that_can_not_be_used_is_named_and_harms_nothing() {
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
         assert!(shown.contains("built-in constants: ") && shown.contains("is ignored: "), "{shown}");
         assert!(shown.contains(why) && shown.contains("--probe makes a new one"), "{shown}");
-        let mut bench = tensorwire(["bench", "--json", "--batches", "1", "--bytes", "128K,256K"]);
+        let mut bench = tensorwire(["bench", "--json", "--batches", "1", "--bytes", "4M,8M"]);
         let output = bench.env("TENSORWIRE_TABLE", &file).output().unwrap();
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
         let text = stdout(&output);

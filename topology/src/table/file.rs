@@ -247,7 +247,7 @@ mod tests {
             ("\"chunk\": 262144", "\"chunk\": 1e300", "no table"),
             ("\"ranks\": 2", "\"ranks\": 1", "make no sense"),
             ("\"ranks\": 2", "\"ranks\": 4", "ascending"),
-            ("\"one_shot\": 131072,", "", "no table"),
+            ("\"one_shot\": 4194304,", "", "no table"),
             ("}\n", "", "no table"),
         ] {
             let bad = json.replacen(from, to, 1);
