@@ -224,6 +224,7 @@ mod tests {
 
     /// Publishes a step, which says in slot and flag whose it is and which.
     fn say(rank: &mut Rank) {
+        rank.use_slots(PAGE);
         let step = rank.next_step().unwrap();
         let said = [rank.rank() as u8, step as u8];
         rank.slot()[..2].copy_from_slice(&said);

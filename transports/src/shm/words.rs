@@ -1,7 +1,9 @@
 //! A group's shared words and bytes, found in its part of the memory.
 
 use super::control::{Control, Flag, Header, LaneHead};
-use super::layout::{Layout, Span};
+use super::layout::Layout;
+#[cfg(not(loom))]
+use super::layout::Span;
 use super::memory::Part;
 
 #[derive(Debug)]
