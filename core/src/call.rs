@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{DType, ReduceOp};
+use crate::{DType, ReduceOp, Wire};
 
 /// A collective operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -105,11 +105,17 @@ pub struct Call {
     /// there is none.
     pub root: Option<u32>,
     /// A digest of per-rank counts where they differ (all_gather_v and the like), or the bits of
-    /// all_reduce_add_rms_norm's epsilon; 0 otherwise.
+    /// all_reduce_add_rms_norm's epsilon, or the code of the [`Wire`](crate::Wire) form of an all_reduce; 0 otherwise.
     pub layout: u32,
 }
 
 impl Call {
+    /// The sending or receiving, as `op` says, of a message of `bytes` with `peer`.
+    pub fn message(op: Op, dtype: DType, bytes: usize, peer: usize) -> Call {
+        let (count, root) = ((bytes / dtype.size()) as u64, Some(peer as u32));
+        Call { op, dtype: Some(dtype), reduce: None, count, root, layout: 0 }
+    }
+
     /// The call in four words, for memory that ranks share.
     #[inline]
     pub fn to_words(&self) -> [u64; 4] {
@@ -175,6 +181,8 @@ impl fmt::Display for Call {
         }
         if self.op == Op::AllReduceAddRmsNorm {
             write!(f, "{sep}eps {:e}", f32::from_bits(self.layout))?;
+        } else if let (Op::AllReduce, Some(wire)) = (self.op, Wire::from_code(self.layout)) {
+            write!(f, "{sep}wire {wire}")?;
         } else if self.layout != 0 {
             write!(f, "{sep}layout {:08x}", self.layout)?;
         }
@@ -234,6 +242,8 @@ mod tests {
         assert_eq!(barrier.to_string(), "barrier()");
         let bcast = Call { op: Op::Broadcast, reduce: None, root: Some(3), ..call() };
         assert_eq!(bcast.to_string(), "broadcast(4096 x f32, root 3)");
+        let short = Call { layout: Wire::Q8 as u32, ..call() };
+        assert_eq!(short.to_string(), "all_reduce(4096 x f32, sum, wire q8)");
         let eps = 1e-5f32.to_bits();
         let fused = Call { op: Op::AllReduceAddRmsNorm, root: Some(256), layout: eps, ..call() };
         assert_eq!(fused.to_string(), "all_reduce_add_rms_norm(4096 x f32, sum, width 256, eps 1e-5)");

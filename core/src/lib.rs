@@ -6,9 +6,11 @@ mod deadline;
 mod dtype;
 mod error;
 mod tuning;
+mod wire;
 
 pub use call::{Call, Op};
 pub use deadline::{DEFAULT_TIMEOUT, Deadline};
 pub use dtype::{DType, Element, ReduceOp};
 pub use error::{Error, Result};
 pub use tuning::Tuning;
+pub use wire::Wire;

@@ -1,8 +1,14 @@
 //! Bytes between ranks: how ranks find each other ([`store`], [`launch`]), how they know that a peer is
-//! alive ([`liveness`]), and the shared memory they exchange data through ([`shm`]).
+//! alive ([`liveness`]), and what they exchange data through: shared memory ([`shm`]) or, with the feature `tcp`,
+//! TCP (`tcp`).
 
+mod color;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod launch;
 pub mod liveness;
 mod local_socket;
 pub mod shm;
 pub mod store;
+#[cfg(feature = "tcp")]
+pub mod tcp;

@@ -2,18 +2,24 @@
 //!
 //! Launchers are asked in this order, and the first whose rank *and* world are both set answers:
 //!
-//! | source | rank, world | same for all ranks of the job |
-//! | --- | --- | --- |
-//! | tensorwire | `TENSORWIRE_RANK`, `TENSORWIRE_WORLD` | `TENSORWIRE_STORE` |
-//! | torchrun | `RANK`, `WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `..._RESTART_COUNT` |
-//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `..._SIZE` | `PMIX_NAMESPACE` or `OMPI_MCA_ess_base_jobid` |
-//! | PMI | `PMI_RANK`, `PMI_SIZE` | `PMI_JOBID` and its like, else the Slurm step, else the parent process |
-//! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` or `SLURM_NTASKS` | `SLURM_JOB_ID`, `SLURM_STEP_ID` |
+//! | source | rank, world, local rank | same for all ranks of the job | rank 0's host |
+//! | --- | --- | --- | --- |
+//! | tensorwire | `TENSORWIRE_RANK`, `_WORLD`, `_LOCAL_RANK` | `TENSORWIRE_STORE` | |
+//! | torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `_RESTART_COUNT` | `MASTER_ADDR` |
+//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `PMIX_NAMESPACE` or `OMPI_MCA_ess_base_jobid` | `MASTER_ADDR` |
+//! | PMI | `PMI_RANK`, `PMI_SIZE`, `MPI_LOCALRANKID` | `PMI_JOBID` and its like, else the Slurm step, else the parent process | `MASTER_ADDR`, else as Slurm |
+//! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` or `SLURM_NTASKS`, `SLURM_LOCALID` | `SLURM_JOB_ID`, `SLURM_STEP_ID` | `MASTER_ADDR`, else the first of `SLURM_STEP_NODELIST` |
+//! | Kubernetes | `JOB_COMPLETION_INDEX`, `WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT` | `MASTER_ADDR` |
+//!
+//! Where the ranks meet is `TENSORWIRE_STORE`, whoever has started them, if it is set; and `TENSORWIRE_JOB`, if it is
+//! set, tells this job from others instead of what is in the table.
 //!
 //! MPI launchers come before Slurm because inside an allocation they start their own daemons as Slurm tasks:
 //! what Slurm's variables then describe is the daemon, not the rank.
 
 use tensorwire_core::{Error, Result};
+
+use super::nodelist::first_host;
 
 /// This process's place in a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,19 +28,34 @@ pub struct Env {
     pub rank: usize,
     /// The number of ranks; at least 1.
     pub world: usize,
+    /// This process's number among those of its host, where the launcher says so: which device is its own.
+    pub local_rank: Option<usize>,
     /// How many of them the launcher says it started on this host, where it says so. A hint for messages:
     /// whether two ranks share memory is found out by trying.
     pub local_world: Option<usize>,
     /// Where the ranks meet.
     pub rendezvous: Rendezvous,
-    /// Which launcher's variables these are: `tensorwire`, `torchrun`, `Open MPI`, `PMI` or `Slurm`.
+    /// What tells this job from others, where it is known.
+    pub job: Option<String>,
+    /// Where rank 0 can serve a store for ranks on other hosts, where the launcher says so.
+    pub master: Option<Master>,
+    /// Which launcher's variables these are: `tensorwire`, `torchrun`, `Open MPI`, `PMI`, `Slurm` or `Kubernetes`.
     pub source: &'static str,
+}
+
+/// Rank 0's host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Master {
+    /// Its name or address.
+    pub host: String,
+    /// A port there that nobody else uses, if one is given.
+    pub port: Option<u16>,
 }
 
 /// Where the ranks of a job meet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rendezvous {
-    /// The value of `TENSORWIRE_STORE`, such as `unix:NAME` or `file:DIR`.
+    /// The value of `TENSORWIRE_STORE`: `tcp:HOST:PORT`, `file:DIR` or `unix:NAME`.
     Store(String),
     /// No store is given. A text that is the same for all ranks of this job on this host and differs between
     /// jobs that run at the same time, from which the ranks can derive the name of a store of their own.
@@ -76,17 +97,23 @@ struct Launcher {
     rank: &'static str,
     /// In order of preference.
     world: &'static [&'static str],
+    local_rank: &'static str,
     local_world: &'static str,
     /// Whether the variables describe this process as a rank at all.
     applies: fn(&Vars<'_>) -> bool,
     job: fn(&Vars<'_>) -> Result<String>,
+    /// Where rank 0 is, if `MASTER_ADDR` doesn't say.
+    first_host: fn(&Vars<'_>) -> Option<String>,
+    /// Whether `MASTER_PORT` is for us: torch's own store has the one that torchrun sets.
+    port_is_free: bool,
 }
 
-const LAUNCHERS: [Launcher; 4] = [
+const LAUNCHERS: [Launcher; 5] = [
     Launcher {
         source: "torchrun",
         rank: "RANK",
         world: &["WORLD_SIZE"],
+        local_rank: "LOCAL_RANK",
         local_world: "LOCAL_WORLD_SIZE",
         applies: |_| true,
         job: |vars| {
@@ -104,11 +131,14 @@ const LAUNCHERS: [Launcher; 4] = [
             let restart = vars.get("TORCHELASTIC_RESTART_COUNT").unwrap_or_default();
             Ok(format!("torchrun {addr} {port} {run} {restart}"))
         },
+        first_host: |_| None,
+        port_is_free: false,
     },
     Launcher {
         source: "Open MPI",
         rank: "OMPI_COMM_WORLD_RANK",
         world: &["OMPI_COMM_WORLD_SIZE"],
+        local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
         local_world: "OMPI_COMM_WORLD_LOCAL_SIZE",
         applies: |_| true,
         job: |vars| {
@@ -121,11 +151,14 @@ const LAUNCHERS: [Launcher; 4] = [
                 ))
             })
         },
+        first_host: |_| None,
+        port_is_free: true,
     },
     Launcher {
         source: "PMI",
         rank: "PMI_RANK",
         world: &["PMI_SIZE"],
+        local_rank: "MPI_LOCALRANKID",
         local_world: "MPI_LOCALNRANKS",
         applies: |_| true,
         job: |vars| {
@@ -137,14 +170,41 @@ const LAUNCHERS: [Launcher; 4] = [
                 (None, None) => format!("pmi parent {}", vars.parent),
             })
         },
+        first_host: |vars| vars.first_of_slurms_hosts(),
+        port_is_free: true,
     },
     Launcher {
         source: "Slurm",
         rank: "SLURM_PROCID",
         world: &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"],
+        local_rank: "SLURM_LOCALID",
         local_world: "",
         applies: |vars| vars.slurm_step().is_some(),
         job: |vars| Ok(vars.slurm_step().unwrap_or_default()),
+        first_host: |vars| vars.first_of_slurms_hosts(),
+        port_is_free: true,
+    },
+    Launcher {
+        source: "Kubernetes",
+        rank: "JOB_COMPLETION_INDEX",
+        world: &["WORLD_SIZE"],
+        local_rank: "",
+        local_world: "",
+        applies: |_| true,
+        job: |vars| {
+            match vars.first(&["MASTER_ADDR"]) {
+            Some((_, host)) => {
+                Ok(format!("kubernetes {} {}", host.trim(), vars.get("MASTER_PORT").unwrap_or_default()))
+            }
+            None => Err(Error::Config(
+                "JOB_COMPLETION_INDEX and WORLD_SIZE are set but MASTER_ADDR is not: name the pod of index 0, \
+                 JOB-0.SERVICE, in the Job's manifest"
+                    .into(),
+            )),
+        }
+        },
+        first_host: |_| None,
+        port_is_free: true,
     },
 ];
 
@@ -158,9 +218,35 @@ impl Launcher {
             return Ok(None);
         }
         let (rank, world) = place(self.rank, &rank, world_name, &world)?;
-        let local_world = vars.get(self.local_world).and_then(|v| v.trim().parse().ok());
-        let rendezvous = Rendezvous::Job((self.job)(vars)?);
-        Ok(Some(Env { rank, world, local_world, rendezvous, source: self.source }))
+        let (local_rank, local_world) = (vars.hint(self.local_rank), vars.hint(self.local_world));
+        let (store, named) = (vars.first(&["TENSORWIRE_STORE"]), vars.first(&["TENSORWIRE_JOB"]));
+        let job = match named {
+            Some((_, job)) => Ok(job.trim().to_owned()),
+            None => (self.job)(vars),
+        };
+        let (rendezvous, job) = match store {
+            Some((_, store)) => (Rendezvous::Store(store.trim().into()), job.ok()),
+            None => {
+                let job = job?;
+                (Rendezvous::Job(job.clone()), Some(job))
+            }
+        };
+        let master = self.master(vars)?;
+        Ok(Some(Env { rank, world, local_rank, local_world, rendezvous, job, master, source: self.source }))
+    }
+
+    fn master(&self, vars: &Vars<'_>) -> Result<Option<Master>> {
+        let named = vars.first(&["MASTER_ADDR"]).map(|(_, host)| host.trim().to_owned());
+        let Some(host) = named.or_else(|| (self.first_host)(vars)) else { return Ok(None) };
+        let port = match vars.first(&["MASTER_PORT"]).filter(|_| self.port_is_free) {
+            None => None,
+            Some((name, text)) => {
+                Some(text.trim().parse::<u16>().ok().filter(|p| *p != 0).ok_or_else(|| {
+                    Error::Config(format!("{name} is '{text}', which is not a port number"))
+                })?)
+            }
+        };
+        Ok(Some(Master { host, port }))
     }
 }
 
@@ -184,6 +270,19 @@ impl Vars<'_> {
         names.iter().find_map(|name| self.get(name).filter(|v| !v.trim().is_empty()).map(|v| (*name, v)))
     }
 
+    /// A number that helps, and whose absence does no harm.
+    fn hint(&self, name: &str) -> Option<usize> {
+        self.get(name).and_then(|v| v.trim().parse().ok())
+    }
+
+    /// The host of a Slurm step's first task, where it has several hosts.
+    fn first_of_slurms_hosts(&self) -> Option<String> {
+        let (_, nodes) = self.first(&["SLURM_STEP_NUM_NODES", "SLURM_NNODES"])?;
+        let several = nodes.trim().parse::<u32>().is_ok_and(|n| n > 1);
+        let (_, list) = self.first(&["SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST"])?;
+        first_host(&list).filter(|_| several)
+    }
+
     /// Two variables of which at least one is set.
     fn pair(&self, a: &str, b: &str) -> Result<(String, String)> {
         match (self.get(a), self.get(b)) {
@@ -200,13 +299,16 @@ impl Vars<'_> {
         let Some((_, store)) = self.first(&["TENSORWIRE_STORE"]) else {
             return Err(Error::Config(
                 "TENSORWIRE_RANK and TENSORWIRE_WORLD are set but TENSORWIRE_STORE, where the ranks meet, is \
-                 not: `tensorwire launch` sets it; by hand, give all ranks the same file:DIR or unix:NAME"
+                 not: `tensorwire launch` sets it; by hand, give all ranks the same tcp:HOST:PORT, with HOST \
+                 rank 0's, or file:DIR"
                     .into(),
             ));
         };
-        let local_world = self.get("TENSORWIRE_LOCAL_WORLD").and_then(|v| v.trim().parse().ok());
+        let (local_rank, local_world) =
+            (self.hint("TENSORWIRE_LOCAL_RANK"), self.hint("TENSORWIRE_LOCAL_WORLD"));
         let rendezvous = Rendezvous::Store(store.trim().into());
-        Ok(Env { rank, world, local_world, rendezvous, source: "tensorwire" })
+        let job = self.first(&["TENSORWIRE_JOB"]).map(|(_, job)| job.trim().to_owned());
+        Ok(Env { rank, world, local_rank, local_world, rendezvous, job, master: None, source: "tensorwire" })
     }
 
     /// The Slurm step that this process is a task of. The shell of a batch script and of `salloc` is given
@@ -221,8 +323,9 @@ impl Vars<'_> {
     /// Nobody told us both rank and world: say which half is there, or how to start.
     fn nothing_complete(&self) -> Error {
         for launcher in &LAUNCHERS {
-            // Slurm's world without a rank is an allocation's shell; without a step, a batch script's.
-            if launcher.source == "Slurm" {
+            // Slurm's world without a rank is an allocation's shell; without a step, a batch script's. A WORLD_SIZE without
+            // a rank is torchrun's.
+            if matches!(launcher.source, "Slurm" | "Kubernetes") {
                 continue;
             }
             match (self.get(launcher.rank), self.first(launcher.world)) {
@@ -230,6 +333,11 @@ impl Vars<'_> {
                 (None, Some((world, _))) => return missing(world, launcher.rank),
                 _ => {}
             }
+        }
+        if self.any(&["JOB_COMPLETION_INDEX"]) {
+            return Error::Config(
+                "JOB_COMPLETION_INDEX is set but WORLD_SIZE is not: set it to the Job's completions in its manifest".into(),
+            );
         }
         if self.any(&["SLURM_NTASKS", "SLURM_PROCID"]) {
             return Error::Config(
@@ -239,7 +347,7 @@ impl Vars<'_> {
         }
         Error::Config(
             "no launcher has told this process its rank: start it with `tensorwire launch --ranks N -- CMD`, \
-             torchrun, mpirun or srun, or set TENSORWIRE_RANK, TENSORWIRE_WORLD and TENSORWIRE_STORE"
+             torchrun, mpirun, srun or as a Kubernetes indexed Job, or set TENSORWIRE_RANK, TENSORWIRE_WORLD and TENSORWIRE_STORE"
                 .into(),
         )
     }
@@ -317,6 +425,17 @@ mod tests {
         [("SLURM_PROCID", "3"), ("SLURM_NTASKS", "6"), ("SLURM_JOB_ID", "991"), ("SLURM_STEP_ID", "0")];
     const PMI: [(&str, &str); 2] = [("PMI_RANK", "0"), ("PMI_SIZE", "2")];
 
+    const KUBERNETES: [(&str, &str); 4] = [
+        ("JOB_COMPLETION_INDEX", "1"),
+        ("WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "job-0.job"),
+        ("MASTER_PORT", "29600"),
+    ];
+
+    fn master(vars: &[(&str, &str)]) -> Option<(String, Option<u16>)> {
+        read(vars).unwrap().master.map(|m| (m.host, m.port))
+    }
+
     /// `vars` with one variable changed, or dropped where `value` is empty.
     fn with<'a>(vars: &[(&'a str, &'a str)], name: &'a str, value: &'a str) -> Vec<(&'a str, &'a str)> {
         let mut out: Vec<_> = vars.iter().copied().filter(|(n, _)| *n != name).collect();
@@ -328,19 +447,30 @@ mod tests {
 
     #[test]
     fn our_own_variables() {
-        let env = read(&with(&OURS, "TENSORWIRE_LOCAL_WORLD", "3")).unwrap();
-        let rendezvous = Rendezvous::Store("unix:job-7".into());
-        assert_eq!(env, Env { rank: 1, world: 3, local_world: Some(3), rendezvous, source: "tensorwire" });
+        let vars = with(&with(&OURS, "TENSORWIRE_LOCAL_WORLD", "3"), "TENSORWIRE_LOCAL_RANK", "1");
+        let env = read(&with(&vars, "TENSORWIRE_JOB", "j7")).unwrap();
+        let want = Env {
+            rank: 1,
+            world: 3,
+            local_rank: Some(1),
+            local_world: Some(3),
+            rendezvous: Rendezvous::Store("unix:job-7".into()),
+            job: Some("j7".into()),
+            master: None,
+            source: "tensorwire",
+        };
+        assert_eq!(env, want);
     }
 
     #[test]
     fn ours_win_over_all_others_and_each_launcher_over_the_next() {
-        let order: [(&[(&str, &str)], &str); 5] = [
+        let order: [(&[(&str, &str)], &str); 6] = [
             (&OURS, "tensorwire"),
             (&TORCH, "torchrun"),
             (&OMPI, "Open MPI"),
             (&PMI, "PMI"),
             (&SLURM, "Slurm"),
+            (&KUBERNETES, "Kubernetes"),
         ];
         for (first, (_, source)) in order.iter().enumerate() {
             let all: Vec<_> = order[first..].iter().flat_map(|(vars, _)| vars.iter().copied()).collect();
@@ -388,6 +518,53 @@ mod tests {
         assert_ne!(job(&SLURM), job(&with(&SLURM, "SLURM_JOB_ID", "992")));
         // A step smaller than its allocation.
         assert_eq!(read(&with(&SLURM, "SLURM_STEP_NUM_TASKS", "4")).unwrap().world, 4);
+    }
+
+    #[test]
+    fn kubernetes() {
+        let env = read(&KUBERNETES).unwrap();
+        assert_eq!((env.rank, env.world, env.source), (1, 2, "Kubernetes"));
+        assert_eq!(master(&KUBERNETES), Some(("job-0.job".into(), Some(29600))));
+        assert!(error(&with(&KUBERNETES, "MASTER_ADDR", "")).contains("JOB-0.SERVICE"));
+        assert!(error(&with(&KUBERNETES, "WORLD_SIZE", "")).contains("the Job's completions"));
+        assert!(error(&with(&KUBERNETES, "MASTER_PORT", "x")).contains("MASTER_PORT"));
+    }
+
+    #[test]
+    fn where_rank_0_is() {
+        // Torch's own store listens at its port.
+        assert_eq!(master(&TORCH), Some(("node1".into(), None)));
+        assert_eq!((master(&OMPI), master(&PMI), master(&SLURM)), (None, None, None));
+        let named = with(&with(&OMPI, "MASTER_ADDR", "n1"), "MASTER_PORT", "5");
+        assert_eq!(master(&named), Some(("n1".into(), Some(5))));
+        let nodes = with(&with(&SLURM, "SLURM_STEP_NODELIST", "gpu[07-09]"), "SLURM_STEP_NUM_NODES", "3");
+        assert_eq!(master(&nodes), Some(("gpu07".into(), None)));
+        assert_eq!(master(&with(&nodes, "SLURM_STEP_NUM_NODES", "1")), None, "one host needs none");
+        let pmi: Vec<_> = PMI.into_iter().chain(nodes).collect();
+        assert_eq!(master(&pmi), Some(("gpu07".into(), None)));
+        assert_eq!(read(&with(&SLURM, "SLURM_LOCALID", "1")).unwrap().local_rank, Some(1));
+    }
+
+    #[test]
+    fn a_store_and_a_job_that_are_named_hold_for_any_launcher() {
+        let vars = with(&SLURM, "TENSORWIRE_STORE", "file:/nfs/x");
+        let env = read(&vars).unwrap();
+        assert_eq!(env.rendezvous, Rendezvous::Store("file:/nfs/x".into()));
+        assert_eq!(env.job.as_deref(), Some("slurm 991 0"));
+        assert_eq!(read(&with(&vars, "TENSORWIRE_JOB", "a")).unwrap().job.as_deref(), Some("a"));
+        assert_eq!(job(&with(&SLURM, "TENSORWIRE_JOB", "a")), "a");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_variables_are_a_place_or_an_error(values in proptest::collection::vec("(?s).{0,12}", 24), which: u32) {
+            let all = OURS.iter().chain(&TORCH).chain(&OMPI).chain(&PMI).chain(&SLURM).chain(&KUBERNETES);
+            let some = all.zip(&values).enumerate().filter(|(i, _)| which >> i & 1 == 1);
+            let vars: Vec<_> = some.map(|(_, ((name, _), value))| (*name, value.as_str())).collect();
+            if let Ok(env) = read(&vars) {
+                proptest::prop_assert!(env.rank < env.world);
+            }
+        }
     }
 
     #[test]

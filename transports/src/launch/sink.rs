@@ -7,6 +7,8 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use super::Stream;
+
 const PIPE_BUF: usize = 4096;
 /// With more than this waiting, the ranks' output is left in their pipes.
 const FULL: usize = 256 * 1024;
@@ -77,6 +79,17 @@ impl<F: AsFd> Sink<F> {
 pub(super) struct Sinks {
     pub(super) out: Sink<io::Stdout>,
     pub(super) err: Sink<io::Stderr>,
+}
+
+impl Sinks {
+    /// Takes a line to be printed behind `prefix`.
+    pub(super) fn print(&mut self, stream: Stream, prefix: &str, line: &[u8]) {
+        let parts = [prefix.as_bytes(), line, b"\n"];
+        match stream {
+            Stream::Stdout => self.out.push(&parts),
+            Stream::Stderr => self.err.push(&parts),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -4,14 +4,18 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use tensorwire_core::{Error, Result};
 
+use super::agent::is_of_a_host;
 use super::guard::{Guard, announce};
+use super::hostfile::{Host, place};
+use super::hosts::{RemoteShell, supervise_hosts};
 use super::supervise::supervise;
+use super::wire::Job;
 
 /// The exit status of a rank that ends because *another* rank is gone. When both are seen to have ended at
 /// the same moment, the other one is named as the first that failed.
@@ -73,14 +77,25 @@ impl Outcome {
 pub struct Failure {
     /// The rank.
     pub rank: usize,
-    /// How it ended.
+    /// How it ended; where its host was lost, how the remote shell did.
     pub status: ExitStatus,
+    /// The host that was lost with it, if it was.
+    pub host: Option<String>,
     /// The last lines that it wrote to standard error, blank ones left out: at most 8, each cut to 1 KiB.
     pub stderr: Vec<String>,
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(host) = &self.host {
+            let status = exit_code(self.status);
+            write!(
+                f,
+                "rank {} was lost with host {host}: its remote shell ended with status {status}",
+                self.rank
+            )?;
+            return self.stderr.last().map_or(Ok(()), |line| write!(f, ": {line}"));
+        }
         match self.status.signal() {
             // `signal: 9 (SIGKILL)`, which the standard library knows the name of.
             Some(_) => {
@@ -103,10 +118,11 @@ fn exit_code(status: ExitStatus) -> i32 {
 
 type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
 
-/// Starts the ranks of a job on this host, and watches over them until all have ended.
+/// Starts the ranks of a job on this host or [on several](Launcher::on_hosts), and watches over them until all have
+/// ended.
 ///
-/// Every rank finds its place in `TENSORWIRE_RANK`, `TENSORWIRE_WORLD`, `TENSORWIRE_LOCAL_WORLD` and
-/// `TENSORWIRE_STORE`, reads nothing on standard input, and leads a process group of its own.
+/// Every rank finds its place in `TENSORWIRE_RANK`, `TENSORWIRE_WORLD`, `TENSORWIRE_LOCAL_RANK`,
+/// `TENSORWIRE_LOCAL_WORLD` and `TENSORWIRE_STORE`, reads nothing on standard input, and leads a process group of its own.
 ///
 /// * When a rank ends unsuccessfully, the others are sent `SIGTERM` and, 300 ms later, their process groups
 ///   are killed.
@@ -128,9 +144,13 @@ pub struct Launcher<'a> {
     program: OsString,
     args: Vec<OsString>,
     ranks: usize,
+    /// The number that the first of them has in the job, and how many the job has on all hosts.
+    pub(super) first: usize,
+    pub(super) world: usize,
     store: OsString,
     env: Vec<(OsString, OsString)>,
     rank_env: Vec<(usize, OsString, OsString)>,
+    hosts: Option<(Vec<Host>, RemoteShell)>,
     inherited: Vec<(usize, OwnedFd)>,
     forward_signals: bool,
     on_line: Option<OnLine<'a>>,
@@ -144,9 +164,12 @@ impl<'a> Launcher<'a> {
             program: program.as_ref().into(),
             args: Vec::new(),
             ranks,
+            first: 0,
+            world: ranks,
             store: store.as_ref().into(),
             env: Vec::new(),
             rank_env: Vec::new(),
+            hosts: None,
             inherited: Vec::new(),
             forward_signals: false,
             on_line: None,
@@ -185,6 +208,18 @@ impl<'a> Launcher<'a> {
         this
     }
 
+    /// Starts the ranks on `hosts`, whose slots are filled in their order: over `shell`, or, on this host, without it.
+    ///
+    /// They run in this process's working directory and with its environment, but for what belongs to a host or a
+    /// login ([`is_of_a_host`]). All of that, and what [`env`](Launcher::env) sets, travels over the remote shell's
+    /// standard input, never among its arguments, which everybody can read. On each host an [agent](super::agent)
+    /// watches over its ranks as this launcher does here. When the connection to it ends, or says nothing for 60 s,
+    /// the agent ends its ranks, and this launcher the others.
+    pub fn on_hosts(mut self, hosts: Vec<Host>, shell: RemoteShell) -> Self {
+        self.hosts = Some((hosts, shell));
+        self
+    }
+
     /// Catches `SIGINT`, `SIGTERM` and `SIGHUP` during the run, and passes them on to the ranks' process groups.
     /// A second `SIGINT` kills them; so do 5 seconds after the first rank has ended. For the one launcher of a
     /// process that is its main job: the signals' handlers belong to the whole process.
@@ -217,7 +252,40 @@ impl<'a> Launcher<'a> {
             return Err(Error::invalid(format!("{name} is for rank {rank}, but there are {ranks} ranks")));
         }
         let on_line = self.on_line.take();
-        supervise(&self, self.ranks, self.forward_signals, on_line)
+        let Some((hosts, shell)) = self.hosts.take() else {
+            return supervise(&self, self.ranks, self.forward_signals, on_line, None);
+        };
+        if !self.inherited.is_empty() {
+            return Err(Error::invalid("an open descriptor can't be handed to a rank on another host"));
+        }
+        supervise_hosts(&place(&hosts, self.ranks)?, &shell, &self.job()?, self.forward_signals, on_line)
+    }
+
+    /// What hosts are told, but for which ranks are theirs.
+    fn job(&self) -> Result<Job> {
+        let directory = std::env::current_dir().map_err(|e| Error::os("finding the working directory", e))?;
+        let own = std::env::vars_os().filter(|(name, _)| !is_of_a_host(name));
+        Ok(Job {
+            first: 0,
+            ranks: self.ranks as u32,
+            world: self.ranks as u32,
+            directory: directory.into(),
+            store: self.store.clone(),
+            command: [&self.program].into_iter().chain(&self.args).cloned().collect(),
+            env: own.chain(self.env.iter().cloned()).collect(),
+            rank_env: self.rank_env.iter().map(|(r, n, v)| (*r as u32, n.clone(), v.clone())).collect(),
+        })
+    }
+
+    /// The launcher of a host's part of a job.
+    pub(super) fn of_job(job: &Job) -> Launcher<'static> {
+        let mut launcher = Launcher::new(&job.command[0], job.ranks as usize, &job.store);
+        (launcher.first, launcher.world) = (job.first as usize, job.world as usize);
+        launcher.args = job.command[1..].to_vec();
+        launcher.env = job.env.clone();
+        let own = job.rank_env.iter().filter(|(rank, ..)| (job.first..job.first + job.ranks).contains(rank));
+        launcher.rank_env = own.map(|(r, n, v)| ((*r - job.first) as usize, n.clone(), v.clone())).collect();
+        launcher
     }
 
     /// Starts one rank under the guard.
@@ -225,15 +293,13 @@ impl<'a> Launcher<'a> {
         let mut command = Command::new(&self.program);
         command
             .args(&self.args)
-            .env("TENSORWIRE_RANK", rank.to_string())
-            .env("TENSORWIRE_WORLD", self.ranks.to_string())
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
+            .env("TENSORWIRE_RANK", (self.first + rank).to_string())
+            .env("TENSORWIRE_WORLD", self.world.to_string())
+            .env("TENSORWIRE_LOCAL_RANK", rank.to_string())
             .env("TENSORWIRE_LOCAL_WORLD", self.ranks.to_string())
             .env("TENSORWIRE_STORE", &self.store)
-            .envs(self.env.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0);
+            .stdin(Stdio::null());
         for (of, name, value) in &self.rank_env {
             if *of == rank {
                 command.env(name, value);
@@ -241,31 +307,39 @@ impl<'a> Launcher<'a> {
         }
         let handed: Vec<_> =
             self.inherited.iter().filter(|(of, _)| *of == rank).map(|(_, fd)| fd.as_raw_fd()).collect();
-        let (control, launcher) = (guard.control(), std::process::id());
-        // SAFETY: runs in the child between fork and exec, where only async-signal-safe calls are allowed:
-        // prctl, getppid, write and fcntl are, and nothing here allocates.
-        unsafe {
-            command.pre_exec(move || {
-                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                // A launcher that died before that call won't be noticed by the kernel any more.
-                if libc::getppid() as u32 != launcher {
-                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
-                }
-                announce(control)?;
-                for &fd in &handed {
-                    if libc::fcntl(fd, libc::F_SETFD, 0) != 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            });
-        }
-        command.spawn().map_err(|e| {
+        spawn_watched(&mut command, guard, handed).map_err(|e| {
+            let rank = self.first + rank;
             Error::os(format!("cannot start rank {rank}, '{}'", self.program.to_string_lossy()), e)
         })
     }
+}
+
+/// Starts a process in a group of its own, with pipes for its output, that ends with this thread or the guard; `handed`
+/// are the descriptors that it inherits.
+pub(super) fn spawn_watched(command: &mut Command, guard: &Guard, handed: Vec<RawFd>) -> io::Result<Child> {
+    let (control, launcher) = (guard.control(), std::process::id());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    // SAFETY: runs in the child between fork and exec, where only async-signal-safe calls are allowed:
+    // prctl, getppid, write and fcntl are, and nothing here allocates.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // A launcher that died before that call won't be noticed by the kernel any more.
+            if libc::getppid() as u32 != launcher {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            announce(control)?;
+            for &fd in &handed {
+                if libc::fcntl(fd, libc::F_SETFD, 0) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    command.spawn()
 }
 
 #[cfg(test)]

@@ -13,43 +13,45 @@ use rustix::process::{
 };
 use tensorwire_core::{Error, Result};
 
+use super::agent::{Control, Heard};
 use super::guard::Guard;
 use super::lines::{LineBuffer, Tail};
 use super::signals::Signals;
 use super::sink::{Sink, Sinks};
 use super::spawn::{Failure, LOST_PEER_STATUS, Launcher, Line, Outcome, Stream};
+use super::wire::{Report, line_head};
 
 /// From `SIGTERM` to `SIGKILL` when a rank has failed.
-const TERM_GRACE: Duration = Duration::from_millis(300);
+pub(super) const TERM_GRACE: Duration = Duration::from_millis(300);
 /// The same when somebody has sent us a signal: ranks may want to save their work.
-const SIGNAL_GRACE: Duration = Duration::from_secs(5);
+pub(super) const SIGNAL_GRACE: Duration = Duration::from_secs(5);
 /// How long what a rank has left running may keep its output open.
-const DRAIN: Duration = Duration::from_millis(300);
+pub(super) const DRAIN: Duration = Duration::from_millis(300);
 /// The same once the job is being ended.
 const DRAIN_ENDING: Duration = Duration::from_millis(100);
 
-type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
+pub(super) type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
 
-/// Starts all ranks and watches them.
+/// Starts all ranks and watches them; `control` is who asks for them from another host.
 pub(super) fn supervise(
     launcher: &Launcher<'_>,
     ranks: usize,
     forward_signals: bool,
     on_line: Option<OnLine<'_>>,
+    control: Option<Control>,
 ) -> Result<Outcome> {
-    let signals = match forward_signals {
-        true => Some(Signals::catch().map_err(|e| Error::os("cannot catch signals", e))?),
-        false => None,
-    };
+    let signals = catch_signals(forward_signals)?;
     let guard = Guard::start(ranks).map_err(|e| Error::os("cannot start the ranks' guard process", e))?;
     let mut watch = Watch {
         ranks: Vec::with_capacity(ranks),
         guard,
         signals,
-        output: match on_line {
-            Some(on_line) => Output::Lines(on_line),
-            None => Output::Print(Sinks { out: Sink::new(io::stdout()), err: Sink::new(io::stderr()) }),
+        output: match (&control, on_line) {
+            (Some(_), _) => Output::Frames(Sink::new(io::stdout())),
+            (None, on_line) => Output::of(on_line),
         },
+        first: launcher.first,
+        control,
         chunk: vec![0; 64 * 1024],
         failure: None,
         forwarded: None,
@@ -59,10 +61,15 @@ pub(super) fn supervise(
     };
     for rank in 0..ranks {
         let child = launcher.spawn(rank, &watch.guard)?;
+        let rank = launcher.first + rank;
         watch.ranks.push(Rank::new(child).map_err(|e| Error::os(format!("cannot watch rank {rank}"), e))?);
     }
     watch.run()?;
     Ok(watch.into_outcome())
+}
+
+pub(super) fn catch_signals(wanted: bool) -> Result<Option<Signals>> {
+    wanted.then(|| Signals::catch().map_err(|e| Error::os("cannot catch signals", e))).transpose()
 }
 
 /// One rank's process and what is known of it.
@@ -89,46 +96,89 @@ enum State {
 }
 
 /// How the ranks' output leaves.
-enum Output<'a> {
+pub(super) enum Output<'a> {
     Print(Sinks),
     Lines(OnLine<'a>),
+    /// To the launcher that this process is an agent of.
+    Frames(Sink<io::Stdout>),
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
+    /// To `on_line`, or printed.
+    pub(super) fn of(on_line: Option<OnLine<'a>>) -> Output<'a> {
+        match on_line {
+            Some(on_line) => Output::Lines(on_line),
+            None => Output::Print(Sinks { out: Sink::new(io::stdout()), err: Sink::new(io::stderr()) }),
+        }
+    }
+
     /// Whether ranks should wait with further output to this stream.
-    fn is_full(&self, stream: Stream) -> bool {
+    pub(super) fn is_full(&self, stream: Stream) -> bool {
         match (self, stream) {
             (Output::Lines(_), _) => false,
             (Output::Print(sinks), Stream::Stdout) => sinks.out.is_full(),
             (Output::Print(sinks), Stream::Stderr) => sinks.err.is_full(),
+            (Output::Frames(sink), _) => sink.is_full(),
         }
     }
 
-    fn is_flushed(&self) -> bool {
+    pub(super) fn is_flushed(&self) -> bool {
         match self {
             Output::Print(sinks) => sinks.out.is_empty() && sinks.err.is_empty(),
             Output::Lines(_) => true,
+            Output::Frames(sink) => sink.is_empty(),
         }
     }
 
-    fn line(&mut self, line: Line<'_>) -> ControlFlow<()> {
+    pub(super) fn line(&mut self, line: Line<'_>) -> ControlFlow<()> {
         match self {
-            Output::Lines(on_line) => on_line(line),
-            Output::Print(sinks) => {
-                let prefix = format!("[rank {}] ", line.rank);
-                let parts = [prefix.as_bytes(), line.bytes, b"\n"];
-                match line.stream {
-                    Stream::Stdout => sinks.out.push(&parts),
-                    Stream::Stderr => sinks.err.push(&parts),
-                }
-                ControlFlow::Continue(())
+            Output::Lines(on_line) => return on_line(line),
+            Output::Print(sinks) => sinks.print(line.stream, &format!("[rank {}] ", line.rank), line.bytes),
+            Output::Frames(sink) => {
+                sink.push(&[&line_head(line.rank, line.stream, line.bytes.len()), line.bytes]);
             }
         }
+        ControlFlow::Continue(())
+    }
+
+    /// Tells the launcher, where there is one.
+    fn report(&mut self, report: &Report) {
+        if let Output::Frames(sink) = self {
+            sink.push(&[&report.bytes()]);
+        }
+    }
+
+    /// What waits to be written, and where to.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = (Stream, BorrowedFd<'_>)> {
+        let (out, err) = match self {
+            Output::Print(sinks) => (Some(&sinks.out), Some(&sinks.err)),
+            Output::Frames(sink) => (Some(sink), None),
+            Output::Lines(_) => (None, None),
+        };
+        let out = out.filter(|sink| !sink.is_empty()).map(|sink| (Stream::Stdout, sink.fd()));
+        let err = err.filter(|sink| !sink.is_empty()).map(|sink| (Stream::Stderr, sink.fd()));
+        out.into_iter().chain(err)
+    }
+
+    /// Writes on: whether standard output is still read by anybody.
+    pub(super) fn write(&mut self, stream: Stream) -> bool {
+        match (self, stream) {
+            (Output::Print(sinks), Stream::Stderr) => sinks.err.write(),
+            (Output::Print(Sinks { out, .. }) | Output::Frames(out), Stream::Stdout) => {
+                out.write();
+                return !out.is_broken();
+            }
+            _ => {}
+        }
+        true
     }
 }
 
 struct Watch<'a> {
     ranks: Vec<Rank>,
+    /// The number that the first of them has in the job.
+    first: usize,
+    control: Option<Control>,
     guard: Guard,
     signals: Option<Signals>,
     output: Output<'a>,
@@ -145,8 +195,8 @@ struct Watch<'a> {
 #[derive(Clone, Copy)]
 enum Source {
     Signal,
-    Out,
-    Err,
+    Control,
+    Write(Stream),
     Exit(usize),
     Pipe(usize, Stream),
 }
@@ -158,8 +208,12 @@ impl Watch<'_> {
             for source in self.wait()? {
                 match source {
                     Source::Signal => self.forward(),
-                    Source::Out => self.write(Stream::Stdout),
-                    Source::Err => self.write(Stream::Stderr),
+                    Source::Control => self.heed(),
+                    Source::Write(stream) => {
+                        if !self.output.write(stream) {
+                            self.close_output();
+                        }
+                    }
                     Source::Pipe(rank, stream) => {
                         self.read(rank, stream);
                     }
@@ -204,14 +258,10 @@ impl Watch<'_> {
         if let Some(signals) = &self.signals {
             polled.push((Source::Signal, signals.reader(), PollFlags::IN));
         }
-        if let Output::Print(sinks) = &self.output {
-            if !sinks.out.is_empty() {
-                polled.push((Source::Out, sinks.out.fd(), PollFlags::OUT));
-            }
-            if !sinks.err.is_empty() {
-                polled.push((Source::Err, sinks.err.fd(), PollFlags::OUT));
-            }
+        if let Some(control) = self.control.as_ref().filter(|c| !c.is_lost()) {
+            polled.push((Source::Control, control.fd(), PollFlags::IN));
         }
+        polled.extend(self.output.waiting().map(|(stream, fd)| (Source::Write(stream), fd, PollFlags::OUT)));
         for (i, rank) in self.ranks.iter().enumerate() {
             if matches!(rank.state, State::Running) {
                 polled.push((Source::Exit(i), rank.pidfd.as_fd(), PollFlags::IN));
@@ -228,20 +278,42 @@ impl Watch<'_> {
             State::Ended { drain_until, .. } => Some(drain_until),
             _ => None,
         });
-        drains.chain(self.kill_at.filter(|_| !self.killed)).min()
+        let control = self.control.as_ref().and_then(Control::due);
+        drains.chain(self.kill_at.filter(|_| !self.killed)).chain(control).min()
     }
 
     /// Passes on what somebody sent us.
     fn forward(&mut self) {
         while let Some(number) = self.signals.as_mut().and_then(Signals::next) {
-            let again = self.forwarded.is_some() && number == libc::SIGINT;
-            self.forwarded.get_or_insert(number);
-            match Signal::from_named_raw(number) {
-                Some(signal) if !again => self.signal_all(signal),
-                _ => self.kill_at = Some(Instant::now()),
-            }
-            if !self.any_running() {
-                self.kill_at = Some(Instant::now());
+            self.pass_on(number);
+        }
+    }
+
+    fn pass_on(&mut self, number: i32) {
+        let again = self.forwarded.is_some() && number == libc::SIGINT;
+        self.forwarded.get_or_insert(number);
+        match Signal::from_named_raw(number) {
+            Some(signal) if !again => self.signal_all(signal),
+            _ => self.kill_at = Some(Instant::now()),
+        }
+        if !self.any_running() {
+            self.kill_at = Some(Instant::now());
+        }
+    }
+
+    /// Does what the launcher asks for.
+    fn heed(&mut self) {
+        for heard in self.control.as_mut().map(Control::hear).unwrap_or_default() {
+            match heard {
+                Heard::Signal(number) => self.pass_on(number.into()),
+                Heard::End => self.end(),
+                Heard::Lost => {
+                    // Nobody is there to be told, and nothing to wait for.
+                    self.signal_all(Signal::TERM);
+                    self.kill_at = Some(Instant::now() + TERM_GRACE);
+                    self.output_closed = true;
+                    self.shorten_drains();
+                }
             }
         }
     }
@@ -293,13 +365,13 @@ impl Watch<'_> {
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => return false,
             Err(_) => 0,
         };
-        let (tail, output) = (&mut of.tail, &mut self.output);
+        let (tail, output, number) = (&mut of.tail, &mut self.output, self.first + rank);
         let mut stop = false;
         let mut hand_on = |bytes: &[u8]| {
             if stream == Stream::Stderr {
                 tail.push(bytes);
             }
-            stop |= output.line(Line { rank, stream, bytes }).is_break();
+            stop |= output.line(Line { rank: number, stream, bytes }).is_break();
         };
         let lines = &mut of.lines[stream as usize];
         if count == 0 {
@@ -314,17 +386,6 @@ impl Watch<'_> {
         count > 0
     }
 
-    fn write(&mut self, stream: Stream) {
-        let Output::Print(sinks) = &mut self.output else { return };
-        match stream {
-            Stream::Stdout => sinks.out.write(),
-            Stream::Stderr => sinks.err.write(),
-        }
-        if sinks.out.is_broken() {
-            self.close_output();
-        }
-    }
-
     /// Nobody reads us any more: there is nothing left to run for.
     fn close_output(&mut self) {
         // A rank that has failed before that is still what went wrong.
@@ -336,7 +397,7 @@ impl Watch<'_> {
 
     /// Takes note of the ranks that have ended since the last time.
     fn note_ends(&mut self, ended: &[usize]) -> Result<()> {
-        let mut failed = Vec::new();
+        let (mut failed, mut all) = (Vec::new(), Vec::new());
         for &i in ended {
             let Some(rank) = self.ranks.get_mut(i) else { continue };
             let Some(status) =
@@ -346,6 +407,7 @@ impl Watch<'_> {
             };
             let drain = if self.kill_at.is_some() { DRAIN_ENDING } else { DRAIN };
             rank.state = State::Ended { status, drain_until: Instant::now() + drain };
+            all.push((i, status));
             if !status.success() {
                 failed.push((blame(status), i, status));
             }
@@ -358,12 +420,24 @@ impl Watch<'_> {
         } else if !ended.is_empty() && self.forwarded.is_some() {
             self.end();
         }
+        for (i, status) in all {
+            let (rank, first) = ((self.first + i) as u32, self.failure.is_some_and(|(rank, _)| rank == i));
+            self.output.report(&Report::Ended { rank, status: status.into_raw(), first });
+        }
         Ok(())
     }
 
     /// Kills and reaps what is due.
     fn keep_time(&mut self) -> Result<()> {
         let now = Instant::now();
+        if let Some(control) = &mut self.control {
+            if control.beat(now) {
+                self.output.report(&Report::Beat);
+            }
+            if control.is_overdue(now) {
+                self.heed();
+            }
+        }
         if !self.killed && self.kill_at.is_some_and(|at| now >= at) {
             self.killed = true;
             self.signal_all(Signal::KILL);
@@ -405,12 +479,12 @@ impl Watch<'_> {
             }
             let Some(of) = self.ranks.get_mut(rank) else { return };
             if of.pipes[stream as usize].take().is_some() {
-                let (tail, output) = (&mut of.tail, &mut self.output);
+                let (tail, output, number) = (&mut of.tail, &mut self.output, self.first + rank);
                 of.lines[stream as usize].finish(|bytes| {
                     if stream == Stream::Stderr {
                         tail.push(bytes);
                     }
-                    let _ = output.line(Line { rank, stream, bytes });
+                    let _ = output.line(Line { rank: number, stream, bytes });
                 });
             }
         }
@@ -419,7 +493,7 @@ impl Watch<'_> {
     fn into_outcome(mut self) -> Outcome {
         let failure = self.failure.take().map(|(rank, status)| {
             let tail = self.ranks.get_mut(rank).map(|r| std::mem::take(&mut r.tail)).unwrap_or_default();
-            Failure { rank, status, stderr: tail.into_lines() }
+            Failure { rank: self.first + rank, status, host: None, stderr: tail.into_lines() }
         });
         let statuses = self.ranks.iter().filter_map(|r| match r.state {
             State::Reaped(status) => Some(status),
@@ -494,7 +568,7 @@ impl Rank {
 
 /// How likely a rank that was seen to end together with others is the cause: the lowest first. Ranks that
 /// notice the loss of another end by themselves; one that was killed by a signal did not.
-fn blame(status: ExitStatus) -> u8 {
+pub(super) fn blame(status: ExitStatus) -> u8 {
     match (status.signal(), status.code()) {
         (Some(_), _) => 0,
         (None, Some(LOST_PEER_STATUS)) => 2,

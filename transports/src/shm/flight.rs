@@ -171,7 +171,12 @@ impl FlightRecord {
             let alive = |_| if liveness.ended(rank) { RankState::Ended } else { RankState::Member };
             RankRecord::read(rank, world, [control, control], &reading, alive)
         };
-        let mut record = FlightRecord { ranks: (0..world).map(read).collect(), failure: None };
+        let named = |rank| {
+            let record: RankRecord = read(rank);
+            let waits_for = record.waits_for.map(|peer| shared.name(peer));
+            RankRecord { rank: shared.name(rank), waits_for, ..record }
+        };
+        let mut record = FlightRecord { ranks: (0..world).map(named).collect(), failure: None };
         record.failure = shared.look_at_verdict(|by, verdict| record.describe(by, verdict));
         record
     }

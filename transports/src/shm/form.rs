@@ -1,10 +1,11 @@
 //! Groups from groups: by splitting one, and from the survivors of one that failed.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tensorwire_core::{Call, Deadline, Error, Op, Result};
+
+use crate::color;
 
 use super::Failure;
 use super::control::{Decision, LEFT};
@@ -61,20 +62,7 @@ impl Group {
     /// this group as it was.
     pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Group>, Failure> {
         self.begin(Call { op: Op::Split, dtype: None, reduce: None, count: 0, root: None, layout: 0 })?;
-        let mut mine = [0; 9];
-        mine[0] = u8::from(color.is_some());
-        mine[1..5].copy_from_slice(&color.unwrap_or(0).to_le_bytes());
-        mine[5..].copy_from_slice(&key.to_le_bytes());
-        let mut members = BTreeMap::<[u8; 4], Vec<(i32, usize)>>::new();
-        for (rank, [has, a, b, c, d, key @ ..]) in self.exchange(mine)?.into_iter().enumerate() {
-            if has == 1 {
-                members.entry([a, b, c, d]).or_default().push((i32::from_le_bytes(key), rank));
-            }
-        }
-        let mut ours =
-            members.remove(&color.unwrap_or(0).to_le_bytes()).filter(|_| color.is_some()).unwrap_or_default();
-        ours.sort_unstable();
-        let ranks: Vec<usize> = ours.into_iter().map(|(_, rank)| rank).collect();
+        let ranks = color::members(color, &self.exchange(color::choice(color, key))?);
 
         // The first of each new group takes its memory and tells the others where it starts; 0 says it failed.
         let layout = Layout::new(ranks.len().max(1), self.shared.words.layout.slots());

@@ -185,6 +185,25 @@ impl Group {
         FlightRecord::of(&self.shared, &self.liveness)
     }
 
+    /// Makes the group the part on this host of a larger one, which calls these ranks by other numbers: errors say those.
+    /// To be called before anything else.
+    pub fn name_ranks(&mut self, names: Vec<usize>) {
+        assert_eq!(names.len(), self.world());
+        Arc::get_mut(&mut self.shared).expect("a group that nobody has a handle of yet").names = names;
+    }
+
+    /// Waits for up to `timeout` from here on, in the call that has begun and those after it.
+    pub fn allow(&mut self, timeout: Duration) {
+        self.options.timeout = timeout;
+        self.deadline = None;
+    }
+
+    /// As [`begin`](Group::begin), for call number `seq` of the group of which this is a part.
+    pub fn begin_as(&mut self, seq: u64, call: Call) -> Result<(), Failure> {
+        self.seq = seq - 1;
+        self.begin(call)
+    }
+
     /// Begins a call: every wait until the next one checks that peers are in the same call.
     #[inline]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
@@ -273,7 +292,9 @@ impl Group {
             let floor = step - DEPTH + 1;
             for peer in 0..self.world() {
                 if self.seen[peer] < floor && peer != self.rank() {
-                    self.wait_any_call(peer, floor)?;
+                    // One step more than it must be, so that a rank which runs ahead looks every other step. It comes: a
+                    // peer publishes a step once it has seen earlier ones, and this rank has published all of them.
+                    self.wait_any_call(peer, floor + 1)?;
                 }
             }
         }
@@ -471,14 +492,17 @@ impl Group {
         if awaited.arrived(&self.shared) {
             return Ok(());
         }
-        let (rank, call, seq) = (self.rank(), self.call, self.seq);
+        let (call, seq) = (self.call, self.seq);
+        let rank = self.shared.name(self.rank());
         if left || ended {
             let how = if left { "it left the group" } else { "its process ended" };
             let how = format!("{how}{}", self.flight_record().last_seen(peer));
+            let peer = self.shared.name(peer);
             return Err(self.fail(Error::PeerLost { rank, peer, call, seq, how }));
         }
         if deadline.passed() {
-            let waiting_for = self.shared.blamed(&awaited.late(&self.shared), deadline.budget());
+            let blamed = self.shared.blamed(&awaited.late(&self.shared), deadline.budget());
+            let waiting_for = blamed.into_iter().map(|r| self.shared.name(r)).collect();
             let (after, instead) = (deadline.budget(), self.flight_record().difference());
             return Err(self.fail(Error::Timeout {
                 rank,
@@ -509,6 +533,7 @@ impl Group {
         match (seq.saturating_sub(RECORDS as u64)..=seq).find_map(differs) {
             Some((seq, ours, theirs)) => self.disagree(peer, seq, ours, theirs),
             None => {
+                let (rank, peer) = (self.shared.name(rank), self.shared.name(peer));
                 let why = format!(
                     "rank {peer} made another call than this rank, in {call} or before it, that is no longer on record"
                 );
@@ -519,7 +544,7 @@ impl Group {
 
     /// Ends the group because this rank and `peer` made calls that don't fit together, as their number `seq`.
     pub(super) fn disagree(&self, peer: usize, seq: u64, ours: Call, theirs: Call) -> Failure {
-        let rank = self.rank();
+        let (rank, peer) = (self.shared.name(self.rank()), self.shared.name(peer));
         let ((a, a_call), (b, b_call)) =
             if rank < peer { ((rank, ours), (peer, theirs)) } else { ((peer, theirs), (rank, ours)) };
         self.fail(Error::Mismatch { rank, seq, a, a_call: Box::new(a_call), b, b_call: Box::new(b_call) })
@@ -529,6 +554,17 @@ impl Group {
     /// rank reports.
     pub fn fail(&self, error: Error) -> Failure {
         self.shared.fail(error, self.call, self.seq)
+    }
+
+    /// Ends the group for every rank because of an error that another layer has met, unless it has ended.
+    pub fn end_with(&self, error: &Error) {
+        self.shared.end_with(error);
+    }
+
+    /// Wakes peers that sleep on what this rank has published, before it waits elsewhere.
+    #[inline]
+    pub fn ring(&self) {
+        self.shared.ring();
     }
 
     fn check_verdict(&self) -> Result<(), Failure> {

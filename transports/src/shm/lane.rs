@@ -65,14 +65,7 @@ impl Group {
         out: Option<Outgoing<'_>>,
         mut into: Option<Incoming<'_>>,
     ) -> Result<(), Failure> {
-        let call = |op, bytes: usize, peer: usize| Call {
-            op,
-            dtype: Some(dtype),
-            reduce: None,
-            count: (bytes / dtype.size()) as u64,
-            root: Some(peer as u32),
-            layout: 0,
-        };
+        let call = |op, bytes, peer| Call::message(op, dtype, bytes, peer);
         let sent = out.map(|o| call(Op::Send, o.data.len(), o.to));
         let received = into.as_ref().map(|i| call(Op::Recv, i.data.len(), i.from));
         let Some(doing) = received.or(sent) else { return Ok(()) };

@@ -28,7 +28,7 @@ mod record;
 mod region;
 mod shared;
 mod sync;
-mod verdict;
+pub(crate) mod verdict;
 mod wait;
 mod words;
 

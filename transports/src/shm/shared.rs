@@ -20,6 +20,8 @@ pub(super) struct Shared {
     pub(super) words: Words,
     pub(super) rank: usize,
     pub(super) clock: Clock,
+    /// What the group of which this is a host's part calls these ranks; empty for a group of its own.
+    pub(super) names: Vec<usize>,
     /// Held by the thread of this rank that writes the rank's verdict.
     failing: Mutex,
 }
@@ -28,11 +30,16 @@ impl Shared {
     pub(super) fn new(words: Words, rank: usize) -> Shared {
         // Relaxed: a number for a person.
         words.control(rank).pid.store(std::process::id(), Ordering::Relaxed);
-        Shared { words, rank, clock: Clock::of_this_machine(), failing: Mutex::default() }
+        Shared { words, rank, clock: Clock::of_this_machine(), names: Vec::new(), failing: Mutex::default() }
     }
 
     pub(super) fn world(&self) -> usize {
         self.words.layout.world
+    }
+
+    /// What errors call a rank.
+    pub(super) fn name(&self, rank: usize) -> usize {
+        self.names.get(rank).copied().unwrap_or(rank)
     }
 
     pub(super) fn peers(&self) -> impl Iterator<Item = usize> + use<> {
@@ -49,10 +56,18 @@ impl Shared {
     /// Ends the group for every rank, with `error` as the reason unless another was first; returns what this
     /// rank reports, which was in call number `seq`, `call`.
     pub(super) fn fail(&self, error: Error, call: Call, seq: u64) -> Failure {
+        if self.end_with(&error) {
+            return Box::new(error);
+        }
+        self.verdict(call, seq).unwrap_or_else(|| Box::new(error))
+    }
+
+    /// Ends the group for every rank, with `error` as the reason, unless it has ended; whether it hadn't.
+    pub(super) fn end_with(&self, error: &Error) -> bool {
         let failed = &self.words.header().failed;
         let writing = self.failing.lock();
         if failed.load(Ordering::Acquire) == 0 {
-            let verdict = Verdict::new(self.rank, &error);
+            let verdict = Verdict::new(self.name(self.rank), error);
             // SAFETY: this rank alone writes its verdict, one thread at a time, and nobody reads it before the
             // exchange below, after which it isn't written again.
             self.words.control(self.rank).verdict.with_mut(|v| unsafe { v.write(verdict) });
@@ -61,17 +76,17 @@ impl Shared {
             // leave the others with half a verdict.
             if failed.compare_exchange(0, mine, Ordering::Release, Ordering::Relaxed).is_ok() {
                 self.wake_everyone();
-                return Box::new(error);
+                return true;
             }
         }
         drop(writing);
-        self.verdict(call, seq).unwrap_or_else(|| Box::new(error))
+        false
     }
 
     /// The error that ended the group, if one did, as this rank reports it.
     #[cold]
     pub(super) fn verdict(&self, call: Call, seq: u64) -> Option<Failure> {
-        self.look_at_verdict(|_, v| Box::new(v.error(self.rank, call, seq)))
+        self.look_at_verdict(|_, v| Box::new(v.error(self.name(self.rank), call, seq)))
     }
 
     /// The ranks that the verdict says are gone or don't answer.

@@ -15,9 +15,9 @@ const MISMATCH: u32 = 3;
 const ABORTED: u32 = 4;
 
 /// An [`Error`] in plain words that every process reads alike, valid from any bytes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub(super) struct Verdict {
+pub(crate) struct Verdict {
     kind: u32,
     by: u32,
     /// The two ranks of a mismatch, or the lost one.
@@ -33,10 +33,35 @@ pub(super) struct Verdict {
     text: [u8; TEXT],
 }
 
+#[cfg(feature = "tcp")]
+impl Verdict {
+    /// Bytes of a verdict on its way to another host.
+    pub(crate) const BYTES: usize = size_of::<Verdict>();
+
+    /// As it travels. The numbers are little-endian, as this machine's are.
+    pub(crate) fn bytes(&self) -> &[u8; Verdict::BYTES] {
+        // SAFETY: a verdict has no padding (checked below), so that all of its bytes are initialised.
+        unsafe { &*std::ptr::from_ref(self).cast() }
+    }
+
+    /// The verdict that these bytes are; any will do, if there are enough.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Verdict {
+        let bytes: &[u8; Verdict::BYTES] = bytes.first_chunk().expect("as many bytes as a verdict has");
+        // SAFETY: 1. all bytes are a verdict, which is made of integers; 2. the read asks for no alignment.
+        unsafe { bytes.as_ptr().cast::<Verdict>().read_unaligned() }
+    }
+}
+
+#[cfg(feature = "tcp")]
+const _: () = assert!(
+    size_of::<Verdict>() == 4 * 4 + 2 * 4 * 8 + 8 + 2 * WAITING + 2 * 4 + 8 + TEXT
+        && cfg!(target_endian = "little")
+);
+
 impl Verdict {
     /// The verdict that tells peers of `error`, which `by` met. Anything that isn't about the group itself
     /// becomes an abort.
-    pub(super) fn new(by: usize, error: &Error) -> Verdict {
+    pub(crate) fn new(by: usize, error: &Error) -> Verdict {
         let mut v = Verdict {
             kind: ABORTED,
             by: by as u32,
@@ -70,6 +95,11 @@ impl Verdict {
                 v.seq = *seq;
                 v.calls = [a_call.to_words(), b_call.to_words()];
             }
+            // Passed on, from another layer.
+            Error::Aborted { by, why, .. } => {
+                v.by = *by as u32;
+                v.set_text(why);
+            }
             other => v.set_text(&other.to_string()),
         }
         v
@@ -85,7 +115,7 @@ impl Verdict {
     }
 
     /// The ranks that the verdict says are gone or don't answer.
-    pub(super) fn lost(&self) -> Vec<usize> {
+    pub(crate) fn lost(&self) -> Vec<usize> {
         match self.kind {
             PEER_LOST => vec![self.ranks[0] as usize],
             TIMEOUT => self.waiting[..(self.waiting_len as usize).min(WAITING)]
@@ -97,7 +127,7 @@ impl Verdict {
     }
 
     /// The error as `rank` reports it, which was in call number `seq`, `call`.
-    pub(super) fn error(&self, rank: usize, call: Call, seq: u64) -> Error {
+    pub(crate) fn error(&self, rank: usize, call: Call, seq: u64) -> Error {
         let text = String::from_utf8_lossy(&self.text[..(self.text_len as usize).min(TEXT)]);
         // It may come from memory that anybody wrote.
         let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
@@ -144,7 +174,10 @@ mod tests {
             Error::Aborted { rank: 1, by: 0, call, seq: 5, why: "é".repeat(300) },
         ];
         for error in &errors[..3] {
-            assert_eq!(Verdict::new(0, error).error(1, call, 5).to_string(), error.to_string());
+            let verdict = Verdict::new(0, error);
+            assert_eq!(verdict.error(1, call, 5).to_string(), error.to_string());
+            #[cfg(feature = "tcp")]
+            assert_eq!(Verdict::from_bytes(verdict.bytes()).error(1, call, 5).to_string(), error.to_string());
         }
         match Verdict::new(0, &Error::invalid("é".repeat(300))).error(1, call, 5) {
             Error::Aborted { by: 0, why, .. } => assert_eq!(why, "é".repeat(128)),

@@ -1,39 +1,17 @@
 //! A store served over an abstract Unix socket: by the launcher, or by rank 0 of a job that has none.
-//!
-//! One frame a request, one a reply. Request: operation byte, key length byte, key, then the value (set) or
-//! the delta (add, 8 bytes) or the milliseconds to wait (get, 8 bytes), little-endian. Reply: status byte,
-//! then the value, the sum, or what was wrong.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tensorwire_core::{Deadline, Error, Result};
 
 use super::Store;
+use super::answer::{Client, Table, Wire, serve};
 use crate::local_socket;
-
-const SET: u8 = 1;
-const GET: u8 = 2;
-const ADD: u8 = 3;
-
-const OK: u8 = 0;
-const ABSENT: u8 = 1;
-const REFUSED: u8 = 2;
-
-const MAX_VALUE: usize = 64 << 10;
-/// Values that one store holds at most; a job needs a few a rank.
-const MAX_KEYS: usize = 1 << 16;
-
-#[derive(Default)]
-struct Table {
-    values: Mutex<HashMap<String, Vec<u8>>>,
-    changed: Condvar,
-}
 
 /// Serves a store until it is dropped.
 #[derive(Debug)]
@@ -98,69 +76,10 @@ impl Drop for StoreServer {
     }
 }
 
-/// Answers one client until it leaves or says something that isn't a request.
-fn serve(mut stream: UnixStream, table: &Table) {
-    while let Ok(request) = local_socket::read_frame(&mut stream) {
-        let (status, body) = match answer(&request, table) {
-            Ok(reply) => reply,
-            Err(why) => (REFUSED, why.into_bytes()),
-        };
-        let mut reply = vec![status];
-        reply.extend_from_slice(&body);
-        if local_socket::write_frame(&mut stream, &reply).is_err() {
-            return;
-        }
-    }
-}
-
-fn answer(request: &[u8], table: &Table) -> Result<(u8, Vec<u8>), String> {
-    let malformed = || "malformed request".to_owned();
-    let (&[op, key_len], rest) = request.split_first_chunk::<2>().ok_or_else(malformed)?;
-    let (key, rest) = rest.split_at_checked(key_len as usize).ok_or_else(malformed)?;
-    let key = std::str::from_utf8(key).map_err(|_| malformed())?;
-    let number = || rest.try_into().map(i64::from_le_bytes).map_err(|_| malformed());
-    let mut values = table.values.lock().unwrap_or_else(PoisonError::into_inner);
-    match op {
-        SET | ADD if !values.contains_key(key) && values.len() >= MAX_KEYS => {
-            Err(format!("over {MAX_KEYS} keys"))
-        }
-        SET if rest.len() > MAX_VALUE => Err(format!("a value of {} bytes is over {MAX_VALUE}", rest.len())),
-        SET => {
-            values.insert(key.to_owned(), rest.to_vec());
-            table.changed.notify_all();
-            Ok((OK, Vec::new()))
-        }
-        ADD => {
-            let old = match values.get(key) {
-                None => 0,
-                Some(v) => v
-                    .as_slice()
-                    .try_into()
-                    .map(i64::from_le_bytes)
-                    .map_err(|_| format!("{key} is no counter"))?,
-            };
-            let sum = old.wrapping_add(number()?).to_le_bytes().to_vec();
-            values.insert(key.to_owned(), sum.clone());
-            table.changed.notify_all();
-            Ok((OK, sum))
-        }
-        GET => {
-            let wait = Duration::from_millis(u64::try_from(number()?).map_err(|_| malformed())?);
-            let (values, _) = table
-                .changed
-                .wait_timeout_while(values, wait, |values| !values.contains_key(key))
-                .unwrap_or_else(PoisonError::into_inner);
-            Ok(values.get(key).map_or((ABSENT, Vec::new()), |v| (OK, v.clone())))
-        }
-        _ => Err(malformed()),
-    }
-}
-
 /// A rank's connection to a [`StoreServer`].
 #[derive(Debug)]
 pub struct UnixStore {
-    name: String,
-    stream: Mutex<UnixStream>,
+    client: Client<UnixStream>,
     /// Rank 0 of a job without a launcher serves the store itself.
     _server: Option<StoreServer>,
 }
@@ -199,39 +118,22 @@ impl UnixStore {
         }
     }
 
+    /// Says which rank of what world this process is, for as long as this connection lasts.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`] if another process is this rank, or the job has another world.
+    pub fn enter(&self, rank: usize, world: usize, deadline: Deadline) -> Result<()> {
+        self.client.enter(rank, world, deadline).map_err(|e| match e {
+            Error::InvalidArgument(what) => Error::Rendezvous { rank, world, what },
+            other => other,
+        })
+    }
+
     fn open(name: &str, server: Option<StoreServer>, deadline: Deadline) -> Result<UnixStore> {
         let stream = local_socket::connect(name, deadline).map_err(|e| {
             Error::os(format!("connecting to the job's store {name}: is its launcher or rank 0 running?"), e)
         })?;
-        Ok(UnixStore { name: name.to_owned(), stream: Mutex::new(stream), _server: server })
-    }
-
-    fn ask(&self, op: u8, key: &str, tail: &[u8], deadline: Deadline) -> Result<(u8, Vec<u8>)> {
-        let key_len = u8::try_from(key.len())
-            .map_err(|_| Error::invalid(format!("a store key has {} bytes; 255 is the limit", key.len())))?;
-        let mut request = vec![op, key_len];
-        request.extend_from_slice(key.as_bytes());
-        request.extend_from_slice(tail);
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let exchange = || {
-            local_socket::limit(&stream, deadline)?;
-            local_socket::write_frame(&mut *stream, &request)?;
-            local_socket::read_frame(&mut *stream)
-        };
-        let mut exchange = exchange;
-        let mut reply = exchange()
-            .map_err(|e| Error::os(format!("asking the job's store {} for '{key}'", self.name), e))?;
-        if reply.is_empty() {
-            return Err(Error::invalid("the job's store sent an empty reply"));
-        }
-        let body = reply.split_off(1);
-        match reply[0] {
-            REFUSED => Err(Error::invalid(format!(
-                "the job's store refused '{key}': {}",
-                String::from_utf8_lossy(&body)
-            ))),
-            status => Ok((status, body)),
-        }
+        Ok(UnixStore { client: Client::new(name.to_owned(), stream), _server: server })
     }
 }
 
@@ -246,33 +148,32 @@ fn job_name(job: &str) -> String {
     format!("tensorwire-job-{}-{readable}-{digest:016x}", rustix::process::geteuid().as_raw())
 }
 
+impl Wire for UnixStream {
+    fn limit(&self, deadline: Option<Deadline>) -> io::Result<()> {
+        match deadline {
+            Some(deadline) => local_socket::limit(self, deadline),
+            None => self.set_read_timeout(None).and_then(|()| self.set_write_timeout(None)),
+        }
+    }
+}
+
 impl Store for UnixStore {
     fn set(&self, key: &str, value: &[u8], deadline: Deadline) -> Result<()> {
-        self.ask(SET, key, value, deadline).map(drop)
+        self.client.set(key, value, deadline)
     }
 
     fn get(&self, key: &str, deadline: Deadline) -> Result<Vec<u8>> {
-        // The server waits for the key; the socket's own limit is a little later, for a server that is gone.
-        let wait = deadline.remaining().as_millis() as u64;
-        let slack = Deadline::after(deadline.remaining() + Duration::from_secs(1));
-        match self.ask(GET, key, &wait.to_le_bytes(), slack)? {
-            (OK, value) => Ok(value),
-            _ => Err(Error::invalid(format!(
-                "no rank set '{key}' in the job's store within {:?}",
-                deadline.budget()
-            ))),
-        }
+        self.client.get(key, deadline)
     }
 
     fn add(&self, key: &str, delta: i64, deadline: Deadline) -> Result<i64> {
-        let (_, sum) = self.ask(ADD, key, &delta.to_le_bytes(), deadline)?;
-        let sum = sum.try_into().map_err(|_| Error::invalid("the job's store sent a malformed sum"))?;
-        Ok(i64::from_le_bytes(sum))
+        self.client.add(key, delta, deadline)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::answer::{MAX_VALUE, answer};
     use super::*;
 
     fn soon() -> Deadline {
@@ -308,6 +209,21 @@ mod tests {
             zero.set("k", b"v", soon()).unwrap();
             assert_eq!(other.join().unwrap(), b"v");
         });
+    }
+
+    #[test]
+    fn a_rank_that_comes_twice_or_with_another_world_is_told_so_and_so_are_those_who_wait() {
+        let server = StoreServer::start().unwrap();
+        let connect = || UnixStore::connect(&server.address(), soon()).unwrap();
+        let zero = connect();
+        zero.enter(0, 2, soon()).unwrap();
+        connect().enter(0, 2, soon()).expect("the same process may connect again");
+        let wrong = connect().enter(1, 3, soon()).unwrap_err().to_string();
+        assert!(wrong.contains("was started for a world of 3, and the job has 2"), "{wrong}");
+        let outside = connect().enter(2, 2, soon()).unwrap_err().to_string();
+        assert!(outside.contains("is outside the world of 2"), "{outside}");
+        let waits = zero.get("at/1", Deadline::after(Duration::from_millis(50))).unwrap_err().to_string();
+        assert!(waits.contains("a process that came as rank 1 was started for a world of 3"), "{waits}");
     }
 
     #[test]
