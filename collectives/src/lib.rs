@@ -6,6 +6,8 @@
 
 mod communicator;
 mod engine;
+#[cfg(feature = "tcp")]
+pub mod network;
 pub mod reduce;
 mod schedule;
 mod select;

@@ -3,12 +3,16 @@
 use std::fmt;
 use std::str::FromStr;
 
-use tensorwire_core::{Error, Tuning};
+use tensorwire_core::{DType, Error, ReduceOp, Tuning};
 use tensorwire_topology::table::Table;
 use tensorwire_transports::shm::{INLINE, Label, Options};
 
-/// How an all-reduce of `S` bytes over `n` ranks moves its data through shared memory. All of them give the
-/// same bits.
+/// How an all-reduce of `S` bytes over `n` ranks moves its data. Over shared memory: [`Inline`](Algorithm::Inline),
+/// [`OneShot`](Algorithm::OneShot), [`TwoShot`](Algorithm::TwoShot), [`Symmetric`](Algorithm::Symmetric). Over a network:
+/// [`OneShot`](Algorithm::OneShot), [`TwoShot`](Algorithm::TwoShot) and the rest.
+///
+/// Every rank gets the same bits from any of them, and from those that reduce in rank order all get the same ones. The
+/// others pass sums of some ranks on, rounded to the elements' type: see [`keeps_order`](Algorithm::keeps_order).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {
     /// The payload rides in the flag's own cache line, up to 48 bytes. One step; a rank writes one cache line
@@ -24,22 +28,69 @@ pub enum Algorithm {
     /// Of symmetric buffers alone: each rank reduces its part of all ranks' buffers where they are, and writes it
     /// to all of them. Two steps; a rank reads `S`, writes `S`, reduces `S / n`.
     Symmetric,
+    /// Pieces are reduced from rank to rank, from the first to the last, and their results go around. `2 n + p - 3` steps
+    /// for `p` pieces; a rank sends at most `2 S` and reduces `S`.
+    Chain,
+    /// Reduce-scatter around a ring, then all-gather around it. `2 (n - 1)` steps; a rank sends `2 (n - 1) / n S` and
+    /// reduces `S (n - 1) / n`.
+    Ring,
+    /// Pairs exchange their sums, then pairs of pairs, and so on. `log2 n` steps, 2 more unless `n` is a power of two; a
+    /// rank sends and reduces `S` in each.
+    RecursiveDoubling,
+    /// Reduce-scatter by halves, then all-gather by doubling. `2 log2 n` steps, 2 more unless `n` is a power of two; a rank
+    /// sends `2 (n - 1) / n S` and reduces `S (n - 1) / n`.
+    HalvingDoubling,
+    /// Reduce-scatter on each host, all-reduce of each part between hosts, all-gather on each host. 4 steps; with `l`
+    /// ranks on each of `h` hosts, a rank sends `2 (l - 1) / l S` on its host and `2 (h - 1) / h S / l` to others.
+    Hierarchical,
 }
 
 impl Algorithm {
     /// Every algorithm.
-    pub const ALL: [Algorithm; 4] =
-        [Algorithm::Inline, Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Symmetric];
+    pub const ALL: [Algorithm; 9] = [
+        Algorithm::Inline,
+        Algorithm::OneShot,
+        Algorithm::TwoShot,
+        Algorithm::Symmetric,
+        Algorithm::Chain,
+        Algorithm::Ring,
+        Algorithm::RecursiveDoubling,
+        Algorithm::HalvingDoubling,
+        Algorithm::Hierarchical,
+    ];
 
-    /// The name used on the command line and in reports: `inline`, `one_shot`, `two_shot`,
-    /// `symmetric`.
+    /// The name used on the command line and in reports, such as `one_shot` or `halving_doubling`.
     pub const fn name(self) -> &'static str {
         match self {
             Algorithm::Inline => "inline",
             Algorithm::OneShot => "one_shot",
             Algorithm::TwoShot => "two_shot",
             Algorithm::Symmetric => "symmetric",
+            Algorithm::Chain => "chain",
+            Algorithm::Ring => "ring",
+            Algorithm::RecursiveDoubling => "recursive_doubling",
+            Algorithm::HalvingDoubling => "halving_doubling",
+            Algorithm::Hierarchical => "hierarchical",
         }
+    }
+
+    /// Whether it is one for shared memory.
+    pub const fn is_shm(self) -> bool {
+        use Algorithm::{Inline, OneShot, Symmetric, TwoShot};
+        matches!(self, Inline | OneShot | TwoShot | Symmetric)
+    }
+
+    /// Whether its result has the bits of the reduction in rank order, as [`ReduceOp`] defines it.
+    ///
+    /// The direct exchanges' always has: [`OneShot`](Algorithm::OneShot) and [`TwoShot`](Algorithm::TwoShot), and what
+    /// shared memory has. So has any algorithm's where order and grouping make no difference: for integers, and for
+    /// minimum and maximum. The [`Chain`](Algorithm::Chain) keeps the order too, and so the bits for f32 and f64; sums of
+    /// narrower types are rounded at each rank. The others' differs from it as sums in another order do: an element is
+    /// rounded up to `n + 1` times, by half a unit in the last place of the type each.
+    pub fn keeps_order(self, dtype: DType, op: ReduceOp) -> bool {
+        let associative = dtype.is_integer() || matches!(op, ReduceOp::Min | ReduceOp::Max);
+        let wide = matches!(dtype, DType::F32 | DType::F64);
+        self.is_shm() || associative || (self == Algorithm::Chain && wide)
     }
 
     /// Its name for the flight record.
@@ -50,6 +101,8 @@ impl Algorithm {
             Algorithm::OneShot => const { Label::new(Algorithm::OneShot.name()) },
             Algorithm::TwoShot => const { Label::new(Algorithm::TwoShot.name()) },
             Algorithm::Symmetric => const { Label::new(Algorithm::Symmetric.name()) },
+            // Those of a network have no record in shared memory.
+            _ => const { Label::new("network") },
         }
     }
 
@@ -57,7 +110,7 @@ impl Algorithm {
     pub(crate) fn limit(self) -> usize {
         match self {
             Algorithm::Inline => INLINE,
-            Algorithm::OneShot | Algorithm::TwoShot | Algorithm::Symmetric => usize::MAX,
+            _ => usize::MAX,
         }
     }
 }
@@ -120,9 +173,8 @@ impl FromStr for Algorithm {
 
     fn from_str(s: &str) -> Result<Algorithm, Error> {
         Algorithm::ALL.into_iter().find(|a| a.name() == s).ok_or_else(|| {
-            Error::invalid(format!(
-                "unknown algorithm '{s}': use one of inline, one_shot, two_shot, symmetric"
-            ))
+            let names = Algorithm::ALL.map(Algorithm::name).join(", ");
+            Error::invalid(format!("unknown algorithm '{s}': use one of {names}"))
         })
     }
 }
@@ -175,6 +227,6 @@ mod tests {
         for a in Algorithm::ALL {
             assert_eq!(a.name().parse::<Algorithm>().unwrap(), a);
         }
-        assert!("ring".parse::<Algorithm>().unwrap_err().to_string().contains("one_shot"));
+        assert!("rings".parse::<Algorithm>().unwrap_err().to_string().contains("one_shot"));
     }
 }

@@ -6,7 +6,7 @@ use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result};
 use tensorwire_transports::shm::{Incoming, Outgoing};
 
 use super::Communicator;
-use crate::engine::{Buffers, Engine, Reduction};
+use crate::engine::{Buffers, Reduction, with_engine};
 
 impl Communicator {
     /// Reduces every rank's `buf`, element by element, and leaves the result in it on every rank.
@@ -38,8 +38,9 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(bytes)?;
-            state.engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None))
+            let algorithm = state.choose(bytes, &reduction)?;
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None)))
         })
     }
 
@@ -67,8 +68,13 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(data.len())?;
-            state.engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, Some(root)))
+            let algorithm = state.choose_rooted(data.len(), &reduction)?;
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_reduce(
+                data,
+                &reduction,
+                algorithm,
+                Some(root)
+            )))
         })
     }
 
@@ -151,7 +157,10 @@ impl Communicator {
             return Ok(());
         }
         let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
-        self.run(|state| state.engine.run(call, |engine| engine.all_gather(input, output, block, root)))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_gather(input, output, block, root)))
+        })
     }
 
     /// Gives rank `r` block `r`, of `output.len()` elements, of rank `root`'s `input`, which has
@@ -206,7 +215,10 @@ impl Communicator {
             return Ok(());
         }
         let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
-        self.run(|state| state.engine.run(call, |engine| engine.scatter(input, output, block, root)))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.scatter(input, output, block, root)))
+        })
     }
 
     /// Reduces every rank's `input`, element by element, and leaves block `rank` of the result, of its `world`
@@ -262,7 +274,8 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            state.engine.run(call, |engine| engine.reduce_scatter(input, output, block, &reduction))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.reduce_scatter(input, output, block, &reduction)))
         })
     }
 
@@ -286,7 +299,10 @@ impl Communicator {
     ) -> Result<()> {
         let call =
             Call { root: Some(root as u32), ..call::<T>(Op::Broadcast, output.len() / size_of::<T>()) };
-        self.run(|state| state.engine.run(call, |engine| engine.broadcast(input, output, root)))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.broadcast(input, output, root)))
+        })
     }
 
     /// Sends block `r` of `input`'s `world` equal blocks to rank `r`, and receives rank `r`'s block for this
@@ -304,7 +320,8 @@ impl Communicator {
         let block = equal::<T>(count);
         self.run(|state| {
             let longest = count * size_of::<T>();
-            state.engine.run(call, |engine| engine.all_to_all(input, output, &block, &block, longest))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_to_all(input, output, &block, &block, longest)))
         })
     }
 
@@ -329,10 +346,10 @@ impl Communicator {
         let call = Call { layout: 1, ..call::<T>(Op::AllToAll, 0) };
         let (input, output) = (Some(bytemuck::cast_slice(input)), bytemuck::cast_slice_mut(output));
         self.run(|state| {
-            state.engine.run(call, |engine| {
+            with_engine!(state.engine, |engine| engine.run(call, |engine| {
                 let longest = engine.agree_on_counts(&sends.lengths(), &receives.lengths())? as usize;
                 engine.all_to_all(input, output, |r| sends.of(r), |r| receives.of(r), longest)
-            })
+            }))
         })
     }
 
@@ -344,7 +361,7 @@ impl Communicator {
     /// [`Error::InvalidArgument`] if `to` is no other rank; else see [`Communicator`].
     pub fn send<T: Element>(&self, buf: &[T], to: usize) -> Result<()> {
         let out = Outgoing { to: self.other("send", to)?, data: bytemuck::cast_slice(buf) };
-        self.run(|state| state.engine.group.send_recv(T::DTYPE, Some(out), None))
+        self.run(|state| with_engine!(state.engine, |engine| engine.send_recv(T::DTYPE, Some(out), None)))
     }
 
     /// Receives into `buf` what rank `from` [sends](Communicator::send).
@@ -354,7 +371,7 @@ impl Communicator {
     /// type; else see [`Communicator`].
     pub fn recv<T: Element>(&self, buf: &mut [T], from: usize) -> Result<()> {
         let into = Incoming { from: self.other("recv", from)?, data: bytemuck::cast_slice_mut(buf) };
-        self.run(|state| state.engine.group.send_recv(T::DTYPE, None, Some(into)))
+        self.run(|state| with_engine!(state.engine, |engine| engine.send_recv(T::DTYPE, None, Some(into))))
     }
 
     /// Sends and receives at once, so that ranks which send to each other, or around a ring, don't wait for
@@ -365,7 +382,9 @@ impl Communicator {
     pub fn send_recv<T: Element>(&self, send: &[T], to: usize, receive: &mut [T], from: usize) -> Result<()> {
         let out = Outgoing { to: self.other("send_recv", to)?, data: bytemuck::cast_slice(send) };
         let into = Incoming { from: self.other("send_recv", from)?, data: bytemuck::cast_slice_mut(receive) };
-        self.run(|state| state.engine.group.send_recv(T::DTYPE, Some(out), Some(into)))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine.send_recv(T::DTYPE, Some(out), Some(into)))
+        })
     }
 
     /// Returns when every rank has called it.
@@ -374,7 +393,7 @@ impl Communicator {
     /// See [`Communicator`].
     pub fn barrier(&self) -> Result<()> {
         let call = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 };
-        self.run(|state| state.engine.run(call, Engine::barrier))
+        self.run(|state| with_engine!(state.engine, |engine| engine.run(call, |engine| engine.barrier())))
     }
 
     pub(super) fn expect(&self, what: &str, rule: &str, expected: Option<usize>, got: usize) -> Result<()> {

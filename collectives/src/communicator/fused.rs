@@ -4,7 +4,7 @@ use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result};
 
 use super::Communicator;
 use super::collectives::call;
-use crate::engine::Epilogue;
+use crate::engine::{Epilogue, with_engine};
 
 impl Communicator {
     /// All-reduce, addition to the residual and RMSNorm in one pass: what follows a row-parallel product in a
@@ -80,8 +80,9 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            let algorithm = state.choose(x.len())?;
-            state.engine.run(call, |engine| engine.all_reduce_add_rms_norm(x, epilogue, algorithm))
+            let algorithm = state.choose(x.len(), &epilogue.sum())?;
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_reduce_add_rms_norm(x, epilogue, algorithm)))
         })
     }
 

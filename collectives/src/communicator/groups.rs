@@ -3,7 +3,10 @@
 use tensorwire_core::{Error, Result};
 use tensorwire_transports::shm::FlightRecord;
 
-use super::Communicator;
+use super::{Communicator, Handle};
+#[cfg(feature = "tcp")]
+use crate::engine::NetEngine;
+use crate::engine::{Either, Engine};
 
 impl Communicator {
     /// Forms groups of the ranks that give the same `color`, ordered by `key`, then by rank; a rank that gives
@@ -31,8 +34,14 @@ impl Communicator {
     /// [`Error::Os`] or [`Error::Rendezvous`], on every rank, if the memory can't be had: this group goes on;
     /// else see [`Communicator`].
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Communicator>> {
-        let group = self.run(|state| state.engine.group.split(color, key))?;
-        Ok(group.map(|group| Communicator::over(group, None)))
+        self.run(|state| {
+            let engine = match &mut state.engine {
+                Either::Shm(engine) => engine.group.split(color, key)?.map(|g| Either::Shm(Engine::new(g))),
+                #[cfg(feature = "tcp")]
+                Either::Tcp(engine) => engine.split(color, key)?.map(NetEngine::share).transpose()?,
+            };
+            Ok(engine.map(|engine| Communicator::over(engine, None)))
+        })
     }
 
     /// Forms a group of `ranks`, which are renumbered in the order given. Every rank of this group calls it with
@@ -57,28 +66,49 @@ impl Communicator {
     /// Ends the group from any thread of this rank, also while another is inside a call: every rank's current
     /// or next call fails with [`Error::Aborted`] and `why`.
     pub fn abort(&self, why: &str) {
-        self.inner.handle.abort(why);
+        match &self.inner.handle {
+            Handle::Shm(handle) => handle.abort(why),
+            #[cfg(feature = "tcp")]
+            Handle::Tcp(handle, local) => {
+                handle.abort(why);
+                if let Some(local) = local {
+                    local.abort(why);
+                }
+            }
+        }
     }
 
     /// What every rank of the group is doing, and its last calls: from any thread, also while another is inside a
     /// call, and after the group has failed. Printed, it says how the ranks differ. Calls of a group of one rank
-    /// aren't recorded.
+    /// aren't recorded. Over TCP a rank knows of itself alone: the record has one entry.
     pub fn flight_record(&self) -> FlightRecord {
-        self.inner.handle.flight_record()
+        match &self.inner.handle {
+            Handle::Shm(handle) => handle.flight_record(),
+            #[cfg(feature = "tcp")]
+            Handle::Tcp(handle, _) => handle.flight_record(),
+        }
     }
 
     /// After a failure, a communicator of the ranks that are still there, in their old order. Every survivor
     /// calls it; ranks that have ended or left, and those that a timeout named, are left out. It waits up to the
     /// timeout for survivors that haven't called it yet. If the group hasn't failed, this ends it.
     ///
+    /// Over TCP, a rank that a timeout named takes part if it answers within `TENSORWIRE_PEER_TIMEOUT`: it may only have
+    /// waited for another. Where a network falls apart, the ranks on either side go on as a group of their own.
+    ///
     /// # Errors
     /// [`Error::Rendezvous`] if the others went on without this rank; [`Error::Os`] if the memory can't be had;
-    /// [`Error::ConcurrentUse`] while another thread is inside a call: [`abort`](Communicator::abort) ends that.
+    /// [`Error::ConcurrentUse`] while another thread is inside a call: [`abort`](Communicator::abort) ends that;
+    /// [`Error::InvalidArgument`] if the group was shrunk before.
     pub fn shrink(&self) -> Result<Communicator> {
         let rank = self.rank;
         let mut state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
-        let group = state.engine.group.shrink()?;
+        let engine = match &mut state.engine {
+            Either::Shm(engine) => Either::Shm(Engine::new(engine.group.shrink()?)),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) => engine.shrink()?.share().map_err(|failure| *failure)?,
+        };
         state.cause.get_or_insert_with(|| "the group was shrunk".to_owned());
-        Ok(Communicator::over(group, None))
+        Ok(Communicator::over(engine, None))
     }
 }

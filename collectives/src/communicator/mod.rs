@@ -3,19 +3,28 @@
 mod collectives;
 mod fused;
 mod groups;
+#[cfg(feature = "tcp")]
+mod network;
 mod placement;
 mod prepared;
 mod symmetric;
+mod wire;
 mod work;
 
 use std::sync::{Arc, Mutex, TryLockError};
 
-use tensorwire_core::{Deadline, Error, Result};
-use tensorwire_transports::launch::{Env, Rendezvous};
-use tensorwire_transports::shm::{self, Failure, Group, Handle, Options};
-use tensorwire_transports::store::{Store, UnixStore};
+use tensorwire_core::{DType, Deadline, Error, ReduceOp, Result};
+use tensorwire_transports::launch::{Env, Transport};
+use tensorwire_transports::shm::{self, Failure, Options};
+use tensorwire_transports::store::{self, Store};
+#[cfg(feature = "tcp")]
+use tensorwire_transports::tcp;
 
-use crate::engine::Engine;
+#[cfg(feature = "tcp")]
+use crate::engine::NetEngine;
+use crate::engine::{Either, Engine, Reduction};
+#[cfg(feature = "tcp")]
+use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
 
 pub use prepared::AllReducePlan;
@@ -65,34 +74,166 @@ struct Inner {
     state: Mutex<State>,
     handle: Handle,
     /// Rank 0 of a job without a launcher serves its store for as long as the communicator lives.
-    _store: Option<UnixStore>,
+    _store: Option<Box<dyn Store + Sync>>,
+}
+
+/// What any thread may do with the group.
+#[derive(Debug)]
+enum Handle {
+    Shm(shm::Handle),
+    #[cfg(feature = "tcp")]
+    Tcp(tcp::TcpHandle, Option<shm::Handle>),
 }
 
 #[derive(Debug)]
 struct State {
-    engine: Engine,
+    engine: Either,
     algorithm: Option<Algorithm>,
     /// The error that ended the group.
     cause: Option<String>,
 }
 
 impl Communicator {
-    /// The group that this process was started into: by `tensorwire launch`, torchrun, mpirun, or srun, from
-    /// the variables they set. Waits for all ranks.
+    /// The group that this process was started into: by `tensorwire launch`, torchrun, mpirun, srun or as a
+    /// Kubernetes indexed Job, from the variables they set. Waits for all ranks.
+    ///
+    /// `TENSORWIRE_TRANSPORT` says what carries the data: `shm`, or nothing, shared memory between ranks on one host; or,
+    /// with the feature `tcp`, `tcp` between ranks on any hosts, who share the secret in `TENSORWIRE_SECRET` or in the
+    /// file that `TENSORWIRE_SECRET_FILE` names; with the feature `tls`, `tls`, the same encrypted, where each rank also
+    /// shows the certificate in `TENSORWIRE_TLS_CERT` (see `tcp::Tls`); or `auto`: shared memory between ranks that have
+    /// proved to be on one host, by reading there what another wrote, and TCP between the rest. Without a secret, `auto`
+    /// is `shm`. How collectives use that network is in the variables that
+    /// `network::NetworkOptions` reads.
     ///
     /// # Errors
     /// [`Error::Config`] if the variables are missing or make no sense; [`Error::Rendezvous`] if the other
     /// ranks don't come.
     pub fn from_env() -> Result<Communicator> {
-        let options = Options::from_env()?;
         let env = Env::read()?;
+        match Transport::from_env()? {
+            Transport::Shm => Communicator::over_shm(&env),
+            Transport::Auto => Communicator::over_both(&env),
+            over => Communicator::over_tcp(&env, over),
+        }
+    }
+
+    fn over_shm(env: &Env) -> Result<Communicator> {
+        let options = Options::from_env()?;
         let deadline = Deadline::after(options.timeout);
-        let store = match &env.rendezvous {
-            Rendezvous::Store(address) => UnixStore::connect(address, deadline)?,
-            Rendezvous::Job(job) => UnixStore::of_job(job, env.rank, deadline)?,
-        };
-        let group = shm::join(env.rank, env.world, &store, &tuned(&options, env.rank))?;
-        Ok(Communicator::over(group, Some(store)))
+        let store = store::meet(env, deadline)?;
+        let group = shm::join(env.rank, env.world, store.as_ref(), &tuned(&options, env.rank))?;
+        Ok(Communicator::over(Either::Shm(Engine::new(group)), Some(store)))
+    }
+
+    #[cfg(not(feature = "tcp"))]
+    fn over_tcp(_: &Env, over: Transport) -> Result<Communicator> {
+        Err(Error::Config(format!(
+            "TENSORWIRE_TRANSPORT is '{over}', but this program was built without the feature {over}"
+        )))
+    }
+
+    #[cfg(not(feature = "tcp"))]
+    fn over_both(env: &Env) -> Result<Communicator> {
+        Communicator::over_shm(env)
+    }
+
+    #[cfg(feature = "tcp")]
+    fn over_both(env: &Env) -> Result<Communicator> {
+        match tcp::Secret::is_given() {
+            true => Communicator::over_network(env, Transport::Auto, Some(Options::from_env()?)),
+            false => Communicator::over_shm(env),
+        }
+    }
+
+    #[cfg(feature = "tcp")]
+    fn over_tcp(env: &Env, over: Transport) -> Result<Communicator> {
+        Communicator::over_network(env, over, None)
+    }
+
+    #[cfg(feature = "tcp")]
+    fn over_network(env: &Env, over: Transport, sharing: Option<Options>) -> Result<Communicator> {
+        let (secret, options) = (tcp::Secret::for_transport(over)?, tcp::TcpOptions::from_env()?);
+        let network = NetworkOptions::from_env()?;
+        let deadline = Deadline::after(options.timeout);
+        let (store, towards) = tcp::meet(env, &secret, deadline)?;
+        let group = tcp::join(env.rank, env.world, store.as_ref(), towards, &secret, &options)?;
+        let engine = Communicator::joined(store.as_ref(), group, &network, deadline, sharing)?;
+        Ok(Communicator::over(engine, Some(store)))
+    }
+
+    /// The engine of a group over a network, whose ranks agree on how they use it.
+    #[cfg(feature = "tcp")]
+    fn joined(
+        store: &dyn Store,
+        group: tcp::TcpGroup,
+        network: &NetworkOptions,
+        deadline: Deadline,
+        sharing: Option<Options>,
+    ) -> Result<Either> {
+        let network = network::agree(group.rank(), group.world(), store, network, deadline)?;
+        NetEngine::sharing(group, network, sharing).share().map_err(|failure| *failure)
+    }
+
+    /// The group of `world` processes, on any hosts, that share `secret` and meet in `store`, as `rank`. Waits for all
+    /// ranks. It listens at the address that leads to `towards`, where the store is, or on this host alone, unless the
+    /// options say which.
+    ///
+    /// # Errors
+    /// As for [`join`](Communicator::join); [`Error::Config`] for an interface that isn't there.
+    #[cfg(feature = "tcp")]
+    pub fn join_tcp(
+        rank: usize,
+        world: usize,
+        store: &dyn Store,
+        towards: Option<std::net::SocketAddr>,
+        secret: &tcp::Secret,
+        options: &tcp::TcpOptions,
+    ) -> Result<Communicator> {
+        Communicator::join_tcp_with(rank, world, store, towards, secret, options, &NetworkOptions::default())
+    }
+
+    /// As [`join_tcp`](Communicator::join_tcp), with options for how collectives use the network.
+    ///
+    /// # Errors
+    /// As for [`join_tcp`](Communicator::join_tcp).
+    #[cfg(feature = "tcp")]
+    pub fn join_tcp_with(
+        rank: usize,
+        world: usize,
+        store: &dyn Store,
+        towards: Option<std::net::SocketAddr>,
+        secret: &tcp::Secret,
+        options: &tcp::TcpOptions,
+        network: &NetworkOptions,
+    ) -> Result<Communicator> {
+        let deadline = Deadline::after(options.timeout);
+        let group = tcp::join(rank, world, store, towards, secret, options)?;
+        Ok(Communicator::over(Communicator::joined(store, group, network, deadline, None)?, None))
+    }
+
+    /// As [`join_tcp_with`](Communicator::join_tcp_with), but ranks of one host share memory, with these options: see
+    /// [`from_env`](Communicator::from_env) on `auto`.
+    ///
+    /// # Errors
+    /// As for [`join_tcp`](Communicator::join_tcp).
+    #[cfg(feature = "tcp")]
+    #[expect(clippy::too_many_arguments, reason = "those of join_tcp_with and of join")]
+    pub fn join_mixed(
+        rank: usize,
+        world: usize,
+        store: &dyn Store,
+        towards: Option<std::net::SocketAddr>,
+        secret: &tcp::Secret,
+        tcp: &tcp::TcpOptions,
+        network: &NetworkOptions,
+        shm: &Options,
+    ) -> Result<Communicator> {
+        let deadline = Deadline::after(tcp.timeout);
+        let group = tcp::join(rank, world, store, towards, secret, tcp)?;
+        Ok(Communicator::over(
+            Communicator::joined(store, group, network, deadline, Some(shm.clone()))?,
+            None,
+        ))
     }
 
     /// The group of `world` processes on this host that meet in `store`, as `rank`. Waits for all ranks.
@@ -100,7 +241,8 @@ impl Communicator {
     /// # Errors
     /// [`Error::Config`] for a rank outside the world; [`Error::Rendezvous`] if the other ranks don't come.
     pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> Result<Communicator> {
-        Ok(Communicator::over(shm::join(rank, world, store, &tuned(options, rank))?, None))
+        let group = shm::join(rank, world, store, &tuned(options, rank))?;
+        Ok(Communicator::over(Either::Shm(Engine::new(group)), None))
     }
 
     /// A group whose ranks are threads of this process; rank `i` is element `i`.
@@ -118,15 +260,36 @@ impl Communicator {
     pub fn in_process_with(world: usize, options: &Options) -> Result<Vec<Communicator>> {
         Ok(shm::in_process(world, &tuned(options, 0))?
             .into_iter()
-            .map(|group| Communicator::over(group, None))
+            .map(|group| Communicator::over(Either::Shm(Engine::new(group)), None))
             .collect())
     }
 
-    fn over(group: Group, store: Option<UnixStore>) -> Communicator {
-        let (rank, world, handle) = (group.rank(), group.world(), group.handle());
-        let state = Mutex::new(State { engine: Engine::new(group), algorithm: None, cause: None });
+    fn over(engine: Either, store: Option<Box<dyn Store + Sync>>) -> Communicator {
+        let (rank, world, handle) = match &engine {
+            Either::Shm(e) => (e.group.rank(), e.group.world(), Handle::Shm(e.group.handle())),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(e) => {
+                (e.group.rank(), e.group.world(), Handle::Tcp(e.group.handle(), e.local_handle()))
+            }
+        };
+        let state = Mutex::new(State { engine, algorithm: None, cause: None });
         let inner = Arc::new(Inner { state, handle, _store: store });
         Communicator { rank, world, inner, started: Some(work::Started::default()) }
+    }
+
+    /// What carries this group's data, for a log: `shm`, or `tcp` and the address at which this rank listens, with the
+    /// reason for that one, or both, with the ranks that share memory.
+    ///
+    /// # Errors
+    /// [`Error::ConcurrentUse`].
+    pub fn transport(&self) -> Result<String> {
+        let rank = self.rank;
+        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        Ok(match &state.engine {
+            Either::Shm(_) => "shm".to_owned(),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) => engine.describe(),
+        })
     }
 
     /// This rank, from 0.
@@ -142,7 +305,9 @@ impl Communicator {
     }
 
     /// Makes every all-reduce use one algorithm, for measuring, or the automatic choice again. Every rank must
-    /// set the same. It changes speed, never results.
+    /// set the same. It changes speed, and results only where the algorithm doesn't
+    /// [keep the order](Algorithm::keeps_order) of the ranks. A reduce to one rank that the algorithm isn't for is
+    /// chosen automatically.
     ///
     /// # Errors
     /// [`Error::ConcurrentUse`].
@@ -153,16 +318,26 @@ impl Communicator {
         Ok(())
     }
 
-    /// The algorithm that an all-reduce of `bytes` takes. What it is chosen by is the same on every rank: what
-    /// [`Options`] give rank 0, or the table that `tensorwire topo --probe` made on rank 0's machine, or constants.
+    /// The algorithm that an all-reduce of `bytes` of f32 sums takes. What it is chosen by is the same on every rank: what
+    /// [`Options`] give rank 0, or the table that `tensorwire topo --probe` made on rank 0's machine, or constants; over a
+    /// network, the times that follow from rank 0's links and from where the ranks are.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the one set by [`set_algorithm`](Communicator::set_algorithm) can't carry
-    /// that many; [`Error::ConcurrentUse`].
+    /// that many, or is one for another transport; [`Error::ConcurrentUse`].
     pub fn algorithm(&self, bytes: usize) -> Result<Algorithm> {
+        self.algorithm_for(bytes, DType::F32, ReduceOp::Sum)
+    }
+
+    /// The algorithm that an all-reduce of `bytes` of a type takes, as [`algorithm`](Communicator::algorithm): over a
+    /// network it depends on whether the order of the ranks makes a difference.
+    ///
+    /// # Errors
+    /// As for [`algorithm`](Communicator::algorithm), and if the operation isn't defined for the type.
+    pub fn algorithm_for(&self, bytes: usize, dtype: DType, op: ReduceOp) -> Result<Algorithm> {
         let rank = self.rank;
         let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
-        state.choose(bytes)
+        state.choose(bytes, &Reduction::new(dtype, op)?)
     }
 
     /// The algorithm that an all-reduce of `bytes` in a [`Symmetric`] buffer takes.
@@ -200,9 +375,17 @@ impl Communicator {
 
 impl State {
     #[inline]
-    fn choose(&self, bytes: usize) -> Result<Algorithm> {
+    #[cfg_attr(
+        not(feature = "tcp"),
+        expect(unused_variables, reason = "only a network's choice depends on it")
+    )]
+    fn choose(&self, bytes: usize, r: &Reduction) -> Result<Algorithm> {
         match self.algorithm {
-            None => Ok(self.engine.selection.all_reduce(bytes)),
+            None => Ok(match &self.engine {
+                Either::Shm(engine) => engine.selection.all_reduce(bytes),
+                #[cfg(feature = "tcp")]
+                Either::Tcp(engine) => engine.choose(bytes, r),
+            }),
             Some(Algorithm::Symmetric) => {
                 Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"))
             }
@@ -210,15 +393,34 @@ impl State {
         }
     }
 
+    /// The algorithm of a reduction to one rank.
+    fn choose_rooted(&self, bytes: usize, r: &Reduction) -> Result<Algorithm> {
+        match &self.engine {
+            Either::Shm(_) => self.choose(bytes, r),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) => Ok(match self.algorithm {
+                Some(forced) if forced.is_shm() => forced,
+                _ => engine.choose_rooted(bytes),
+            }),
+        }
+    }
+
     #[inline]
     fn choose_symmetric(&self, bytes: usize) -> Result<Algorithm> {
-        match self.algorithm {
-            None => Ok(self.engine.selection.symmetric(bytes)),
-            Some(forced) => self.forced(forced, bytes),
+        match (self.algorithm, &self.engine) {
+            (Some(forced), _) => self.forced(forced, bytes),
+            (None, Either::Shm(engine)) => Ok(engine.selection.symmetric(bytes)),
+            #[cfg(feature = "tcp")]
+            (None, Either::Tcp(_)) => Err(Error::invalid("a group over TCP has no symmetric buffers")),
         }
     }
 
     fn forced(&self, forced: Algorithm, bytes: usize) -> Result<Algorithm> {
+        if !forced.is_shm() && matches!(self.engine, Either::Shm(_)) {
+            return Err(Error::invalid(format!(
+                "{forced} is an algorithm for networks, not for shared memory"
+            )));
+        }
         let limit = forced.limit();
         if bytes > limit {
             return Err(Error::invalid(format!("{forced} carries at most {limit} bytes, not {bytes}")));

@@ -5,7 +5,7 @@ use tensorwire_core::{Call, Element, Op, ReduceOp, Result};
 
 use super::Communicator;
 use super::collectives::{Blocks, call, equal};
-use crate::engine::{Buffers, Reduction};
+use crate::engine::{Buffers, Reduction, with_engine};
 
 impl Communicator {
     /// As [`reduce`](Communicator::reduce), from `input` into rank `root`'s `output`, of the same length; the
@@ -74,7 +74,12 @@ impl Communicator {
         let count = self.block_of("all_gather_in_place", buf)?;
         let (call, buf) = (call::<T>(Op::AllGather, buf.len()), bytemuck::cast_slice_mut(buf));
         self.run(|state| {
-            state.engine.run(call, |engine| engine.all_gather(None, buf, equal::<T>(count), None))
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_gather(
+                None,
+                buf,
+                equal::<T>(count),
+                None
+            )))
         })
     }
 
@@ -88,7 +93,12 @@ impl Communicator {
         let call = Call { layout: blocks.digest, ..call::<T>(Op::AllGather, buf.len()) };
         let buf = bytemuck::cast_slice_mut(buf);
         self.run(|state| {
-            state.engine.run(call, |engine| engine.all_gather(None, buf, |r| blocks.of(r), None))
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_gather(
+                None,
+                buf,
+                |r| blocks.of(r),
+                None
+            )))
         })
     }
 
@@ -106,7 +116,12 @@ impl Communicator {
         let call = Call { root: Some(root as u32), ..call::<T>(Op::Gather, buf.len()) };
         let buf = bytemuck::cast_slice_mut(buf);
         self.run(|state| {
-            state.engine.run(call, |engine| engine.all_gather(None, buf, equal::<T>(count), Some(root)))
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_gather(
+                None,
+                buf,
+                equal::<T>(count),
+                Some(root)
+            )))
         })
     }
 
@@ -125,7 +140,12 @@ impl Communicator {
         let call = Call { layout: blocks.digest, root: Some(root as u32), ..call };
         let buf = bytemuck::cast_slice_mut(buf);
         self.run(|state| {
-            state.engine.run(call, |engine| engine.all_gather(None, buf, |r| blocks.of(r), Some(root)))
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_gather(
+                None,
+                buf,
+                |r| blocks.of(r),
+                Some(root)
+            )))
         })
     }
 
@@ -142,7 +162,14 @@ impl Communicator {
         let count = self.block_of("scatter_in_place", buf)?;
         let call = Call { root: Some(root as u32), ..call::<T>(Op::Scatter, buf.len()) };
         let buf = bytemuck::cast_slice_mut(buf);
-        self.run(|state| state.engine.run(call, |engine| engine.scatter(None, buf, equal::<T>(count), root)))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.scatter(
+                None,
+                buf,
+                equal::<T>(count),
+                root
+            )))
+        })
     }
 
     /// As [`scatter_in_place`](Communicator::scatter_in_place), where block `r` has `counts[r]` elements. Every
@@ -159,7 +186,14 @@ impl Communicator {
         let call = call::<T>(Op::Scatter, blocks.total);
         let call = Call { layout: blocks.digest, root: Some(root as u32), ..call };
         let buf = bytemuck::cast_slice_mut(buf);
-        self.run(|state| state.engine.run(call, |engine| engine.scatter(None, buf, |r| blocks.of(r), root)))
+        self.run(|state| {
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.scatter(
+                None,
+                buf,
+                |r| blocks.of(r),
+                root
+            )))
+        })
     }
 
     /// As [`reduce_scatter`](Communicator::reduce_scatter), where the input is `buf`, of `world` equal blocks, and
@@ -178,7 +212,8 @@ impl Communicator {
         }
         self.run(|state| {
             let block = equal::<T>(count);
-            state.engine.run(call, |engine| engine.reduce_scatter(None, buf, block, &reduction))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.reduce_scatter(None, buf, block, &reduction)))
         })
     }
 
@@ -203,7 +238,12 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
-            state.engine.run(call, |engine| engine.reduce_scatter(None, buf, |r| blocks.of(r), &reduction))
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.reduce_scatter(
+                None,
+                buf,
+                |r| blocks.of(r),
+                &reduction
+            )))
         })
     }
 
@@ -217,7 +257,8 @@ impl Communicator {
         let (call, buf) = (call::<T>(Op::AllToAll, buf.len()), bytemuck::cast_slice_mut(buf));
         let (block, longest) = (equal::<T>(count), count * size_of::<T>());
         self.run(|state| {
-            state.engine.run(call, |engine| engine.all_to_all(None, buf, &block, &block, longest))
+            with_engine!(state.engine, |engine| engine
+                .run(call, |engine| engine.all_to_all(None, buf, &block, &block, longest)))
         })
     }
 
@@ -231,11 +272,11 @@ impl Communicator {
         let call = Call { layout: 1, ..call::<T>(Op::AllToAll, 0) };
         let buf = bytemuck::cast_slice_mut(buf);
         self.run(|state| {
-            state.engine.run(call, |engine| {
+            with_engine!(state.engine, |engine| engine.run(call, |engine| {
                 let lengths = blocks.lengths();
                 let longest = engine.agree_on_counts(&lengths, &lengths)? as usize;
                 engine.all_to_all(None, buf, |r| blocks.of(r), |r| blocks.of(r), longest)
-            })
+            }))
         })
     }
 

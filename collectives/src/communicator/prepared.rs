@@ -4,7 +4,7 @@ use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result};
 
 use super::Communicator;
 use super::collectives::call;
-use crate::engine::{Buffers, Reduction};
+use crate::engine::{Buffers, Reduction, with_engine};
 use crate::select::Algorithm;
 
 /// An all-reduce of one length, type and operation, whose checks and choices are made: see
@@ -27,12 +27,15 @@ impl Communicator {
     /// [`Error::InvalidArgument`] if the operation isn't defined for the type, or the algorithm that was set
     /// can't carry the length; [`Error::ConcurrentUse`].
     pub fn all_reduce_plan<T: Element>(&self, len: usize, op: ReduceOp) -> Result<AllReducePlan<'_, T>> {
+        let reduction = Reduction::new(T::DTYPE, op)?;
+        let rank = self.rank;
+        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
         Ok(AllReducePlan {
             comm: self,
             len,
             call: Call { reduce: Some(op), ..call::<T>(Op::AllReduce, len) },
-            reduction: Reduction::new(T::DTYPE, op)?,
-            algorithm: self.algorithm(len.saturating_mul(size_of::<T>()))?,
+            reduction,
+            algorithm: state.choose(len.saturating_mul(size_of::<T>()), &reduction)?,
             elements: std::marker::PhantomData,
         })
     }
@@ -53,10 +56,10 @@ impl<T: Element> AllReducePlan<'_, T> {
             self.reduction.alone(data);
             return Ok(());
         }
-        let run = |engine: &mut crate::engine::Engine| {
-            engine.all_reduce(data, &self.reduction, self.algorithm, None)
-        };
-        self.comm.run(|state| state.engine.run(self.call, run))
+        self.comm.run(|state| {
+            with_engine!(state.engine, |engine| engine
+                .run(self.call, |engine| { engine.all_reduce(data, &self.reduction, self.algorithm, None) }))
+        })
     }
 }
 

@@ -5,11 +5,11 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result};
-use tensorwire_transports::shm::Region;
+use tensorwire_transports::shm::{Failure, Region};
 
-use super::Communicator;
 use super::collectives::call;
-use crate::engine::{Buffers, Engine, Reduction};
+use super::{Communicator, State};
+use crate::engine::{Buffers, Either, Engine, Reduction};
 use crate::select::Algorithm;
 
 /// A rank's block of memory that every rank of its communicator maps, so that a collective on it need not copy
@@ -70,13 +70,13 @@ impl Communicator {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Os`] or [`Error::Rendezvous`], on every rank, if the memory can't be had; else see
-    /// [`Communicator`].
+    /// [`Error::Os`] or [`Error::Rendezvous`], on every rank, if the memory can't be had; [`Error::InvalidArgument`]
+    /// over TCP; else see [`Communicator`].
     pub fn symmetric<T: Element>(&self, len: usize) -> Result<Symmetric<T>> {
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
             Error::invalid(format!("rank {}: {len} elements are more than memory holds", self.rank))
         })?;
-        let region = self.run(|state| state.engine.group.region(bytes))?;
+        let region = self.run(|state| self.shared_memory(state)?.group.region(bytes))?;
         Ok(Symmetric { region, len, elements: PhantomData })
     }
 
@@ -94,20 +94,33 @@ impl Communicator {
         }
         let call = Call { reduce: Some(op), ..call::<T>(Op::AllReduce, buf.len) };
         self.run(|state| {
-            if !state.engine.group.owns(&buf.region) {
+            let algorithm = state.choose_symmetric(bytes)?;
+            let engine = self.shared_memory(state)?;
+            if !engine.group.owns(&buf.region) {
                 let what = format!("rank {}: the symmetric buffer is another communicator's", self.rank);
                 return Err(Error::invalid(what).into());
             }
-            let algorithm = state.choose_symmetric(bytes)?;
             if algorithm == Algorithm::Symmetric {
                 // Two ranks with different buffers don't make the same call.
                 let call = Call { layout: buf.region.id(), ..call };
                 let run = |engine: &mut Engine| engine.all_reduce_symmetric(&buf.region, bytes, &reduction);
-                return state.engine.run(call, run);
+                return engine.run(call, run);
             }
             // It travels in the flag or the slots, as from any other memory.
             let data = Buffers::in_place(bytemuck::cast_slice_mut(buf));
-            state.engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None))
+            engine.run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None))
         })
+    }
+
+    /// The engine over shared memory, which symmetric buffers are a part of.
+    fn shared_memory<'a>(&self, state: &'a mut State) -> Result<&'a mut Engine, Failure> {
+        match &mut state.engine {
+            Either::Shm(engine) => Ok(engine),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(_) => Err(Box::new(Error::invalid(format!(
+                "rank {}: a symmetric buffer lies in shared memory, and this group is over TCP: use ordinary memory",
+                self.rank
+            )))),
+        }
     }
 }

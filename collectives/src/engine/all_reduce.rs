@@ -38,7 +38,8 @@ impl Engine {
             Algorithm::Inline => self.all_reduce_inline(data, r, root, arrived),
             Algorithm::OneShot => self.all_reduce_one_shot(data, r, root, arrived),
             // Memory that no peer maps goes through the slots.
-            Algorithm::TwoShot | Algorithm::Symmetric => self.all_reduce_two_shot(data, r, root, arrived),
+            // The rest are refused where an algorithm is set.
+            _ => self.all_reduce_two_shot(data, r, root, arrived),
         }
     }
 
@@ -93,10 +94,10 @@ impl Engine {
             if t < count {
                 last = self.group.next_step()?;
                 let chunk = bytes(t);
-                self.group.slot()[..chunk.len()].copy_from_slice(&data.input()[chunk]);
+                self.write_slot(0, &data.input()[chunk]);
                 if t == 0 {
                     self.group.publish();
-                    self.group.prefetch(chunks.range(0).len() * size);
+                    self.prefetch_slot(chunks.range(0).len() * size);
                 }
             }
             if t > 0 && self.wants(root) {
@@ -151,8 +152,7 @@ impl Engine {
                 let start = chunks.range(t).start * size;
                 for who in self.peers() {
                     let part = part_of(t, who);
-                    self.group.slot()[part.start - start..part.end - start]
-                        .copy_from_slice(&data.input()[part]);
+                    self.write_slot(part.start - start, &data.input()[part]);
                 }
             }
             if t > 0 && (t <= count || wanted) {
@@ -193,7 +193,7 @@ impl Engine {
         root: Option<usize>,
     ) {
         let wanted = self.wants(root);
-        let Engine { group, sources, .. } = self;
+        let Engine { group, sources, writer, .. } = self;
         let rank = group.rank();
         for at in part.clone().step_by(REDUCE_BLOCK) {
             let block = at..(at + REDUCE_BLOCK).min(part.end);
@@ -202,14 +202,14 @@ impl Engine {
             if wanted {
                 data.reduce(r, block.clone(), rank, sources, theirs);
                 if root.is_none() {
-                    group.slot()[to..to + block.len()].copy_from_slice(&data.output[block]);
+                    writer.write(&mut group.slot()[to..to + block.len()], &data.output[block]);
                 }
             } else {
                 sources.gather(rank, data.input()[block.clone()].as_ptr(), block.len(), theirs);
                 let dst = group.slot()[to..to + block.len()].as_mut_ptr();
                 // SAFETY: all have the block's length; this rank's slot for the step being written overlaps
                 // neither its own buffer nor any peer's slot.
-                unsafe { r.run(dst, sources, block.len()) }
+                unsafe { r.run(dst, &sources.0, block.len()) }
             }
         }
     }

@@ -5,9 +5,13 @@ use std::ops::Range;
 use tensorwire_core::Error;
 use tensorwire_transports::shm::{Failure, INLINE};
 
-use super::copy::copy_for;
+use super::copy::{STREAM_FROM, copy_for, own_copy_for};
 use super::{Buffers, Engine, Reduction};
 use crate::schedule::Pieces;
+
+/// Bytes of a block from which a rank that gathers reads its own once, for its slot and for its place in the output. Of
+/// less, its peers had rather not wait for the second.
+const TOGETHER_FROM: usize = 64 << 10;
 
 impl Engine {
     /// `block(r)` are the bytes of `output` that rank `r`'s `input` becomes, on every rank or on `root` alone,
@@ -37,20 +41,31 @@ impl Engine {
             }
             return Ok(());
         }
-        let (chunk, copy) = (self.chunk, copy_for(output.len()));
+        let (chunk, len) = (self.chunk, output.len());
+        let (copy, copy_own) = (copy_for(len), own_copy_for(len));
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
+        let together = longest >= TOGETHER_FROM && output.len() < STREAM_FROM;
         self.group.use_slots(chunk.min(longest));
         self.rounds(
             Pieces::new(longest, 1, chunk).count(),
             |_| wanted,
             |engine, output, write| {
-                let own = &input.unwrap_or_else(|| &output[block(rank)])[pieces(rank).range(write)];
-                engine.group.slot()[..own.len()].copy_from_slice(own);
+                let (piece, start) = (pieces(rank).range(write), block(rank).start);
+                let own = start + piece.start..start + piece.end;
+                match input {
+                    Some(input) if wanted && together => {
+                        let Engine { group, writer, .. } = engine;
+                        let slot = &mut group.slot()[..piece.len()];
+                        writer.write_both(slot, &mut output[own], &input[piece]);
+                    }
+                    Some(input) => engine.write_slot(0, &input[piece]),
+                    None => engine.write_slot(0, &output[own]),
+                }
             },
             |output, written| {
-                if let (true, Some(input)) = (wanted, input) {
+                if let (true, Some(input)) = (wanted && !together, input) {
                     let (piece, start) = (pieces(rank).range(written), block(rank).start);
-                    copy(&mut output[start + piece.start..start + piece.end], &input[piece]);
+                    copy_own(&mut output[start + piece.start..start + piece.end], &input[piece]);
                 }
             },
             |engine, output, read, step| {
@@ -75,7 +90,8 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world) = (self.group.rank(), self.group.world());
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
-        let (room, copy) = (self.room(longest), copy_for(output.len()));
+        let (room, len) = (self.room(longest), output.len());
+        let (copy, copy_own) = (copy_for(len), own_copy_for(len));
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, room);
         self.rounds(
             Pieces::new(longest, 1, room).count(),
@@ -84,20 +100,19 @@ impl Engine {
                 let input = input.unwrap_or(output);
                 for who in engine.peers().filter(|_| rank == root) {
                     let (piece, from) = (pieces(who).range(write), block(who).start);
-                    let to = &mut engine.group.slot()[who * room..][..piece.len()];
-                    to.copy_from_slice(&input[from + piece.start..from + piece.end]);
+                    engine.write_slot(place(rank, who) * room, &input[from + piece.start..from + piece.end]);
                 }
             },
             |output, written| {
                 if let (true, Some(input)) = (rank == root, input) {
                     let (piece, from) = (pieces(rank).range(written), block(rank).start);
-                    copy(&mut output[piece.clone()], &input[from + piece.start..from + piece.end]);
+                    copy_own(&mut output[piece.clone()], &input[from + piece.start..from + piece.end]);
                 }
             },
             |engine, output, read, step| {
                 if rank != root {
                     let to = &mut output[pieces(rank).range(read)];
-                    copy(to, &engine.group.peer_slot(root, step)[rank * room..][..to.len()]);
+                    copy(to, &engine.group.peer_slot(root, step)[place(root, rank) * room..][..to.len()]);
                 }
             },
             output,
@@ -116,7 +131,8 @@ impl Engine {
         longest: usize,
     ) -> Result<(), Failure> {
         let rank = self.group.rank();
-        let (room, copy) = (self.room(longest), copy_for(output.len()));
+        let (room, len) = (self.room(longest), output.len());
+        let (copy, copy_own) = (copy_for(len), own_copy_for(len));
         self.rounds(
             Pieces::new(longest, 1, room).count(),
             |_| true,
@@ -125,8 +141,10 @@ impl Engine {
                 for who in engine.peers() {
                     let block = sends(who);
                     let piece = Pieces::new(block.len(), 1, room).range(write);
-                    let to = &mut engine.group.slot()[who * room..][..piece.len()];
-                    to.copy_from_slice(&input[block.start + piece.start..block.start + piece.end]);
+                    engine.write_slot(
+                        place(rank, who) * room,
+                        &input[block.start + piece.start..block.start + piece.end],
+                    );
                 }
             },
             |output, written| {
@@ -134,14 +152,14 @@ impl Engine {
                 let (from, to) = (sends(rank).start, receives(rank).start);
                 let piece = Pieces::new(sends(rank).len(), 1, room).range(written);
                 let own = &input[from + piece.start..from + piece.end];
-                copy(&mut output[to + piece.start..to + piece.end], own);
+                copy_own(&mut output[to + piece.start..to + piece.end], own);
             },
             |engine, output, read, step| {
                 for who in engine.peers() {
                     let block = receives(who);
                     let piece = Pieces::new(block.len(), 1, room).range(read);
                     let to = &mut output[block.start + piece.start..block.start + piece.end];
-                    copy(to, &engine.group.peer_slot(who, step)[rank * room..][..to.len()]);
+                    copy(to, &engine.group.peer_slot(who, step)[place(who, rank) * room..][..to.len()]);
                 }
             },
             output,
@@ -154,7 +172,7 @@ impl Engine {
         let step = self.group.next_step()?;
         let bytes = bytemuck::cast_slice::<u64, u8>(sends);
         self.group.use_slots(bytes.len());
-        self.group.slot()[..bytes.len()].copy_from_slice(bytes);
+        self.write_slot(0, bytes);
         self.group.publish();
         self.group.wait_all(step)?;
         let mut most = sends.iter().copied().max().unwrap_or(0);
@@ -196,8 +214,10 @@ impl Engine {
                 for who in engine.peers() {
                     let block = block(who);
                     let piece = piece(&block, write);
-                    let to = &mut engine.group.slot()[who * room..][..piece.len()];
-                    to.copy_from_slice(&input[block.start + piece.start..block.start + piece.end]);
+                    engine.write_slot(
+                        place(rank, who) * room,
+                        &input[block.start + piece.start..block.start + piece.end],
+                    );
                 }
             },
             |_, _| {},
@@ -209,7 +229,7 @@ impl Engine {
                     None => Buffers::in_place(&mut output[block(rank)]),
                 };
                 data.reduce(r, own, rank, sources, |peer, len| {
-                    &group.peer_slot(peer, step)[rank * room..][..len]
+                    &group.peer_slot(peer, step)[place(peer, rank) * room..][..len]
                 });
             },
             output,
@@ -223,7 +243,8 @@ impl Engine {
         output: &mut [u8],
         root: usize,
     ) -> Result<(), Failure> {
-        let (pieces, copy) = (Pieces::new(output.len(), 1, self.chunk), copy_for(output.len()));
+        let (pieces, len) = (Pieces::new(output.len(), 1, self.chunk), output.len());
+        let copy = copy_for(len);
         self.group.use_slots(pieces.range(0).len());
         // An empty broadcast is a step too: it shows whether the ranks agree.
         for i in 0..pieces.count().max(1) {
@@ -236,11 +257,11 @@ impl Engine {
                 if inline {
                     self.group.publish_inline(from);
                 } else {
-                    self.group.slot()[..from.len()].copy_from_slice(from);
+                    self.write_slot(0, from);
                     self.group.publish();
                 }
                 if let Some(own) = own {
-                    copy(piece, own);
+                    own_copy_for(len)(piece, own);
                 }
             } else {
                 self.group.publish();
@@ -256,13 +277,19 @@ impl Engine {
         Ok(())
     }
 
-    /// Bytes of a slot for each rank, where a slot holds a piece of up to `longest` bytes for each, in whole cache
+    /// Bytes of a slot for each peer, where a slot holds a piece of up to `longest` bytes for each, in whole cache
     /// lines. From here on the call uses slots of that many.
     fn room(&mut self, longest: usize) -> usize {
-        let world = self.group.world();
-        let most = (self.chunk / world / 64 * 64).max(64);
+        let peers = (self.group.world() - 1).max(1);
+        let most = (self.chunk / peers / 64 * 64).max(64);
         let room = longest.next_multiple_of(64).clamp(64, most);
-        self.group.use_slots(room * world);
+        self.group.use_slots(room * peers);
         room
     }
+}
+
+/// Which piece of `rank`'s slot is for `peer`: it has none for itself.
+fn place(rank: usize, peer: usize) -> usize {
+    debug_assert_ne!(rank, peer);
+    peer - usize::from(peer > rank)
 }

@@ -8,20 +8,27 @@ const PAGES: usize = 4;
 
 /// Bytes of a call's output from which they are written past the caches: more than a rank's share of most third-level
 /// caches. What doesn't stay there need not be read from memory first only to be overwritten.
-const STREAM_FROM: usize = 16 << 20;
+pub(super) const STREAM_FROM: usize = 8 << 20;
 
-/// How a call copies into an output of `bytes` bytes.
+/// How a call copies what a peer wrote into an output of `bytes` bytes.
 pub(super) fn copy_for(bytes: usize) -> fn(&mut [u8], &[u8]) {
-    match bytes >= STREAM_FROM {
-        #[cfg(target_arch = "x86_64")]
-        true => copy_past_caches,
-        _ => copy_from_peer,
-    }
+    if bytes >= STREAM_FROM { copy_past_caches } else { copy_from_peer }
 }
 
-/// As [`copy_from_peer`], with non-temporal stores.
+/// How a call copies this rank's own into an output of `bytes` bytes.
+pub(super) fn own_copy_for(bytes: usize) -> fn(&mut [u8], &[u8]) {
+    if bytes >= STREAM_FROM { copy_past_caches } else { <[u8]>::copy_from_slice }
+}
+
+/// As [`copy_from_peer`], with non-temporal stores, where the processor has them.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn copy_past_caches(to: &mut [u8], from: &[u8]) {
+    copy_from_peer(to, from);
+}
+
+/// As [`copy_from_peer`], with non-temporal stores, where the processor has them.
 #[cfg(target_arch = "x86_64")]
-fn copy_past_caches(to: &mut [u8], from: &[u8]) {
+pub(super) fn copy_past_caches(to: &mut [u8], from: &[u8]) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
     assert_eq!(to.len(), from.len());
     let before = to.as_ptr().align_offset(LINE).min(to.len());
@@ -36,17 +43,7 @@ fn copy_past_caches(to: &mut [u8], from: &[u8]) {
             unsafe { _mm_stream_si128(to.add(part), _mm_loadu_si128(from.add(part))) };
         }
     };
-    const GROUP: usize = PAGES * LINES_A_PAGE;
-    let groups = to_lines.len() / GROUP * GROUP;
-    for start in (0..groups).step_by(GROUP) {
-        for line in 0..LINES_A_PAGE {
-            for page in 0..PAGES {
-                let at = start + page * LINES_A_PAGE + line;
-                copy(&mut to_lines[at], &from_lines[at]);
-            }
-        }
-    }
-    to_lines[groups..].iter_mut().zip(&from_lines[groups..]).for_each(|(to, from)| copy(to, from));
+    to_lines.iter_mut().zip(from_lines).for_each(|(to, from)| copy(to, from));
     to_rest.copy_from_slice(from_rest);
     // SAFETY: every x86-64 has it. Orders these stores before whatever tells another thread of them.
     unsafe { _mm_sfence() };
@@ -71,6 +68,20 @@ pub(super) fn copy_from_peer(to: &mut [u8], from: &[u8]) {
         }
     }
     to_rest.copy_from_slice(from_rest);
+}
+
+/// Copies `from` to two places of its length, reading it once.
+pub(super) fn copy_to_both(a: &mut [u8], b: &mut [u8], from: &[u8]) {
+    assert!(a.len() == from.len() && b.len() == from.len());
+    let (lines, rest) = from.as_chunks::<LINE>();
+    let (a_lines, a_rest) = a.as_chunks_mut::<LINE>();
+    let (b_lines, b_rest) = b.as_chunks_mut::<LINE>();
+    for ((a, b), line) in a_lines.iter_mut().zip(b_lines).zip(lines) {
+        *a = *line;
+        *b = *line;
+    }
+    a_rest.copy_from_slice(rest);
+    b_rest.copy_from_slice(rest);
 }
 
 #[cfg(test)]

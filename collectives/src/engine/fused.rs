@@ -37,6 +37,11 @@ impl<'a> Epilogue<'a> {
         Ok(Epilogue { kernel, sum, residual, weight, width: weight.len() / dtype.size(), eps })
     }
 
+    /// The reduction that it follows.
+    pub(crate) fn sum(&self) -> Reduction {
+        self.sum
+    }
+
     /// Finishes the rows of `x` whose sums are in it up to byte `arrived`, from byte `from` on; returns where the
     /// first that isn't finished begins.
     pub(crate) fn finish_arrived(&mut self, x: &mut [u8], from: usize, arrived: usize) -> usize {
@@ -90,9 +95,9 @@ impl Engine {
             self.group.publish_inline(x);
         } else {
             self.group.use_slots(x.len());
-            self.group.slot()[..x.len()].copy_from_slice(x);
+            self.write_slot(0, x);
             self.group.publish();
-            self.group.prefetch(x.len());
+            self.prefetch_slot(x.len());
         }
         self.group.wait_all(step)?;
         let Engine { group, sources, .. } = self;

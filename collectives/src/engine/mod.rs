@@ -1,21 +1,40 @@
-//! Moves and reduces the data of each collective through shared memory, step by step.
+//! Moves and reduces the data of each collective: through shared memory, step by step, or (`net`) over TCP.
 //!
-//! Everything here works on bytes and on the step protocol of [`Group`]. Nothing allocates, locks or makes a
+//! What is for shared memory works on bytes and on the step protocol of [`Group`]. Nothing allocates, locks or makes a
 //! system call unless a peer is late.
 
 mod all_reduce;
 mod blocks;
 mod copy;
+mod either;
 mod fused;
+#[cfg(feature = "tcp")]
+mod mixed;
+#[cfg(feature = "tcp")]
+mod net;
+#[cfg(feature = "tcp")]
+mod network;
 mod symmetric;
+mod writer;
 
 use tensorwire_core::{Call, DType, Error, ReduceOp};
-use tensorwire_transports::shm::{Failure, Group};
+use tensorwire_transports::shm::{Failure, Group, Incoming, Outgoing};
 
+#[cfg(feature = "tcp")]
+use crate::reduce;
 use crate::reduce::{Kernel, Kernels};
+#[cfg(feature = "tcp")]
+use crate::select::Algorithm;
 use crate::select::Selection;
 
+use writer::Writer;
+
+pub(crate) use either::{Either, with_engine};
 pub(crate) use fused::Epilogue;
+#[cfg(feature = "tcp")]
+pub(crate) use net::NetEngine;
+#[cfg(feature = "tcp")]
+pub(crate) use network::Network;
 
 /// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
 const REDUCE_BLOCK: usize = 16 << 10;
@@ -26,6 +45,7 @@ pub(crate) struct Engine {
     pub(crate) selection: Selection,
     /// Bytes that a rank puts into one step of a pipelined collective, at most; the same on every rank.
     chunk: usize,
+    writer: Writer,
     /// Room for one pointer a rank, so that a call need not allocate.
     sources: Sources,
 }
@@ -34,8 +54,10 @@ pub(crate) struct Engine {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reduction {
     dtype: DType,
+    op: ReduceOp,
     kernel: Kernel,
-    factor: f64,
+    /// Bytes of an element.
+    size: usize,
 }
 
 impl Reduction {
@@ -44,14 +66,55 @@ impl Reduction {
     #[inline]
     pub(crate) fn new(dtype: DType, op: ReduceOp) -> Result<Reduction, Error> {
         match Kernels::best().get(dtype, op) {
-            Some(kernel) => Ok(Reduction { dtype, kernel, factor: op.factor() }),
+            Some(kernel) => Ok(Reduction { dtype, op, kernel, size: dtype.size() }),
             None => Err(Error::invalid(format!("{op} is not defined for {dtype}"))),
         }
     }
 
+    /// Whether an algorithm gives the bits of this reduction in rank order.
+    #[cfg(feature = "tcp")]
+    pub(crate) fn keeps_order(&self, algorithm: Algorithm) -> bool {
+        algorithm.keeps_order(self.dtype, self.op)
+    }
+
+    /// The same of elements in fewer bits.
+    #[cfg(feature = "tcp")]
+    pub(crate) fn encoded(&self, codec: &reduce::Codec) -> Reduction {
+        Reduction { kernel: codec.kernel, size: codec.unit, ..*self }
+    }
+
+    /// The reduction of sums of some ranks: what each rank contributes to it is [alone](Reduction::alone), and what comes
+    /// out is to be [finished](Reduction::finish).
+    #[cfg(feature = "tcp")]
+    fn partial(&self) -> Reduction {
+        match self.op {
+            ReduceOp::Average | ReduceOp::PreScaledSum(_) => {
+                Reduction::new(self.dtype, ReduceOp::Sum).expect("a sum is defined for every type")
+            }
+            _ => *self,
+        }
+    }
+
+    /// Makes the reduction of `world` ranks' contributions of their [partial](Reduction::partial) one.
+    #[cfg(feature = "tcp")]
+    fn finish(&self, output: &mut [u8], world: usize) {
+        if self.op == ReduceOp::Average {
+            reduce::divide(self.dtype, output, world);
+        }
+    }
+
+    /// Reduces `sources`, in order, into `output`; all of one length, and aligned for the type.
+    #[cfg(feature = "tcp")]
+    fn reduce_all(&self, output: &mut [u8], sources: &[&[u8]]) {
+        assert!(sources.iter().all(|s| s.len() == output.len()));
+        let sources: Vec<*const u8> = sources.iter().map(|s| s.as_ptr()).collect();
+        // SAFETY: 1. each source has the output's length, checked above; 2. the borrows say that it overlaps none.
+        unsafe { self.run(output.as_mut_ptr(), &sources, output.len()) }
+    }
+
     /// The reduction of one rank's buffer alone: its elements themselves, but for a factor.
     pub(crate) fn alone(&self, mut data: Buffers<'_>) {
-        if self.factor != 1.0 {
+        if self.op.factor() != 1.0 {
             let len = data.output.len();
             data.reduce(self, 0..len, 0, &mut Sources(vec![std::ptr::null()]), |_, _| &[]);
         } else if let Some(input) = data.input {
@@ -99,7 +162,7 @@ impl Buffers<'_> {
         let own = self.input.map_or(dst.cast_const(), |input| input[range].as_ptr());
         sources.gather(rank, own, output.len(), theirs);
         // SAFETY: `own` and `dst` have the output's length, and are one or don't overlap.
-        unsafe { r.run(dst, sources, output.len()) }
+        unsafe { r.run(dst, &sources.0, output.len()) }
     }
 }
 
@@ -133,14 +196,12 @@ impl Reduction {
     /// Each source is valid for reading `len` bytes and `dst` for writing them; `dst` is a source or overlaps
     /// none.
     #[inline]
-    unsafe fn run(&self, dst: *mut u8, sources: &Sources, len: usize) {
-        debug_assert!(sources.0.iter().all(|s| s.addr().is_multiple_of(self.dtype.size())));
+    unsafe fn run(&self, dst: *mut u8, sources: &[*const u8], len: usize) {
+        debug_assert!(sources.iter().all(|s| s.addr().trailing_zeros() >= self.size.trailing_zeros()));
         // SAFETY: (1) the caller vouches for the pointers; slots, flags and symmetric blocks are aligned to 16
         // bytes and more and are cut at whole elements, and the rank's own buffers were slices of elements;
         // (2) so does it for `dst`; (3) the kernels were chosen for this processor.
-        unsafe {
-            (self.kernel)(dst, sources.0.as_ptr(), sources.0.len(), len / self.dtype.size(), self.factor)
-        }
+        unsafe { (self.kernel)(dst, sources.as_ptr(), sources.len(), len / self.size, self.op.factor()) }
     }
 }
 
@@ -149,7 +210,13 @@ impl Engine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
         let tuning = group.tuning();
         let selection = Selection::new(&tuning);
-        Engine { chunk: tuning.chunk.min(group.slot_bytes()), selection, group, sources }
+        Engine {
+            chunk: tuning.chunk.min(group.slot_bytes()),
+            selection,
+            group,
+            writer: Writer::new(),
+            sources,
+        }
     }
 
     /// Runs `body` as the call `call`.
@@ -165,10 +232,35 @@ impl Engine {
         Ok(())
     }
 
+    /// See [`Group::send_recv`].
+    #[inline]
+    pub(crate) fn send_recv(
+        &mut self,
+        dtype: DType,
+        out: Option<Outgoing<'_>>,
+        into: Option<Incoming<'_>>,
+    ) -> Result<(), Failure> {
+        self.group.send_recv(dtype, out, into)
+    }
+
     pub(crate) fn barrier(&mut self) -> Result<(), Failure> {
         let step = self.group.next_step()?;
         self.group.publish();
         self.group.wait_all(step)
+    }
+
+    /// Copies `from` into the slot of the step that the rank is in, from byte `at` on.
+    #[inline]
+    fn write_slot(&mut self, at: usize, from: &[u8]) {
+        self.writer.write(&mut self.group.slot()[at..at + from.len()], from);
+    }
+
+    /// Asks for the `bytes` of the slot that the next step will write, if it helps.
+    #[inline]
+    fn prefetch_slot(&self, bytes: usize) {
+        if self.writer.through_caches() {
+            self.group.prefetch(bytes);
+        }
     }
 
     fn peers(&self) -> impl Iterator<Item = usize> + use<> {
@@ -184,7 +276,7 @@ impl Engine {
         &mut self,
         count: usize,
         sources: impl Fn(usize) -> bool,
-        mut write: impl FnMut(&mut Engine, &[u8], usize),
+        mut write: impl FnMut(&mut Engine, &mut [u8], usize),
         mut meanwhile: impl FnMut(&mut [u8], usize),
         mut read: impl FnMut(&mut Engine, &mut [u8], usize, u64),
         output: &mut [u8],

@@ -1,5 +1,7 @@
 //! All-reduce in memory that every rank maps: nothing is copied to be sent.
 
+use std::slice;
+
 use tensorwire_transports::shm::{Failure, Region};
 
 use super::{Engine, REDUCE_BLOCK, Reduction};
@@ -33,10 +35,13 @@ impl Engine {
             let mine = self.sources.0[rank].cast_mut();
             // SAFETY: (1) each block has `len` bytes from `at` on; (2) `mine` is this rank's source; (3) all
             // ranks are between the two steps, and this rank alone touches these bytes of any block.
-            unsafe { r.run(mine, &self.sources, len) };
+            unsafe { r.run(mine, &self.sources.0, len) };
             for who in self.peers() {
+                let theirs = self.sources.0[who].cast_mut();
                 // SAFETY: as above; blocks don't overlap.
-                unsafe { std::ptr::copy_nonoverlapping(mine, self.sources.0[who].cast_mut(), len) };
+                let (to, from) =
+                    unsafe { (slice::from_raw_parts_mut(theirs, len), slice::from_raw_parts(mine, len)) };
+                self.writer.write(to, from);
             }
         }
         let step = self.group.next_step()?;

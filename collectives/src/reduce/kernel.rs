@@ -11,29 +11,13 @@ use super::{Kernel, Kernels, OPS, norm};
 /// block are read before it is written, so the destination may be a source.
 const BLOCK: usize = 64;
 
-/// Pages that are walked side by side: processors fetch ahead within a page, so that four at once bring a
-/// peer's data, which lies in another processor's cache, a fifth faster than one after the other.
-const PAGES: usize = 4;
-const PAGE: usize = 4096;
-
 /// # Safety
 /// As for [`Kernel`], for elements of type `T`.
 #[inline(always)]
 unsafe fn body<T: Number, C: Combine<T::Wide>>(dst: *mut T, sources: &[*const T], count: usize, factor: f64) {
-    let page = PAGE / size_of::<T>();
-    let side_by_side = count - count % (PAGES * page);
-    for start in (0..side_by_side).step_by(PAGES * page) {
-        for at in (start..start + page).step_by(BLOCK) {
-            for at in (0..PAGES).map(|p| at + p * page) {
-                // SAFETY: (1) the caller vouches for `count` elements; (2) `at` is the last page's at most, and
-                // pages are whole blocks: `at + BLOCK <= side_by_side`.
-                unsafe { block::<T, C>(dst, sources, at, factor) }
-            }
-        }
-    }
     let blocks = count - count % BLOCK;
-    for at in (side_by_side..blocks).step_by(BLOCK) {
-        // SAFETY: (1) as above; (2) `at + BLOCK <= blocks`.
+    for at in (0..blocks).step_by(BLOCK) {
+        // SAFETY: (1) the caller vouches for `count` elements; (2) `at + BLOCK <= blocks`.
         unsafe { block::<T, C>(dst, sources, at, factor) }
     }
     for i in blocks..count {

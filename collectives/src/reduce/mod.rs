@@ -14,12 +14,16 @@ mod kernel;
 mod norm;
 mod number;
 mod op;
+#[cfg(feature = "tcp")]
+mod wire;
 
 use std::sync::OnceLock;
 
 use tensorwire_core::{DType, ReduceOp};
 
 pub use norm::AddRmsNorm;
+#[cfg(feature = "tcp")]
+pub(crate) use wire::Codec;
 
 /// Reduces `count` elements of `n` buffers into `dst`: `dst[i] = sources[0][i] ∘ sources[1][i] ∘ ...`, each
 /// element times `factor` first for [`ReduceOp::PreScaledSum`], which alone looks at it.
@@ -77,6 +81,31 @@ impl Kernels {
     #[inline]
     pub fn get(&self, dtype: DType, op: ReduceOp) -> Option<Kernel> {
         self.table[dtype as usize - 1][usize::from(op.code()) - 1]
+    }
+}
+
+/// Divides each of a buffer's elements by `n`, as [`ReduceOp::Average`] does at its end; not for integers.
+///
+/// # Panics
+/// If the buffer isn't aligned for the type.
+#[cfg(feature = "tcp")]
+pub(crate) fn divide(dtype: DType, buffer: &mut [u8], n: usize) {
+    fn each<T: number::Number + bytemuck::Pod>(buffer: &mut [u8], n: usize)
+    where
+        op::Average: op::Combine<T::Wide>,
+    {
+        for x in bytemuck::cast_slice_mut::<u8, T>(buffer) {
+            *x = T::narrow(<op::Average as op::Combine<T::Wide>>::finish(x.widen(), n));
+        }
+    }
+    match dtype {
+        DType::F32 => each::<f32>(buffer, n),
+        DType::F16 => each::<half::f16>(buffer, n),
+        DType::BF16 => each::<half::bf16>(buffer, n),
+        DType::F64 => each::<f64>(buffer, n),
+        DType::F8E4M3 => each::<float8::F8E4M3>(buffer, n),
+        DType::F8E5M2 => each::<float8::F8E5M2>(buffer, n),
+        _ => unreachable!("an average is for floating-point types"),
     }
 }
 

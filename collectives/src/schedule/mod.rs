@@ -1,9 +1,61 @@
 //! Who handles which part of a buffer, when. Pure arithmetic on element counts.
 
+#[cfg(feature = "tcp")]
+pub(crate) mod cost;
+#[cfg(feature = "tcp")]
+pub(crate) mod direct;
+#[cfg(feature = "tcp")]
+mod doubling;
+#[cfg(feature = "tcp")]
+pub(crate) mod hierarchy;
+#[cfg(feature = "tcp")]
+mod ring;
+#[cfg(feature = "tcp")]
+pub(crate) mod steps;
+#[cfg(feature = "tcp")]
+pub(crate) mod timed;
+#[cfg(feature = "tcp")]
+pub(crate) mod tree;
+
+#[cfg(all(test, feature = "tcp"))]
+mod properties;
+
 use std::ops::Range;
+
+#[cfg(feature = "tcp")]
+use crate::select::Algorithm;
 
 /// Bytes of a cache line: parts of different ranks don't share one.
 const LINE: usize = 64;
+
+/// Bytes that are sent, or reduced, while the next are on their way. From each peer two pieces may be held.
+#[cfg(feature = "tcp")]
+pub(crate) const PIECE: usize = 128 << 10;
+
+/// The steps of an all-reduce of `len` elements of `size` bytes between ranks on these hosts, in pieces of at most
+/// `piece` bytes. But for the direct exchanges, it works in place, on the output.
+#[cfg(feature = "tcp")]
+pub(crate) fn all_reduce(
+    steps: &mut steps::Steps,
+    rank: usize,
+    hosts: &hierarchy::Hosts,
+    algorithm: Algorithm,
+    len: usize,
+    size: usize,
+    piece: usize,
+) {
+    let me = steps::Rank { rank, world: hosts.world() };
+    match algorithm {
+        // A small message travels in one segment with its header whatever it is called.
+        Algorithm::Inline | Algorithm::OneShot => direct::one_shot(steps, me, len, size, piece, None),
+        Algorithm::TwoShot | Algorithm::Symmetric => direct::two_shot(steps, me, len, size, piece, None),
+        Algorithm::Chain => ring::chain(steps, me, len, size, piece),
+        Algorithm::Ring => ring::ring(steps, me, len, size, piece),
+        Algorithm::RecursiveDoubling => doubling::recursive_doubling(steps, me, len, size),
+        Algorithm::HalvingDoubling => doubling::halving_doubling(steps, me, len, size),
+        Algorithm::Hierarchical => hierarchy::all_reduce(steps, me, hosts, len, size, piece),
+    }
+}
 
 /// The part of `len` elements of `size` bytes that `rank` of `world` handles: equal parts up to a cache line,
 /// the first ones larger, the last ones possibly empty.

@@ -1,0 +1,406 @@
+//! Runs the schedules of collectives over the connections of a [`TcpGroup`].
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use tensorwire_core::DType;
+use tensorwire_core::{Call, Error};
+use tensorwire_transports::shm::{self, Failure, Incoming, Outgoing};
+use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
+
+use super::mixed::Local;
+use super::{Buffers, Epilogue, Network, Reduction, Sources};
+use crate::reduce::Codec;
+use crate::schedule::steps::{Rank, Step, Steps};
+use crate::schedule::{self, PIECE, direct, tree};
+use crate::select::Algorithm;
+
+/// Bytes that are passed on in a broadcast, while the next are on their way.
+pub(super) const BROADCAST_PIECE: usize = 256 << 10;
+
+/// Ranks up to which a barrier tells everybody: beyond, it takes more than one step, of few messages each.
+const DIRECT_BARRIER: usize = 16;
+
+/// A group's engine over TCP. Its collectives are those of the engine over shared memory.
+#[derive(Debug)]
+pub(crate) struct NetEngine {
+    pub(crate) group: TcpGroup,
+    pub(super) network: Network,
+    /// Where ranks share memory, if some do.
+    pub(super) local: Option<Box<Local>>,
+    /// How ranks of one host are to share memory, if they are to.
+    pub(super) sharing: Option<shm::Options>,
+    pub(super) steps: Steps,
+    /// Scratch memory, in words, so that it is aligned for any type.
+    scratch: Vec<u64>,
+    /// This rank's buffer in fewer bits.
+    encoded: Vec<u64>,
+    sources: Sources,
+}
+
+impl NetEngine {
+    /// With options for the memory that ranks of one host are to [share](NetEngine::share).
+    pub(crate) fn sharing(group: TcpGroup, network: Network, sharing: Option<shm::Options>) -> NetEngine {
+        let sources = Sources(vec![std::ptr::null(); group.world()]);
+        NetEngine {
+            group,
+            network,
+            local: None,
+            sharing,
+            steps: Steps::default(),
+            scratch: Vec::new(),
+            encoded: Vec::new(),
+            sources,
+        }
+    }
+
+    /// The algorithm for a reduction of `bytes`.
+    pub(crate) fn choose(&self, bytes: usize, r: &Reduction) -> Algorithm {
+        let allowed = |a| self.network.any_order() || r.keeps_order(a);
+        let mixed = self.local.as_ref().and_then(|local| local.choose(bytes, allowed));
+        mixed.unwrap_or_else(|| self.network.choose(bytes, |a| r.keeps_order(a)))
+    }
+
+    /// The algorithm for a reduction of `bytes` to one rank.
+    pub(crate) fn choose_rooted(&self, bytes: usize) -> Algorithm {
+        self.network.choose_rooted(bytes)
+    }
+
+    /// The group of the ranks that are left.
+    pub(crate) fn shrink(&mut self) -> Result<NetEngine, Error> {
+        if let Some(local) = self.local.as_ref().and_then(|l| l.handle()) {
+            local.abort("a rank shrinks the group");
+        }
+        let (group, ranks) = self.group.shrink()?;
+        Ok(NetEngine::sharing(group, self.network.part(&ranks), self.sharing.clone()))
+    }
+
+    /// Forms groups of the ranks that give the same color, in the order of their keys.
+    pub(crate) fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<NetEngine>, Failure> {
+        let part = self.group.split(color, key).map_err(|failure| self.end_both(failure))?;
+        let engine = |(group, ranks): (_, Vec<usize>)| {
+            NetEngine::sharing(group, self.network.part(&ranks), self.sharing.clone())
+        };
+        Ok(part.map(engine))
+    }
+
+    fn me(&self) -> Rank {
+        Rank { rank: self.group.rank(), world: self.group.world() }
+    }
+
+    /// Runs `body` as the call `call`.
+    #[inline]
+    pub(crate) fn run(
+        &mut self,
+        call: Call,
+        body: impl FnOnce(&mut NetEngine) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let done = self.begin(call).and_then(|()| body(self));
+        done.map_err(|failure| self.end_both(failure))?;
+        self.end_locally();
+        self.group.end();
+        Ok(())
+    }
+
+    #[inline]
+    fn begin(&mut self, call: Call) -> Result<(), Failure> {
+        self.group.begin(call)?;
+        if self.local.is_some() { self.begin_locally(call) } else { Ok(()) }
+    }
+
+    /// See [`TcpGroup::send_recv`].
+    pub(crate) fn send_recv(
+        &mut self,
+        dtype: DType,
+        out: Option<Outgoing<'_>>,
+        into: Option<Incoming<'_>>,
+    ) -> Result<(), Failure> {
+        self.group.send_recv(dtype, out, into).map_err(|failure| self.end_both(failure))
+    }
+
+    /// What carries the data, for a person.
+    pub(crate) fn describe(&self) -> String {
+        let local = self.local.as_ref().map(|local| local.describe()).unwrap_or_default();
+        format!("{local}{}", self.group.describe())
+    }
+
+    /// What other threads may do with the memory that ranks share.
+    pub(crate) fn local_handle(&self) -> Option<shm::Handle> {
+        self.local.as_ref().and_then(|local| local.handle())
+    }
+
+    /// Runs the steps that were made.
+    fn execute(&mut self, data: Buffers<'_>, reduction: Option<&Reduction>) -> Result<(), Failure> {
+        self.execute_among(None, data, reduction)
+    }
+
+    /// Runs the steps that were made for these ranks, numbered from 0 in this order, or for all.
+    pub(super) fn execute_among(
+        &mut self,
+        ranks: Option<&[usize]>,
+        data: Buffers<'_>,
+        reduction: Option<&Reduction>,
+    ) -> Result<(), Failure> {
+        let rank = |i: usize| ranks.map_or(i, |ranks| ranks[i]);
+        let NetEngine { group, steps, scratch, sources, .. } = self;
+        let words = steps.scratch().div_ceil(8);
+        if scratch.len() < words {
+            scratch.resize(words, 0);
+        }
+        let scratch = bytemuck::cast_slice_mut(scratch.as_mut_slice());
+        let mut memory = Memory { input: data.input, output: data.output, scratch };
+        for step in steps.list() {
+            match *step {
+                Step::Send { to, span } => group.send(rank(to), span, &mut memory)?,
+                Step::Receive { from, span } => group.receive(rank(from), span),
+                Step::Wait { received, sent } => group.wait(received, sent, &mut memory)?,
+                Step::Reduce { own, at, count, into, theirs, stride } => {
+                    let reduction = reduction.expect("a schedule that reduces belongs to a call that does");
+                    let theirs = |k| theirs + k * stride;
+                    reduce(&mut memory, reduction, &mut sources.0[..count], at, own, into, theirs);
+                }
+                Step::Copy { from, into } => copy(&mut memory, from, into),
+            }
+        }
+        group.finish(&mut memory)
+    }
+
+    /// Reduces every rank's input into every rank's output, or into `root`'s alone.
+    pub(crate) fn all_reduce(
+        &mut self,
+        data: Buffers<'_>,
+        r: &Reduction,
+        algorithm: Algorithm,
+        root: Option<usize>,
+    ) -> Result<(), Failure> {
+        let (me, size) = (self.me(), r.size);
+        let len = data.len() / size;
+        match algorithm {
+            Algorithm::Inline | Algorithm::OneShot | Algorithm::Hierarchical
+                if self.local.is_some() && root.is_none() =>
+            {
+                self.all_reduce_mixed(data, r, algorithm)
+            }
+            // A small message travels in one segment with its header whatever it is called.
+            Algorithm::Inline | Algorithm::OneShot => {
+                direct::one_shot(&mut self.steps, me, len, size, PIECE, root);
+                self.execute(data, Some(r))
+            }
+            Algorithm::TwoShot | Algorithm::Symmetric => {
+                direct::two_shot(&mut self.steps, me, len, size, PIECE, root);
+                self.execute(data, Some(r))
+            }
+            _ => {
+                assert!(root.is_none(), "a reduction to one rank is a direct exchange");
+                r.alone(Buffers { input: data.input, output: &mut *data.output });
+                let hosts = self.network.hosts();
+                schedule::all_reduce(&mut self.steps, me.rank, hosts, algorithm, len, size, PIECE);
+                self.execute(Buffers::in_place(&mut *data.output), Some(&r.partial()))?;
+                r.finish(data.output, me.world);
+                Ok(())
+            }
+        }
+    }
+
+    /// Reduces every rank's input into every rank's output, in fewer bits: `r` reduces those.
+    pub(crate) fn all_reduce_encoded(
+        &mut self,
+        data: Buffers<'_>,
+        codec: &Codec,
+        r: &Reduction,
+        algorithm: Algorithm,
+    ) -> Result<(), Failure> {
+        let bytes = codec.units(data.len() / r.dtype.size()) * codec.unit;
+        // In words, so that it is aligned for any type; away while the steps are run.
+        let mut words = std::mem::take(&mut self.encoded);
+        words.resize(bytes.div_ceil(8).max(words.len()), 0);
+        let units = &mut bytemuck::cast_slice_mut(&mut words)[..bytes];
+        codec.encode(data.input(), units);
+        let done = self.all_reduce(Buffers::in_place(units), r, algorithm, None);
+        if done.is_ok() {
+            codec.decode(units, data.output);
+        }
+        self.encoded = words;
+        done
+    }
+
+    /// Reduces every rank's `x` into every rank's, and finishes its rows.
+    pub(crate) fn all_reduce_add_rms_norm(
+        &mut self,
+        x: &mut [u8],
+        mut epilogue: Epilogue<'_>,
+        algorithm: Algorithm,
+    ) -> Result<(), Failure> {
+        self.all_reduce(Buffers::in_place(x), &epilogue.sum(), algorithm, None)?;
+        epilogue.finish_arrived(x, 0, x.len());
+        Ok(())
+    }
+
+    /// `block(r)` are the bytes of `output` that rank `r`'s `input` becomes, on every rank or on `root` alone,
+    /// whose `output` alone is looked at then. Without an input, the rank's block of its `output` is it: it is copied
+    /// first, here and below, for what is sent must stay as it is while other bytes arrive beside it.
+    pub(crate) fn all_gather(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        root: Option<usize>,
+    ) -> Result<(), Failure> {
+        if self.local.is_some() && root.is_none() {
+            return self.all_gather_mixed(input, output, block);
+        }
+        let me = self.me();
+        let input = input.map_or_else(|| Cow::Owned(output[block(me.rank)].to_vec()), Cow::Borrowed);
+        direct::all_gather(&mut self.steps, me, block, root);
+        self.execute(Buffers { input: Some(&input), output }, None)
+    }
+
+    /// `block(r)` are the bytes of `root`'s `input` that become rank `r`'s `output`; no other `input` is looked
+    /// at. Without an input, the root's `output` is it, of which nothing changes.
+    pub(crate) fn scatter(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        root: usize,
+    ) -> Result<(), Failure> {
+        let me = self.me();
+        let mut own = Vec::new();
+        let (input, output) = match input {
+            None if me.rank == root => {
+                own.resize(block(root).len(), 0);
+                (&*output, own.as_mut_slice())
+            }
+            input => (input.unwrap_or_default(), output),
+        };
+        direct::scatter(&mut self.steps, me, block, root);
+        self.execute(Buffers { input: Some(input), output }, None)
+    }
+
+    /// `sends(r)` are the bytes of `input` that go to rank `r`, `receives(r)` those of `output` that come from
+    /// it. Without an input, `output` is it.
+    pub(crate) fn all_to_all(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        sends: impl Fn(usize) -> Range<usize>,
+        receives: impl Fn(usize) -> Range<usize>,
+        _longest: usize,
+    ) -> Result<(), Failure> {
+        let me = self.me();
+        let input = input.map_or_else(|| Cow::Owned(output.to_vec()), Cow::Borrowed);
+        direct::all_to_all(&mut self.steps, me, sends, receives);
+        self.execute(Buffers { input: Some(&input), output }, None)
+    }
+
+    /// Tells each rank how many bytes this one sends to it, and checks what this one expects against what the
+    /// others send. Returns the most that this rank sends or receives.
+    pub(crate) fn agree_on_counts(&mut self, sends: &[u64], expects: &[u64]) -> Result<u64, Failure> {
+        let me = self.me();
+        let mut sent = vec![0u64; sends.len()];
+        let word = |r: usize| r * 8..(r + 1) * 8;
+        direct::all_to_all(&mut self.steps, me, word, word);
+        let (input, output) = (bytemuck::cast_slice(sends), bytemuck::cast_slice_mut(&mut sent));
+        self.execute(Buffers { input: Some(input), output }, None)?;
+        if let Some(who) = (0..me.world).find(|who| sent[*who] != expects[*who]) {
+            let (rank, sent, expected) = (me.rank, sent[who], expects[who]);
+            let what = format!("rank {who} sends {sent} bytes to rank {rank}, which expects {expected}");
+            return Err(self.group.fail(Error::InvalidArgument(what), &Memory::none()));
+        }
+        Ok(sends.iter().chain(expects).copied().max().unwrap_or(0))
+    }
+
+    /// Block `block(r)` of the input is reduced into rank `r`'s `output`; without an input, of `output` into the rank's
+    /// block of it.
+    pub(crate) fn reduce_scatter(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        r: &Reduction,
+    ) -> Result<(), Failure> {
+        let me = self.me();
+        let own = block(me.rank);
+        direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), PIECE);
+        match input {
+            Some(_) => self.execute(Buffers { input, output }, Some(r)),
+            None => {
+                // In words, so that it is aligned for any type.
+                let mut words = vec![0u64; output.len().div_ceil(8)];
+                let input = &mut bytemuck::cast_slice_mut(&mut words)[..output.len()];
+                input.copy_from_slice(output);
+                self.execute(Buffers { input: Some(input), output: &mut output[own] }, Some(r))
+            }
+        }
+    }
+
+    /// Copies `root`'s input, or without one its `output`, into every rank's `output`.
+    pub(crate) fn broadcast(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        root: usize,
+    ) -> Result<(), Failure> {
+        let me = self.me();
+        if let (Some(input), true) = (input, me.rank == root) {
+            output.copy_from_slice(input);
+        }
+        if self.local.is_some() {
+            return self.broadcast_mixed(output, root);
+        }
+        tree::broadcast(&mut self.steps, me, output.len(), BROADCAST_PIECE, root);
+        self.execute(Buffers::in_place(output), None)
+    }
+
+    pub(crate) fn barrier(&mut self) -> Result<(), Failure> {
+        if self.local.is_some() {
+            return self.barrier_mixed();
+        }
+        let me = self.me();
+        if me.world <= DIRECT_BARRIER {
+            direct::barrier(&mut self.steps, me);
+        } else {
+            tree::barrier(&mut self.steps, me);
+        }
+        self.execute(Buffers::in_place(&mut []), None)
+    }
+}
+
+/// Reduces as many contributions as there are `sources`, number `at` from `own`, number `k` of the others from byte
+/// `theirs(k)` of the scratch memory on, into `into`.
+fn reduce(
+    memory: &mut Memory<'_>,
+    r: &Reduction,
+    sources: &mut [*const u8],
+    at: usize,
+    own: Span,
+    into: Span,
+    theirs: impl Fn(usize) -> usize,
+) {
+    let len = into.len();
+    assert_eq!(own.len(), len);
+    // Everything is cut to its length here, which checks that it is there. A result in scratch memory lies behind all
+    // that is received there; one in the output is this rank's contribution, or apart from it.
+    let is_output = |place| place == Place::Output || (place == Place::Input && memory.input.is_none());
+    let in_place = is_output(own.place) && is_output(into.place) && own.start == into.start;
+    assert!(in_place || !(is_output(own.place) && is_output(into.place)));
+    assert!(own.place != Place::Scratch);
+    let others = || (0..sources.len()).filter(|k| *k != at).map(|k| theirs(k)..theirs(k) + len);
+    assert!(others().all(|r| r.end <= memory.scratch.len()));
+    assert!(into.place != Place::Scratch || others().all(|r| r.end <= into.start || into.end <= r.start));
+    let dst = memory.write(into).as_mut_ptr();
+    let own = if in_place { dst.cast_const() } else { memory.read(own).as_ptr() };
+    let scratch = memory.scratch.as_ptr();
+    for (k, source) in sources.iter_mut().enumerate() {
+        *source = if k == at { own } else { scratch.wrapping_add(theirs(k)) };
+    }
+    // SAFETY: each source has `len` bytes, as checked above; `dst` is this rank's source or overlaps none.
+    unsafe { r.run(dst, sources, len) }
+}
+
+fn copy(memory: &mut Memory<'_>, from: Span, into: Span) {
+    match (memory.input, from.place) {
+        (Some(input), Place::Input) => memory.write(into).copy_from_slice(&input[from.start..from.end]),
+        _ => unreachable!("a schedule copies from an input that is no output"),
+    }
+}
