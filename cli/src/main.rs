@@ -8,8 +8,10 @@ mod bench;
 mod doctor;
 mod failure;
 mod infer;
+mod job;
 mod launch;
 mod plan;
+mod simulate;
 mod topo;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -24,6 +26,7 @@ Examples:
   tensorwire plan --model DIR --tp 4                  who holds what, who exchanges what
   tensorwire topo --probe                             measures the machine; the collectives follow it
   tensorwire bench --collective all_reduce --ranks 4 --bytes 8,65536
+  tensorwire simulate --ranks 1024 --hosts 128        what all-reduces would take there
   tensorwire launch --ranks 4 -- ./my-program         4 ranks of any program
   tensorwire doctor                                   why does it hang?
 
@@ -44,6 +47,7 @@ enum Command {
     Plan(plan::Args),
     Topo(topo::Args),
     Bench(bench::Args),
+    Simulate(simulate::Args),
     Launch(launch::Args),
     Doctor(doctor::Args),
     /// One rank of `infer`: started by it, not by hand.
@@ -52,6 +56,9 @@ enum Command {
     /// One rank of `bench`: started by it, not by hand.
     #[command(name = bench::RANK_COMMAND, hide = true)]
     BenchRank(bench::Args),
+    /// One host's agent of `launch --hostfile`: started by it, not by hand.
+    #[command(name = launch::AGENT_COMMAND, hide = true)]
+    Agent,
     /// One rank of `topo --probe`: started by it, not by hand.
     #[command(name = topo::RANK_COMMAND, hide = true)]
     TopoRank,
@@ -71,7 +78,9 @@ fn main() {
         Command::Topo(args) => topo::main(&args),
         Command::TopoRank => topo::rank_main(),
         Command::Bench(args) => bench::main(&args),
+        Command::Simulate(args) => simulate::main(&args),
         Command::BenchRank(args) => bench::rank_main(&args),
+        Command::Agent => launch::agent_main(),
         Command::Launch(args) => launch::main(&args),
         Command::Doctor(args) => doctor::main(&args),
         Command::InferRank(args) => infer::rank_main(&args),

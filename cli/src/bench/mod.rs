@@ -11,9 +11,11 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::{ValueEnum, value_parser};
-use tensorwire::{Algorithm, DType, ReduceOp};
+use tensorwire::transports::launch::Transport;
+use tensorwire::{Algorithm, DType, ReduceOp, Wire};
 
 use crate::failure::{Failure, ranks};
+use crate::job::launched;
 use crate::launch::run_self;
 use collective::Lengths;
 use plot::PlotFile;
@@ -27,7 +29,7 @@ pub(crate) use rank::{batch, main as rank_main};
 pub(crate) const RANK_COMMAND: &str = "__bench-rank";
 
 const METHOD: &str = "\
-Ranks are processes. Every result is checked element by element before it is timed. A batch is a loop of
+Ranks are processes, on this host; as a program of `tensorwire launch`, those of its job. Every result is checked element by element before it is timed. A batch is a loop of
 back-to-back calls between two barriers; its figure is the slowest rank's mean time a call; `median` and `min`
 are over batches. `p50` and `p99` are over single calls timed one by one, on the slowest rank. With --touch,
 all times include rewriting the input. all_reduce, reduce and broadcast work in place.
@@ -36,11 +38,13 @@ all times include rewriting the input. all_reduce, reduce and broadcast work in 
 (all_gather, gather), the whole input (reduce_scatter, all_to_all, the root's of scatter; cut to equal
 blocks). In send_recv every rank sends to the next while it receives from the one before. algbw is data over
 time, busbw what that means for the busiest link, both in GB/s (10^9 bytes a second) and as nccl-tests defines
-them.
+them. Both count the elements, in however few bits --wire sends them; such results, and those of algorithms that
+reduce in another order than the ranks', are checked for being the same on every rank and within their bounds.
 
 Examples:
   tensorwire bench --collective all_reduce --ranks 2
   tensorwire bench --collective all_gather --ranks 4 --bytes 8,4K,1M --dtype bf16 --json
+  tensorwire bench --transport tcp --wire q8 --bytes 1M,16M
   tensorwire bench --collective all_to_all --touch --plot all_to_all.svg";
 
 /// Measure a collective over ranks on this host
@@ -51,8 +55,8 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "all_reduce")]
     collective: Collective,
 
-    /// What carries the bytes
-    #[arg(long, value_enum, default_value = "shm")]
+    /// What carries the bytes: shm, or tcp or tls over this host's loopback
+    #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
     transport: Transport,
 
     /// How many ranks to start
@@ -79,9 +83,14 @@ pub(crate) struct Args {
     #[arg(long)]
     touch: bool,
 
-    /// Force an algorithm of all_reduce and reduce: inline, one_shot, two_shot, or symmetric for such buffers
+    /// Force an algorithm of all_reduce and reduce: inline, one_shot, two_shot, or symmetric for such buffers; over tcp,
+    /// of all_reduce also chain, ring, recursive_doubling, halving_doubling or hierarchical
     #[arg(long, default_value = "auto", value_parser = algorithm)]
     algorithm: Choice,
+
+    /// How all_reduce sends its elements: f32, as they are; over tcp also bf16, or q8, scaled bytes
+    #[arg(long, default_value = "f32", value_parser = wire)]
+    wire: Form,
 
     /// Batches a size
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1000), default_value = "5")]
@@ -102,12 +111,6 @@ pub(crate) struct Args {
 
 const DEFAULT_SIZES: &str = "8,64,512,4K,16K,64K,256K,1M,4M,16M,64M";
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Transport {
-    /// Shared memory.
-    Shm,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub(crate) enum Buffer {
     /// Ordinary process memory.
@@ -119,11 +122,22 @@ pub(crate) enum Buffer {
 #[derive(Clone, Copy, Debug)]
 struct Choice(Option<Algorithm>);
 
+/// `None` for elements as they are.
+#[derive(Clone, Copy, Debug)]
+struct Form(Option<Wire>);
+
+fn wire(text: &str) -> Result<Form, String> {
+    if text == "f32" {
+        return Ok(Form(None));
+    }
+    text.parse().map(|w| Form(Some(w))).map_err(|_| "use one of f32, bf16, q8".into())
+}
+
 fn algorithm(text: &str) -> Result<Choice, tensorwire::Error> {
     if text == "auto" { Ok(Choice(None)) } else { text.parse().map(|a| Choice(Some(a))) }
 }
 
-fn size(text: &str) -> Result<usize, String> {
+pub(crate) fn size(text: &str) -> Result<usize, String> {
     let (digits, unit) = match text.char_indices().last() {
         Some((at, 'k' | 'K')) => (&text[..at], 10),
         Some((at, 'm' | 'M')) => (&text[..at], 20),
@@ -173,18 +187,44 @@ impl Args {
         if self.buffer == Buffer::Symmetric && collective != Collective::AllReduce {
             return refuse(format!("{collective} has no form for symmetric buffers: all_reduce has"));
         }
+        if self.buffer == Buffer::Symmetric && self.transport != Transport::Shm {
+            return refuse(format!(
+                "symmetric buffers are in shared memory: --transport {} has none",
+                self.transport
+            ));
+        }
         let chooses = matches!(collective, Collective::AllReduce | Collective::Reduce);
         if let (Some(algorithm), false) = (self.algorithm.0, chooses) {
             return refuse(format!(
                 "{algorithm} is an algorithm of all_reduce and reduce, not of {collective}"
             ));
         }
+        if let Some(algorithm) = self.algorithm.0.filter(|a| !a.is_shm()) {
+            if self.transport == Transport::Shm {
+                return refuse(format!("{algorithm} is an algorithm for networks: it takes --transport tcp"));
+            }
+            if collective != Collective::AllReduce {
+                return refuse(format!("{algorithm} is an algorithm of all_reduce, not of {collective}"));
+            }
+        }
+        if let Some(wire) = self.wire.0 {
+            let sums = matches!(op, ReduceOp::Sum | ReduceOp::Average);
+            let shorter =
+                dtype == DType::F32 || (wire == Wire::Q8 && matches!(dtype, DType::F16 | DType::BF16));
+            if self.transport == Transport::Shm || collective != Collective::AllReduce || !sums || !shorter {
+                return refuse(format!(
+                    "--wire {wire} is for all_reduce of {} sums and averages over tcp",
+                    if wire == Wire::Bf16 { "f32" } else { "f32, f16 and bf16" }
+                ));
+            }
+        }
         if self.algorithm.0 == Some(Algorithm::Symmetric) && self.buffer != Buffer::Symmetric {
             return refuse("the algorithm symmetric takes --buffer symmetric".into());
         }
-        let has_floor = collective == Collective::AllReduce && self.ranks == 2;
+        let has_floor =
+            collective == Collective::AllReduce && self.ranks == 2 && self.transport == Transport::Shm;
         if self.limit.is_some() && !(has_floor && dtype == DType::F32 && op == ReduceOp::Sum) {
-            return refuse("--limit holds for all_reduce of f32 sums at 2 ranks alone".into());
+            return refuse("--limit holds for all_reduce of f32 sums at 2 ranks over shm alone".into());
         }
         self.check_memory()
     }
@@ -216,6 +256,12 @@ impl Args {
 
 /// Starts the ranks and reports what they measure.
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    let launched = launched()?;
+    let args = &match &launched {
+        Some((env, transport)) => Args { ranks: env.world, transport: *transport, ..args.clone() },
+        None => args.clone(),
+    };
+    let is_reader = launched.as_ref().is_none_or(|(env, _)| env.rank == 0);
     args.check()?;
     let (sizes, small) = args.measurable();
     let least = args.dtype.size() * args.ranks;
@@ -223,7 +269,7 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
         let (what, ranks) = (args.collective, args.ranks);
         return Err(Failure::usage(format!("{what} takes at least {least} bytes at {ranks} ranks")));
     }
-    for bytes in small {
+    for bytes in small.into_iter().filter(|_| is_reader) {
         // Where nobody reads it, measuring goes on.
         let _ = writeln!(
             io::stderr(),
@@ -234,8 +280,8 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     }
     let floor =
         args.limit.as_deref().map(|path| Floor::read(path, args.touch)).transpose()?.unwrap_or_default();
-    let plot = args.plot.as_deref().map(PlotFile::open).transpose()?;
-    let rows = run_ranks(args, &floor)?;
+    let plot = args.plot.as_deref().filter(|_| is_reader).map(PlotFile::open).transpose()?;
+    let rows = run_ranks(args, &floor, launched.is_some())?;
     match plot {
         Some(file) => {
             let place = format!("{}, {}", machine::description(), machine::today());
@@ -245,20 +291,25 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     }
 }
 
-/// Runs the ranks to their end, and prints each row as it comes.
-fn run_ranks(args: &Args, floor: &Floor) -> Result<Vec<Row>, Failure> {
+/// Runs the ranks to their end, or as one of them, and prints each row as it comes.
+fn run_ranks(args: &Args, floor: &Floor, launched: bool) -> Result<Vec<Row>, Failure> {
     let mut table = Table::new(args);
     let mut rows = Vec::new();
-    let mut take = |line: &[u8]| {
-        let mut row: Row = serde_json::from_slice(line)
-            .map_err(|e| Failure::run(format!("rank 0 wrote what is no row: {e}")))?;
+    let mut take = |mut row: Row| {
         row.floor_us = floor.at(row.bytes);
         table.print(&row)?;
         rows.push(row);
         Ok(())
     };
+    if launched {
+        rank::run(args, &mut take)?;
+        return Ok(rows);
+    }
     // The ranks parse the same command line.
-    run_self(RANK_COMMAND, std::env::args_os().skip(2), args.ranks, &mut take)?;
+    run_self(RANK_COMMAND, std::env::args_os().skip(2), args.ranks, args.transport, |line| {
+        let row = serde_json::from_slice(line);
+        take(row.map_err(|e| Failure::run(format!("rank 0 wrote what is no row: {e}")))?)
+    })?;
     Ok(rows)
 }
 
@@ -308,8 +359,16 @@ mod tests {
             "--collective all_gather --algorithm two_shot",
             "--algorithm symmetric",
             "--limit x --ranks 3",
+            "--limit x --transport tcp",
+            "--transport tcp --buffer symmetric",
             "--limit x --dtype bf16",
             "--limit x --collective broadcast",
+            "--algorithm ring",
+            "--algorithm ring --transport tcp --collective reduce",
+            "--wire q8",
+            "--wire q8 --transport tcp --collective all_gather",
+            "--wire q8 --transport tcp --op max",
+            "--wire bf16 --transport tcp --dtype bf16",
             "--collective all_gather --ranks 4096 --bytes 64G",
         ] {
             assert!(args(line).check().is_err(), "{line}");
@@ -317,6 +376,9 @@ mod tests {
         for line in [
             "",
             "--algorithm symmetric --buffer symmetric",
+            "--transport tcp",
+            "--transport tcp --algorithm hierarchical",
+            "--transport tcp --wire q8 --dtype bf16 --op average",
             "--collective all_gather --dtype i32 --op average",
             "--dtype u8 --op bit_xor --bytes 7",
         ] {

@@ -17,6 +17,14 @@ const BATCH: Duration = Duration::from_millis(60);
 const SINGLE_CALLS: usize = 10_000;
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    run(args, |row| {
+        let json = serde_json::to_string(&row).map_err(Failure::run)?;
+        print(format_args!("{json}\n"))
+    })
+}
+
+/// Measures as one of the ranks; rank 0 has the rows.
+pub(super) fn run(args: &Args, mut take: impl FnMut(Row) -> Result<(), Failure>) -> Result<(), Failure> {
     let comm = Communicator::from_env().map_err(Failure::run)?;
     comm.set_algorithm(args.algorithm.0).map_err(Failure::run)?;
     for bytes in args.measurable().0 {
@@ -41,8 +49,7 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
         })?;
         let row = row.map_err(Failure::run)?;
         if comm.rank() == 0 {
-            let json = serde_json::to_string(&row).map_err(Failure::run)?;
-            print(format_args!("{json}\n"))?;
+            take(row)?;
         }
     }
     comm.barrier().map_err(Failure::run)
@@ -57,10 +64,14 @@ fn measure<T: Element>(
     let algorithm = match args.collective {
         _ if comm.world() == 1 => "none",
         Collective::AllReduce if args.buffer == Buffer::Symmetric => comm.algorithm_symmetric(bytes)?.name(),
-        Collective::AllReduce | Collective::Reduce => comm.algorithm(bytes)?.name(),
+        // What is sent in fewer bits, or to one rank, is a direct exchange.
+        Collective::AllReduce | Collective::Reduce => match comm.algorithm_for(bytes, args.dtype, args.op)? {
+            a if !a.is_shm() && (args.wire.0.is_some() || args.collective == Collective::Reduce) => "direct",
+            a => a.name(),
+        },
         _ => "direct",
     };
-    let mut case = Case::<T>::new(comm, args.collective, args.op, args.buffer, bytes)?;
+    let mut case = Case::<T>::new(comm, args.collective, args.op, args.buffer, bytes)?.sent_as(args.wire.0);
     for round in 1..=2 {
         if let Some(i) = case.first_wrong(round)? {
             let (rank, what) = (comm.rank(), args.collective);
@@ -83,7 +94,7 @@ fn measure<T: Element>(
     let us = |seconds: f64| rounded(seconds * 1e6);
     Ok(Ok(Row {
         collective: args.collective.to_string(),
-        transport: "shm".into(),
+        transport: args.transport.to_string(),
         ranks: comm.world(),
         dtype: args.dtype.to_string(),
         op: if args.collective.reduces() { args.op.to_string() } else { "none".into() },
@@ -93,6 +104,7 @@ fn measure<T: Element>(
             Buffer::User => "user".into(),
             Buffer::Symmetric => "symmetric".into(),
         },
+        wire: args.wire.0.map(|w| w.to_string()),
         touch: args.touch,
         median_us: us(median),
         min_us: us(means[0]),

@@ -20,6 +20,9 @@ pub(super) struct Row {
     pub(super) bytes: usize,
     pub(super) algorithm: String,
     pub(super) buffer: String,
+    /// In how few bits elements are sent, where it isn't as they are.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) wire: Option<String>,
     pub(super) touch: bool,
     pub(super) median_us: f64,
     pub(super) min_us: f64,
@@ -107,9 +110,13 @@ pub(super) fn title(args: &Args) -> String {
     if args.collective.reduces() {
         what += &format!(" {}", args.op);
     }
-    what += &format!(" over shm, {} rank{}", args.ranks, if args.ranks == 1 { "" } else { "s" });
+    what +=
+        &format!(" over {}, {} rank{}", args.transport, args.ranks, if args.ranks == 1 { "" } else { "s" });
     if let Buffer::Symmetric = args.buffer {
         what += ", symmetric buffers";
+    }
+    if let Some(wire) = args.wire.0 {
+        what += &format!(", sent as {wire}");
     }
     if args.touch {
         what += ", input rewritten before every call";
@@ -123,12 +130,13 @@ fn heading(floor: bool) -> String {
     if floor {
         names.push("x floor");
     }
-    names.into_iter().map(|n| format!("{n:>12}")).collect()
+    let width = |name| if name == "algorithm" { 19 } else { 12 };
+    names.into_iter().map(|n| format!("{n:>0$}", width(n))).collect()
 }
 
 fn line(row: &Row, floor: bool) -> String {
     let us = |x: f64| format!("{x:>12.*}", if x < 100.0 { 2 } else { 0 });
-    let mut text = format!("{:>12}{:>12}", row.bytes, row.algorithm);
+    let mut text = format!("{:>12}{:>19}", row.bytes, row.algorithm);
     for time in [row.median_us, row.min_us, row.p50_us, row.p99_us] {
         text += &us(time);
     }
@@ -152,6 +160,7 @@ pub(super) fn example(bytes: usize, median_us: f64) -> Row {
         bytes,
         algorithm: "two_shot".into(),
         buffer: "user".into(),
+        wire: None,
         touch: false,
         median_us,
         min_us: median_us * 0.9,

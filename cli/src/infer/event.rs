@@ -1,4 +1,4 @@
-//! What the ranks of `infer` tell their parent: one JSON object a line of standard output.
+//! What rank 0 of `infer` tells its parent: one JSON object a line of standard output.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,21 +11,21 @@ pub(super) const TEXT_PIECE: usize = 4096;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Event {
-    /// Every rank: its weights are loaded.
+    /// All ranks have loaded their weights.
     Loaded {
-        /// Bytes of weights that it holds.
-        weight_bytes: u64,
+        /// Bytes of weights that each of them holds, in rank order.
+        weight_bytes: Vec<u64>,
     },
-    /// Rank 0: one generated token. Its logits are the next row of the memory file.
+    /// One generated token. Its logits are the next row of the memory file.
     Token {
         /// Its id.
         id: u32,
         /// The text that became complete with it.
         text: String,
     },
-    /// Rank 0: the next piece of the whole generated text, where the model has a tokenizer.
+    /// The next piece of the whole generated text, where the model has a tokenizer.
     Text(String),
-    /// Rank 0: the run is over; what it took.
+    /// The run is over; what it took.
     Done {
         /// Numbers in each row of the memory file: the vocabulary, or the width of an embedding.
         width: usize,

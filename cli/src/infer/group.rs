@@ -3,15 +3,16 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use tensorwire::transports::launch::{Launcher, Outcome, Stream};
-use tensorwire::transports::store::StoreServer;
+use tensorwire::transports::launch::{Env, Launcher, Outcome, Rendezvous, Stream};
 
 use super::Args;
 use super::event::{Event, NUMBERS_FD};
 use super::progress::Progress;
 use crate::failure::Failure;
+use crate::job::Job;
 use crate::launch::describe;
 
 pub(super) struct Group<'a> {
@@ -19,6 +20,8 @@ pub(super) struct Group<'a> {
     pub(super) ranks: usize,
     /// Threads that each rank computes with.
     pub(super) threads: usize,
+    /// The place in a job that others have started of the one rank that is run here; none where all are.
+    pub(super) place: Option<&'a Env>,
 }
 
 /// What a group has produced.
@@ -49,11 +52,17 @@ impl Group<'_> {
         let numbers = File::from(numbers);
         let for_rank_0 =
             numbers.try_clone().map_err(|e| Failure::run(format!("cannot copy a descriptor: {e}")))?;
-        let store = StoreServer::start().map_err(Failure::run)?;
+        let (launcher, _job) = match self.place {
+            Some(place) => (of_rank(program, place), None),
+            None => {
+                let job = Job::new(self.ranks, self.args.transport)?;
+                (job.launcher(program), Some(job))
+            }
+        };
 
-        let mut run = Run { weight_bytes: vec![0; self.ranks], ..Run::default() };
-        let (mut loaded, mut done, mut unread) = (0, false, None);
-        let outcome = Launcher::new(program, self.ranks, store.address())
+        let mut run = Run::default();
+        let (mut done, mut unread) = (false, None);
+        let outcome = launcher
             .args(self.rank_args())
             .env("RAYON_NUM_THREADS", self.threads.to_string())
             .inherit(0, NUMBERS_FD, for_rank_0)
@@ -68,8 +77,7 @@ impl Group<'_> {
                 };
                 match &event {
                     Event::Loaded { weight_bytes } => {
-                        run.weight_bytes[line.rank] = *weight_bytes;
-                        loaded += 1;
+                        run.weight_bytes.clone_from(weight_bytes);
                     }
                     Event::Token { id, .. } => run.tokens.push(*id),
                     Event::Text(piece) => run.text.get_or_insert_default().push_str(piece),
@@ -84,11 +92,17 @@ impl Group<'_> {
             .run()
             .map_err(Failure::run)?;
         drop(progress);
+        if self.place.is_some() && outcome.failure.is_some() {
+            // Whoever started the job learns from the status what kind of failure it was.
+            let why = describe(&outcome, 1).unwrap_or_default().replace(": tensorwire: ", ": ");
+            return Err(Failure::with_status(outcome.exit_code(), why));
+        }
         failed(&outcome, self.ranks)?;
         if let Some(rank) = unread {
             return Err(Failure::run(format!("rank {rank} printed something that is not a report")));
         }
-        if !done || loaded != self.ranks {
+        let reports = self.place.is_none_or(|place| place.rank == 0);
+        if reports && (!done || run.weight_bytes.len() != self.ranks) {
             return Err(Failure::run("the ranks ended without reporting a result"));
         }
         run.numbers = Some(numbers);
@@ -118,6 +132,22 @@ impl Group<'_> {
         }
         args
     }
+}
+
+/// A launcher of the one rank that this process stands for.
+fn of_rank<'a>(program: PathBuf, place: &Env) -> Launcher<'a> {
+    let (Rendezvous::Store(store) | Rendezvous::Job(store)) = &place.rendezvous;
+    let mut launcher = Launcher::new(program, 1, store)
+        .rank_env(0, "TENSORWIRE_RANK", place.rank.to_string())
+        .rank_env(0, "TENSORWIRE_WORLD", place.world.to_string());
+    if let (Some(rank), Some(world)) = (place.local_rank, place.local_world) {
+        launcher = launcher.rank_env(0, "TENSORWIRE_LOCAL_RANK", rank.to_string()).rank_env(
+            0,
+            "TENSORWIRE_LOCAL_WORLD",
+            world.to_string(),
+        );
+    }
+    launcher
 }
 
 /// How the run failed, if it did.

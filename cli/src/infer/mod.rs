@@ -16,8 +16,10 @@ mod verify;
 use std::path::PathBuf;
 
 use tensorwire::topology::Planner;
+use tensorwire::transports::launch::Transport;
 
 use crate::failure::{Failure, print, ranks};
+use crate::job::launched;
 use group::Group;
 use input::Input;
 use progress::{Progress, Style};
@@ -35,6 +37,8 @@ its prompt and output are token ids.
 The same model then runs unsharded, in one process with all processors, and the results are compared: tokens
 must be equal. --no-verify leaves that out.
 
+As a program of `tensorwire launch`, it runs over the ranks of its job, on any hosts; rank 0 prints.
+
 Examples:
   tensorwire infer --ranks 2
   tensorwire infer --model ./SmolLM2-135M --ranks 3 --prompt 'The sea is' --max-tokens 40
@@ -51,6 +55,10 @@ pub(crate) struct Args {
     /// Ranks to shard the model over
     #[arg(long, short = 'n', value_name = "N", default_value = "2", value_parser = ranks)]
     ranks: usize,
+
+    /// What carries the bytes between the ranks: shm, or tcp or tls over this host's loopback
+    #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
+    transport: Transport,
 
     /// A text to embed (encoders); give it several times to compare texts
     #[arg(long = "text", value_name = "TEXT", allow_hyphen_values = true)]
@@ -74,18 +82,25 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    let launched = launched()?;
+    let place = launched.as_ref().map(|(env, _)| env);
+    let ranks = place.map_or(args.ranks, |place| place.world);
     let input = Input::of(args)?;
-    let plan = Planner::new(input.model.spec()).plan(args.ranks).map_err(Failure::usage)?;
+    let plan = Planner::new(input.model.spec()).plan(ranks).map_err(Failure::usage)?;
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let here = place.map_or(ranks, |place| place.local_world.unwrap_or(1));
+    let sharded = Group { args, ranks, threads: (processors / here).max(1), place };
+    if place.is_some_and(|place| place.rank != 0) {
+        return sharded.run(Progress::new(Style::Quiet, "", &input, false)).map(drop);
+    }
     if !args.json {
         print(format_args!("{}{}\n\n", input.heading(), plan.summary().trim_end()))?;
     }
 
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let style = Style::new(args.json);
-    let sharded = Group { args, ranks: args.ranks, threads: (processors / args.ranks).max(1) };
-    let run = sharded.run(Progress::new(style, &count(args.ranks, "rank"), &input, true))?;
+    let run = sharded.run(Progress::new(style, &count(ranks, "rank"), &input, true))?;
 
-    let unsharded = Group { args, ranks: 1, threads: processors };
+    let unsharded = Group { args, ranks: 1, threads: processors, place: None };
     let reference = match args.no_verify {
         true => None,
         false => Some(unsharded.run(Progress::new(style, "unsharded", &input, false))?),

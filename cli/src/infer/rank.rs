@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
+use std::sync::Arc;
 
 use tensorwire::Communicator;
 use tensorwire::topology::Planner;
@@ -17,12 +18,17 @@ use crate::failure::Failure;
 const MAX_NUMBERS: usize = 256 << 20;
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
-    let comm = Communicator::from_env().map_err(|e| failure(e.into()))?;
+    let comm = Arc::new(Communicator::from_env().map_err(|e| failure(e.into()))?);
     let (rank, world) = (comm.rank(), comm.world());
     let input = Input::of(args)?;
     let plan = Planner::new(input.model.spec()).plan(world).map_err(Failure::usage)?;
-    let mut runtime = Runtime::load(&input.model, &plan, comm).map_err(failure)?;
-    send(&Event::Loaded { weight_bytes: runtime.loaded().weight_bytes })?;
+    let mut runtime = Runtime::load(&input.model, &plan, comm.clone()).map_err(failure)?;
+    let mut weight_bytes = vec![0; world];
+    let held = comm.all_gather(&[runtime.loaded().weight_bytes], &mut weight_bytes);
+    held.map_err(|e| failure(e.into()))?;
+    if rank == 0 {
+        send(&Event::Loaded { weight_bytes })?;
+    }
 
     let mut numbers = Numbers::open(rank)?;
     let done = match &input.task {

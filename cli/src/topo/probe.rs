@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tensorwire::topology::discover::Fingerprint;
 use tensorwire::topology::table::fit::{crossover, fastest};
 use tensorwire::topology::table::{Absent, Table};
+use tensorwire::transports::launch::Transport;
 use tensorwire::{Algorithm, Tuning};
 
 use super::sample::{CHUNKS, SIZES, Sample, Samples};
@@ -52,7 +53,7 @@ pub(super) fn run(
     let mut tunings = Vec::new();
     for world in worlds(machine.processors) {
         let before = samples.len();
-        run_self(RANK_COMMAND, [], world, |line| {
+        run_self(RANK_COMMAND, [], world, Transport::Shm, |line| {
             let sample: Sample = serde_json::from_slice(line)
                 .map_err(|e| Failure::run(format!("rank 0 wrote what is no measurement: {e}")))?;
             samples.push(sample);
