@@ -85,6 +85,22 @@ fn a_row_has_the_fields_of_the_contract() {
 }
 
 #[test]
+fn every_collective_runs_over_networks() {
+    let collectives = ["all_reduce", "all_to_all", "broadcast", "send_recv", "barrier"];
+    for (over, collective) in ["tcp", "tls"].into_iter().flat_map(|over| collectives.map(|c| (over, c))) {
+        let line =
+            format!("--json --batches 1 --transport {over} --ranks 2 --bytes 8,1M --collective {collective}");
+        let output = bench(&line);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        for row in stdout(&output).lines().map(|l| serde_json::from_str::<Value>(l).unwrap()) {
+            assert_eq!((&row["transport"], &row["correct"]), (&over.into(), &true.into()));
+        }
+    }
+    let refusal = refused(&bench("--transport pigeons"), 2);
+    assert!(refusal.contains("use shm, tcp, tls or auto"), "{refusal}");
+}
+
+#[test]
 fn sizes_are_cut_to_whole_blocks_and_too_small_ones_named() {
     let output = bench("--json --batches 1 --collective reduce_scatter --ranks 3 --bytes 8,40");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -121,6 +137,26 @@ fn any_algorithm_can_be_forced_and_is_named() {
     let names = |line: &str| rows(line).iter().map(|r| r["algorithm"].clone()).collect::<Vec<_>>();
     assert_eq!(names("--bytes 8,16M"), ["inline", "two_shot"]);
     assert_eq!(names("--bytes 8,16M --buffer symmetric"), ["inline", "symmetric"]);
+}
+
+#[test]
+fn a_networks_algorithms_and_forms_are_checked_and_named() {
+    for algorithm in ["chain", "ring", "recursive_doubling", "halving_doubling", "hierarchical"] {
+        let rows =
+            rows(&format!("--transport tcp --ranks 3 --bytes 8,64K --dtype bf16 --algorithm {algorithm}"));
+        assert!(rows.iter().all(|r| r["algorithm"] == algorithm && r["correct"] == true), "{rows:?}");
+        let refusal = refused(&bench(&format!("--algorithm {algorithm}")), 2);
+        assert!(refusal.contains("--transport tcp"), "{refusal}");
+    }
+    for wire in ["bf16", "q8"] {
+        let rows = rows(&format!("--transport tcp --ranks 2 --bytes 8,256K --wire {wire} --op average"));
+        assert!(rows.iter().all(|r| r["wire"] == wire && r["correct"] == true), "{rows:?}");
+        let refusal = refused(&bench(&format!("--wire {wire}")), 2);
+        assert!(refusal.contains("over tcp"), "{refusal}");
+    }
+    assert_eq!(rows("--wire f32 --bytes 8")[0].get("wire"), None);
+    let refusal = refused(&bench("--wire f16"), 2);
+    assert!(refusal.contains("use one of f32, bf16, q8"), "{refusal}");
 }
 
 #[test]

@@ -34,6 +34,40 @@ fn each_line_has_its_rank_and_each_rank_its_place() {
 }
 
 #[test]
+fn ranks_over_tcp_get_a_store_and_a_secret_that_nobody_else_sees() {
+    let show = "echo $TENSORWIRE_TRANSPORT $TENSORWIRE_STORE $TENSORWIRE_SECRET; cat /proc/$PPID/cmdline /proc/$$/cmdline";
+    let mut args = script(2, show);
+    args.insert(1, "--transport=tcp".to_owned());
+    let text = stdout(&run(args));
+    let places: Vec<_> = text.lines().filter_map(|l| l.split_once("] tcp tcp:127.0.0.1:")).collect();
+    assert_eq!(places.len(), 2, "{text}");
+    assert_eq!(places[0].1, places[1].1, "all ranks get the same");
+    let secret = places[0].1.split_once(' ').unwrap().1;
+    assert!(secret.len() == 64 && secret.bytes().all(|b| b.is_ascii_hexdigit()), "{text}");
+    assert_eq!(text.matches(secret).count(), 2, "no process has it among its arguments");
+}
+
+#[test]
+fn ranks_over_tls_get_certificates_of_their_own_that_nobody_else_sees() {
+    let show = "for v in CA CERT KEY; do eval echo $v \\$TENSORWIRE_TLS_$v | tr '\\n' ' '; echo; done; \
+                cat /proc/$PPID/cmdline /proc/$$/cmdline | tr '\\0' ' '; echo";
+    let mut args = script(2, show);
+    args.insert(1, "--transport=tls".to_owned());
+    let text = stdout(&run(args));
+    let of = |rank: usize, what: &str| {
+        let start = format!("[rank {rank}] {what} -----BEGIN ");
+        text.lines()
+            .find_map(|l| l.strip_prefix(&start))
+            .unwrap_or_else(|| panic!("{what}: {text}"))
+            .to_owned()
+    };
+    assert_eq!(of(0, "CA"), of(1, "CA"));
+    assert_ne!(of(0, "CERT"), of(1, "CERT"));
+    assert_ne!(of(0, "KEY"), of(1, "KEY"));
+    assert_eq!(text.matches("PRIVATE KEY").count(), 2 * 2, "no process has one among its arguments: {text}");
+}
+
+#[test]
 fn bytes_that_are_not_text_pass_through() {
     let output = run(script(1, r"printf 'a\377\0b\n'"));
     assert_eq!(output.stdout, b"[rank 0] a\xff\0b\n");
@@ -208,7 +242,7 @@ fn bad_usage_is_one_line() {
         (&["launch", "--ranks", "2", "--", "/"], "'/': Permission denied"),
         (&["launch", "--rank", "2", "--", "true"], "--rank"),
         (&["lunch"], "lunch"),
-        (&[], "infer, plan, topo, bench, launch"),
+        (&[], "infer, plan, topo, bench, simulate, launch"),
     ] {
         let line = refused(&run(args), 2);
         assert!(line.contains(says), "{args:?}: {line}");

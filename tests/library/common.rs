@@ -72,3 +72,145 @@ pub(crate) fn threads(world: usize, options: &Options, body: impl Fn(Communicato
         }
     });
 }
+
+/// What carries the data of a test's ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Over {
+    Shm,
+    #[cfg(feature = "tcp")]
+    Tcp,
+    #[cfg(feature = "tls")]
+    Tls,
+    /// Shared memory on each of several hosts, TCP between them.
+    #[cfg(feature = "tcp")]
+    Mixed(Layout),
+}
+
+/// Which ranks are on one host.
+#[cfg(feature = "tcp")]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Layout {
+    /// The first half, and the rest.
+    Halves,
+    /// The even ones, and the odd ones.
+    Alternating,
+    /// All but the last, and that.
+    AllButOne,
+}
+
+#[cfg(feature = "tcp")]
+impl Layout {
+    pub(crate) fn host(self, rank: usize, world: usize) -> usize {
+        match self {
+            Layout::Halves => usize::from(rank >= world.div_ceil(2)),
+            Layout::Alternating => rank % 2,
+            Layout::AllButOne => usize::from(rank + 1 == world),
+        }
+    }
+}
+
+impl Over {
+    pub(crate) const ALL: &[Over] = &[
+        Over::Shm,
+        #[cfg(feature = "tcp")]
+        Over::Tcp,
+        #[cfg(feature = "tls")]
+        Over::Tls,
+        #[cfg(feature = "tcp")]
+        Over::Mixed(Layout::Halves),
+        #[cfg(feature = "tcp")]
+        Over::Mixed(Layout::Alternating),
+        #[cfg(feature = "tcp")]
+        Over::Mixed(Layout::AllButOne),
+    ];
+
+    /// As [`threads`], over this.
+    pub(crate) fn threads(self, world: usize, options: &Options, body: impl Fn(Communicator) + Sync) {
+        match self {
+            Over::Shm => threads(world, options, body),
+            #[cfg(feature = "tcp")]
+            Over::Tcp => tcp_threads(world, &tcp_options(options), |_, comm| body(comm)),
+            #[cfg(feature = "tls")]
+            Over::Tls => {
+                let authority = tensorwire::transports::tcp::Authority::generate().unwrap();
+                let secured = |rank, secret| crate::tls::secured(&authority, rank, secret);
+                network_threads(world, &tcp_options(options), secured, |_, comm| body(comm));
+            }
+            #[cfg(feature = "tcp")]
+            Over::Mixed(layout) => mixed_threads(|rank| layout.host(rank, world), world, options, body),
+        }
+    }
+}
+
+#[cfg(feature = "tcp")]
+pub(crate) fn tcp_options(options: &Options) -> tensorwire::transports::tcp::TcpOptions {
+    tensorwire::transports::tcp::TcpOptions { timeout: options.timeout, ..Default::default() }
+}
+
+/// Runs `body` once a rank, each in a thread of its own, over TCP on the loopback interface; `body` is given the job's
+/// secret.
+#[cfg(feature = "tcp")]
+pub(crate) fn tcp_threads(
+    world: usize,
+    options: &tensorwire::transports::tcp::TcpOptions,
+    body: impl Fn(&tensorwire::transports::tcp::Secret, Communicator) + Sync,
+) {
+    network_threads(world, options, |_, secret| secret, body);
+}
+
+/// As [`tcp_threads`], with what `own` makes of the job's secret for each rank.
+#[cfg(feature = "tcp")]
+fn network_threads(
+    world: usize,
+    options: &tensorwire::transports::tcp::TcpOptions,
+    own: impl Fn(usize, tensorwire::transports::tcp::Secret) -> tensorwire::transports::tcp::Secret + Sync,
+    body: impl Fn(&tensorwire::transports::tcp::Secret, Communicator) + Sync,
+) {
+    use tensorwire::Deadline;
+    use tensorwire::transports::store::{StoreServer, UnixStore};
+    let secret = tensorwire::transports::tcp::Secret::generate().unwrap();
+    let server = StoreServer::start().unwrap();
+    std::thread::scope(|s| {
+        let (body, own, secret, server) = (&body, &own, &secret, &server);
+        let rank = |rank| {
+            s.spawn(move || {
+                let store = UnixStore::connect(&server.address(), Deadline::after(options.timeout)).unwrap();
+                let secret = &own(rank, secret.clone());
+                body(secret, Communicator::join_tcp(rank, world, &store, None, secret, options).unwrap());
+            })
+        };
+        for rank in (0..world).map(rank).collect::<Vec<_>>() {
+            rank.join().unwrap();
+        }
+    });
+}
+
+/// As [`tcp_threads`], where rank `r` is on host `host(r)` and shares memory there.
+#[cfg(feature = "tcp")]
+pub(crate) fn mixed_threads(
+    host: impl Fn(usize) -> usize + Sync,
+    world: usize,
+    options: &Options,
+    body: impl Fn(Communicator) + Sync,
+) {
+    use tensorwire::Deadline;
+    use tensorwire::collectives::network::NetworkOptions;
+    use tensorwire::transports::store::{StoreServer, UnixStore};
+    let secret = tensorwire::transports::tcp::Secret::generate().unwrap();
+    let (server, tcp) = (StoreServer::start().unwrap(), tcp_options(options));
+    std::thread::scope(|s| {
+        let (host, body, secret, server, tcp) = (&host, &body, &secret, &server, &tcp);
+        let rank = |rank| {
+            s.spawn(move || {
+                let store = UnixStore::connect(&server.address(), Deadline::after(tcp.timeout)).unwrap();
+                let network = NetworkOptions { host: Some(host(rank).to_string()), ..Default::default() };
+                let comm =
+                    Communicator::join_mixed(rank, world, &store, None, secret, tcp, &network, options);
+                body(comm.unwrap());
+            })
+        };
+        for rank in (0..world).map(rank).collect::<Vec<_>>() {
+            rank.join().unwrap();
+        }
+    });
+}

@@ -1,12 +1,12 @@
 //! Every collective, checked element by element against its definition, over worlds of 1 to 9 ranks, lengths
-//! around every boundary, and every type and operation. Ranks are threads over the same shared memory that
-//! processes use.
+//! around every boundary, and every type and operation. Ranks are threads, over the same shared memory or TCP connections
+//! that processes use.
 
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
-use tensorwire::{Algorithm, Communicator, Element, Options, ReduceOp};
+use tensorwire::{Algorithm, Communicator, DType, Element, Options, ReduceOp};
 
-use crate::common::{assert_same, buffer, reduced, threads};
+use crate::common::{Over, assert_same, buffer, reduced, threads};
 
 /// Lengths around the inline limit, cache lines, small slots and chunk boundaries, for the small slots below.
 const LENGTHS: [usize; 12] = [0, 1, 2, 3, 12, 13, 24, 25, 1000, 1025, 4099, 20_011];
@@ -57,6 +57,11 @@ fn all_reduce_into<T: Element>(comm: &Communicator, len: usize, op: ReduceOp) {
     comm.all_reduce_into(&input, &mut out, op).unwrap();
     assert_same(&out, &reduced(op, comm.world(), len), format_args!("all_reduce_into {op} of {len}"));
     assert_same(&input, &buffer::<T>(comm.rank(), len), "the input of all_reduce_into");
+    if comm.transport().unwrap() != "shm" {
+        let error = comm.symmetric::<T>(len).unwrap_err();
+        assert!(error.to_string().contains("lies in shared memory"), "{error}");
+        return;
+    }
     let mut x = comm.symmetric::<T>(len).unwrap();
     x.copy_from_slice(&input);
     comm.all_reduce_symmetric(&mut x, op).unwrap();
@@ -247,7 +252,11 @@ fn messages<T: Element>(comm: &Communicator, len: usize) {
 }
 
 fn everything<T: Element>(comm: &Communicator) {
-    for len in LENGTHS {
+    everything_of::<T>(comm, &LENGTHS);
+}
+
+fn everything_of<T: Element>(comm: &Communicator, lengths: &[usize]) {
+    for &len in lengths {
         for op in ReduceOp::ALL.into_iter().filter(|op| op.supports(T::DTYPE)) {
             let op = if let ReduceOp::PreScaledSum(_) = op { ReduceOp::PreScaledSum(0.3) } else { op };
             all_reduce::<T>(comm, len, op);
@@ -278,10 +287,35 @@ fn every_collective_and_length_at_1_to_9_ranks() {
     }
 }
 
+/// Every result is compared with the definition's, bit by bit, as those over shared memory are: the transports agree.
+#[cfg(feature = "tcp")]
+#[test]
+fn every_collective_at_1_to_9_ranks_over_networks() {
+    for (over, world) in Over::ALL[1..].iter().flat_map(|over| (1..=9).map(move |world| (over, world))) {
+        over.threads(world, &Options::default(), |comm| {
+            everything_of::<f32>(&comm, &[0, 1, 13, 1025, 20_011]);
+            everything_of::<bf16>(&comm, &[0, 3, 4099]);
+        });
+    }
+}
+
+#[cfg(feature = "tcp")]
+#[test]
+fn every_collective_over_several_hosts_that_share_memory() {
+    use crate::common::Layout::{AllButOne, Alternating, Halves};
+    for (layout, world) in [Halves, Alternating, AllButOne].iter().flat_map(|l| (2..=6).map(move |w| (l, w)))
+    {
+        Over::Mixed(*layout).threads(world, &small_slots(), |comm| {
+            everything_of::<f32>(&comm, &[0, 1, 13, 1025, 20_011]);
+            everything_of::<bf16>(&comm, &[0, 3, 4099]);
+        });
+    }
+}
+
 #[test]
 fn every_type_and_operation() {
-    for world in [1, 2, 3] {
-        threads(world, &small_slots(), |comm| {
+    for (over, world) in Over::ALL.iter().flat_map(|over| [1, 2, 3].map(|world| (over, world))) {
+        over.threads(world, &small_slots(), |comm| {
             everything::<f64>(&comm);
             everything::<f16>(&comm);
             everything::<F8E4M3>(&comm);
@@ -312,8 +346,8 @@ fn an_operation_that_a_type_lacks_is_refused_before_anything_is_sent() {
 
 #[test]
 fn large_buffers_with_the_default_slots() {
-    for world in [2, 3] {
-        threads(world, &Options::default(), |comm| {
+    for (over, world) in Over::ALL.iter().flat_map(|over| [2, 3].map(|world| (over, world))) {
+        over.threads(world, &Options::default(), |comm| {
             let len = (3 << 20) + 5;
             all_reduce::<f32>(&comm, len, ReduceOp::Sum);
             all_gather::<f32>(&comm, len / 4);
@@ -331,11 +365,11 @@ fn large_buffers_with_the_default_slots() {
 
 #[test]
 fn every_algorithm_gives_the_same_bits() {
-    for world in [2, 3, 5] {
-        threads(world, &small_slots(), |comm| {
+    for (over, world) in Over::ALL.iter().flat_map(|over| [2, 3, 5].map(|world| (over, world))) {
+        over.threads(world, &small_slots(), |comm| {
             for len in [1usize, 7, 12, 500, 1024] {
-                for algorithm in Algorithm::ALL {
-                    comm.set_algorithm(Some(algorithm)).unwrap();
+                for algorithm in Algorithm::ALL.iter().filter(|a| a.keeps_order(DType::F32, ReduceOp::Sum)) {
+                    comm.set_algorithm(Some(*algorithm)).unwrap();
                     if comm.algorithm(len * 4).is_ok() {
                         all_reduce::<f32>(&comm, len, ReduceOp::Sum);
                     }
@@ -354,8 +388,8 @@ fn every_algorithm_gives_the_same_bits() {
 fn special_values_come_out_alike_on_every_rank() {
     let specials =
         [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MIN_POSITIVE / 4.0, f32::MAX, 1.0];
-    for world in 2..=4 {
-        threads(world, &small_slots(), |comm| {
+    for (over, world) in Over::ALL.iter().flat_map(|over| [2, 3, 4].map(|world| (over, world))) {
+        over.threads(world, &small_slots(), |comm| {
             for len in [8usize, 3000] {
                 for algorithm in [None, Some(Algorithm::TwoShot)] {
                     comm.set_algorithm(algorithm).unwrap();
@@ -389,40 +423,44 @@ fn a_million_small_calls_in_a_row() {
 
 #[test]
 fn wrong_arguments_are_refused_before_anything_is_sent() {
-    threads(2, &small_slots(), |comm| {
-        let wrong = [
-            comm.all_gather(&[0f32; 3], &mut [0f32; 5]),
-            comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[3, 3, 0]),
-            comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[2, 4]),
-            comm.all_gather_v(&[0f32; 3], &mut [0f32; 5], &[3, 3]),
-            comm.reduce_scatter(&[0f32; 5], &mut [0f32; 3], ReduceOp::Sum),
-            comm.broadcast(&mut [0f32; 5], 2),
-            comm.all_reduce_into(&[0f32; 5], &mut [0f32; 4], ReduceOp::Sum),
-            comm.reduce(&mut [0f32; 5], ReduceOp::Sum, 2),
-            comm.gather(&[0f32; 5], &mut [0f32; 10], 2),
-            comm.scatter_v(&[0f32; 10], &mut [0f32; 5], &[5], 0),
-            comm.reduce_scatter_v(&[0f32; 5], &mut [0f32; 3], &[3, 3], ReduceOp::Sum),
-            comm.all_to_all(&[0f32; 5], &mut [0f32; 5]),
-            comm.all_to_all_v(&[0f32; 5], &[2, 2], &mut [0f32; 5], &[2, 3]),
-            comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[3, usize::MAX]),
-            comm.send(&[0f32; 5], comm.rank()),
-            comm.recv(&mut [0f32; 5], 2),
-            comm.all_gather_in_place(&mut [0f32; 5]),
-            comm.all_gather_v_in_place(&mut [0f32; 5], &[2, 2]),
-            comm.reduce_scatter_in_place(&mut [0f32; 5], ReduceOp::Sum),
-            comm.reduce_scatter_v_in_place(&mut [0f32; 5], &[5], ReduceOp::Sum),
-            comm.all_to_all_in_place(&mut [0f32; 5]),
-            comm.all_to_all_v_in_place(&mut [0f32; 5], &[2, 2]),
-            comm.gather_in_place(&mut [0f32; 5], 2),
-            comm.scatter_in_place(&mut [0f32; 5], 2),
-            comm.reduce_into(&[0f32; 5], &mut [0f32; 4], ReduceOp::Sum, comm.rank()),
-            comm.broadcast_into(&[0f32; 5], &mut [0f32; 4], comm.rank()),
-        ];
-        for error in wrong {
-            let error = error.unwrap_err();
-            assert!(matches!(error, tensorwire::Error::InvalidArgument(_)), "{error}");
-        }
-        all_reduce::<f32>(&comm, 100, ReduceOp::Sum);
-    });
+    for over in Over::ALL {
+        over.threads(2, &small_slots(), wrong_arguments);
+    }
     assert!(Communicator::in_process(0).is_err());
+}
+
+fn wrong_arguments(comm: Communicator) {
+    let wrong = [
+        comm.all_gather(&[0f32; 3], &mut [0f32; 5]),
+        comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[3, 3, 0]),
+        comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[2, 4]),
+        comm.all_gather_v(&[0f32; 3], &mut [0f32; 5], &[3, 3]),
+        comm.reduce_scatter(&[0f32; 5], &mut [0f32; 3], ReduceOp::Sum),
+        comm.broadcast(&mut [0f32; 5], 2),
+        comm.all_reduce_into(&[0f32; 5], &mut [0f32; 4], ReduceOp::Sum),
+        comm.reduce(&mut [0f32; 5], ReduceOp::Sum, 2),
+        comm.gather(&[0f32; 5], &mut [0f32; 10], 2),
+        comm.scatter_v(&[0f32; 10], &mut [0f32; 5], &[5], 0),
+        comm.reduce_scatter_v(&[0f32; 5], &mut [0f32; 3], &[3, 3], ReduceOp::Sum),
+        comm.all_to_all(&[0f32; 5], &mut [0f32; 5]),
+        comm.all_to_all_v(&[0f32; 5], &[2, 2], &mut [0f32; 5], &[2, 3]),
+        comm.all_gather_v(&[0f32; 3], &mut [0f32; 6], &[3, usize::MAX]),
+        comm.send(&[0f32; 5], comm.rank()),
+        comm.recv(&mut [0f32; 5], 2),
+        comm.all_gather_in_place(&mut [0f32; 5]),
+        comm.all_gather_v_in_place(&mut [0f32; 5], &[2, 2]),
+        comm.reduce_scatter_in_place(&mut [0f32; 5], ReduceOp::Sum),
+        comm.reduce_scatter_v_in_place(&mut [0f32; 5], &[5], ReduceOp::Sum),
+        comm.all_to_all_in_place(&mut [0f32; 5]),
+        comm.all_to_all_v_in_place(&mut [0f32; 5], &[2, 2]),
+        comm.gather_in_place(&mut [0f32; 5], 2),
+        comm.scatter_in_place(&mut [0f32; 5], 2),
+        comm.reduce_into(&[0f32; 5], &mut [0f32; 4], ReduceOp::Sum, comm.rank()),
+        comm.broadcast_into(&[0f32; 5], &mut [0f32; 4], comm.rank()),
+    ];
+    for error in wrong {
+        let error = error.unwrap_err();
+        assert!(matches!(error, tensorwire::Error::InvalidArgument(_)), "{error}");
+    }
+    all_reduce::<f32>(&comm, 100, ReduceOp::Sum);
 }

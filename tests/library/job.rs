@@ -37,14 +37,21 @@ impl Job {
                 ("TENSORWIRE_WORLD", &world),
                 ("TENSORWIRE_STORE", &address),
             ];
-            spawn(body, place.iter().chain(env).copied())
+            spawn(None, body, place.iter().chain(env).copied())
         };
         Job { ranks: (0..world).map(start).collect(), _store: store }
     }
 
     /// Starts `body` in one process for each set of variables.
     pub(crate) fn start_with(body: &str, envs: &[Vec<(&str, &str)>]) -> Job {
-        let ranks = envs.iter().map(|env| spawn(body, env.iter().copied())).collect();
+        let ranks = envs.iter().map(|env| spawn(None, body, env.iter().copied())).collect();
+        Job { ranks, _store: StoreServer::start().unwrap() }
+    }
+
+    /// As [`start_with`](Job::start_with), each process in the network namespace given.
+    #[cfg(feature = "tcp")]
+    pub(crate) fn start_within(body: &str, places: &[(String, Vec<(&str, &str)>)]) -> Job {
+        let ranks = places.iter().map(|(net, env)| spawn(Some(net), body, env.iter().copied())).collect();
         Job { ranks, _store: StoreServer::start().unwrap() }
     }
 
@@ -52,8 +59,13 @@ impl Job {
         kill_process(Pid::from_child(&self.ranks[rank]), signal).unwrap();
     }
 
-    /// Waits until `rank` has written `text` to its standard output.
-    pub(crate) fn wait_for(&mut self, rank: usize, text: &str) {
+    #[cfg(feature = "tcp")]
+    pub(crate) fn pid(&self, rank: usize) -> u32 {
+        self.ranks[rank].id()
+    }
+
+    /// Waits until `rank` has written `text` to its standard output: all it has written until then.
+    pub(crate) fn wait_for(&mut self, rank: usize, text: &str) -> String {
         let mut seen = Vec::new();
         let out = self.ranks[rank].stdout.as_mut().unwrap();
         while !String::from_utf8_lossy(&seen).contains(text) {
@@ -61,6 +73,7 @@ impl Job {
             assert_eq!(out.read(&mut byte).unwrap(), 1, "rank {rank} ended without writing '{text}'");
             seen.push(byte[0]);
         }
+        String::from_utf8_lossy(&seen).into_owned()
     }
 
     /// Waits for `rank` to end: its status and what it wrote to standard output.
@@ -90,14 +103,23 @@ impl Drop for Job {
     }
 }
 
-fn spawn<'a>(body: &'a str, env: impl Iterator<Item = (&'a str, &'a str)>) -> Child {
+/// What a launcher runs as a rank, with the body's name in its environment.
+pub(crate) fn own_command() -> (std::path::PathBuf, [&'static str; 4]) {
+    let args = ["--exact", "processes::rank_process", "--nocapture", "--test-threads=1"];
+    (std::env::current_exe().unwrap(), args)
+}
+
+fn spawn<'a>(within: Option<&str>, body: &'a str, env: impl Iterator<Item = (&'a str, &'a str)>) -> Child {
+    let (this, args) = own_command();
+    let mut command = match within {
+        None => Command::new(this),
+        Some(net) => {
+            // It becomes the process that it starts.
+            let mut ip = Command::new("ip");
+            ip.args(["netns", "exec", net]).arg(this);
+            ip
+        }
+    };
     // The test harness writes around the body's output; nobody looks at that.
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "processes::rank_process", "--nocapture", "--test-threads=1"])
-        .env(BODY, body)
-        .envs(env)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap()
+    command.args(args).env(BODY, body).envs(env).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap()
 }

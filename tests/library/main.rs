@@ -2,12 +2,26 @@
 
 mod common;
 mod conformance;
+#[cfg(feature = "tcp")]
+mod cut;
 mod faults;
 mod fused;
 mod groups;
 mod job;
+#[cfg(feature = "tcp")]
+mod launchers;
 mod limits;
 mod mismatch;
+#[cfg(feature = "tcp")]
+mod mixed;
+#[cfg(feature = "tcp")]
+mod network;
 mod processes;
+#[cfg(feature = "tcp")]
+mod strangers;
 mod survivors;
+#[cfg(feature = "tcp")]
+mod tcp;
+#[cfg(feature = "tls")]
+mod tls;
 mod tuning;

@@ -1,6 +1,6 @@
 //! Ranks that don't make the same call: every rank gets an error that names the two calls, and none gets data.
 
-use crate::common::threads;
+use crate::common::{Over, threads};
 use half::f16;
 use tensorwire::{Communicator, Error, Options, ReduceOp, Result};
 
@@ -8,27 +8,36 @@ type CallOnce = fn(&Communicator) -> Result<()>;
 
 /// Rank 1 of 3 calls `odd`, the others `rest`; each must get the mismatch, whatever it called.
 fn check(rest: CallOnce, odd: CallOnce) {
-    check_named("", rest, odd);
+    for over in Over::ALL {
+        over.threads(3, &options(), |comm| check_rank(&comm, "", rest, odd));
+    }
 }
 
-fn check_named(what: &str, rest: CallOnce, odd: CallOnce) {
-    threads(3, &Options { slot_bytes: 1 << 16, ..Options::default() }, |comm| {
-        comm.barrier().unwrap();
-        let mut result = if comm.rank() == 1 { odd(&comm) } else { rest(&comm) };
-        if result.is_ok() {
-            // The root of a broadcast needs nobody: it learns at its next call, whatever that is.
-            result = comm.barrier();
+/// The same over shared memory alone.
+fn check_shm(what: &str, rest: CallOnce, odd: CallOnce) {
+    threads(3, &options(), |comm| check_rank(&comm, what, rest, odd));
+}
+
+fn options() -> Options {
+    Options { slot_bytes: 1 << 16, ..Options::default() }
+}
+
+fn check_rank(comm: &Communicator, what: &str, rest: CallOnce, odd: CallOnce) {
+    comm.barrier().unwrap();
+    let mut result = if comm.rank() == 1 { odd(comm) } else { rest(comm) };
+    if result.is_ok() {
+        // The root of a broadcast needs nobody: it learns at its next call, whatever that is.
+        result = comm.barrier();
+    }
+    match result.expect_err(what) {
+        Error::Mismatch { rank, a_call, b_call, .. } => {
+            assert_eq!(rank, comm.rank());
+            assert_ne!(a_call, b_call);
         }
-        match result.expect_err(what) {
-            Error::Mismatch { rank, a_call, b_call, .. } => {
-                assert_eq!(rank, comm.rank());
-                assert_ne!(a_call, b_call);
-            }
-            other => panic!("{other}"),
-        }
-        let after = comm.all_reduce(&mut [1f32], ReduceOp::Sum).unwrap_err();
-        assert!(matches!(after, Error::Poisoned { .. }), "{after}");
-    });
+        other => panic!("{other}"),
+    }
+    let after = comm.all_reduce(&mut [1f32], ReduceOp::Sum).unwrap_err();
+    assert!(matches!(after, Error::Poisoned { .. }), "{after}");
 }
 
 /// Calls of which no two go together.
@@ -65,14 +74,15 @@ const CALLS: &[(&str, CallOnce)] = &[
 fn any_two_calls_that_differ() {
     for (rest, call) in CALLS {
         for (odd, other) in CALLS.iter().filter(|(odd, _)| odd != rest) {
-            check_named(&format!("{odd} while the others call {rest}"), *call, *other);
+            check_shm(&format!("{odd} while the others call {rest}"), *call, *other);
         }
     }
 }
 
 #[test]
 fn symmetric_buffers_in_another_order() {
-    check(
+    check_shm(
+        "",
         |c| {
             let (mut a, mut b) = (c.symmetric::<f32>(100_000)?, c.symmetric::<f32>(100_000)?);
             c.all_reduce_symmetric(&mut a, ReduceOp::Sum)?;

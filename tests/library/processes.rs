@@ -14,6 +14,15 @@ const SOON: Duration = Duration::from_secs(10);
 fn rank_process() {
     run_rank(&[
         ("sum", sum),
+        ("abort", abort),
+        #[cfg(feature = "tcp")]
+        ("busy", crate::tcp::busy),
+        #[cfg(feature = "tcp")]
+        ("cut", crate::cut::cut),
+        #[cfg(feature = "tcp")]
+        ("goes on", crate::tcp::goes_on),
+        #[cfg(feature = "tcp")]
+        ("where it is", crate::mixed::where_it_is),
         ("endless", endless),
         ("leave", leave),
         ("mismatch", mismatch),
@@ -33,6 +42,24 @@ fn rank_process() {
             println!("{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()))
         }),
     ]);
+}
+
+/// Rank 0 aborts from another thread while all wait for the last rank.
+fn abort() {
+    let comm = Communicator::from_env().unwrap();
+    comm.barrier().unwrap();
+    std::thread::scope(|s| {
+        if comm.rank() == 0 {
+            s.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                comm.abort("the user pressed stop");
+            });
+        }
+        // The last rank is elsewhere.
+        let last = comm.rank() + 1 == comm.world();
+        let result = if last { comm.recv(&mut [0f32], 0) } else { comm.barrier() };
+        println!("{}", result.unwrap_err());
+    });
 }
 
 fn sum() {
@@ -137,7 +164,7 @@ fn a_killed_rank_is_named_on_every_other() {
     for world in [2, 3, 4] {
         let mut job = Job::start("endless", world, &[]);
         let victim = world - 1;
-        (0..world).for_each(|rank| job.wait_for(rank, "at work"));
+        (0..world).for_each(|rank| drop(job.wait_for(rank, "at work")));
         std::thread::sleep(Duration::from_millis(20));
         job.signal(victim, Signal::KILL);
         for rank in 0..victim {
@@ -152,7 +179,7 @@ fn a_killed_rank_is_named_on_every_other() {
 #[test]
 fn a_stopped_rank_is_named_when_the_timeout_is_over() {
     let mut job = Job::start("endless", 3, &[("TENSORWIRE_TIMEOUT", "2")]);
-    (0..3).for_each(|rank| job.wait_for(rank, "at work"));
+    (0..3).for_each(|rank| drop(job.wait_for(rank, "at work")));
     job.signal(1, Signal::STOP);
     for rank in [0, 2] {
         let (status, text) = job.join_within(rank, SOON);

@@ -1,0 +1,168 @@
+//! Ranks that share memory on each of several hosts, with TCP between them: processes that die, stop, leave or differ.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tensorwire::transports::store::StoreServer;
+use tensorwire::transports::tcp::Secret;
+use tensorwire::{Algorithm, Communicator, Options, ReduceOp};
+
+use crate::common::{assert_same, buffer, mixed_threads, reduced};
+use crate::job::Job;
+
+/// Long enough for a busy machine, and far below the default timeout of 30 s.
+const SOON: Duration = Duration::from_secs(10);
+
+/// Hosts by the letters of their ranks.
+const HOSTS: [&str; 4] = ["aabb", "abab", "aaab", "aabbc"];
+
+/// Starts `body` in one process a letter of `hosts`: ranks with the same one are said to be on the same host.
+fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, StoreServer) {
+    let (secret, store) = (Secret::generate().unwrap().to_hex(), StoreServer::start().unwrap());
+    let (address, world) = (store.address(), hosts.len().to_string());
+    let ranks: Vec<String> = (0..hosts.len()).map(|rank| rank.to_string()).collect();
+    let env = |rank: usize| {
+        let mut env = vec![
+            ("TENSORWIRE_RANK", &*ranks[rank]),
+            ("TENSORWIRE_WORLD", &*world),
+            ("TENSORWIRE_STORE", &*address),
+            ("TENSORWIRE_TRANSPORT", "auto"),
+            ("TENSORWIRE_SECRET", &*secret),
+            ("TENSORWIRE_HOST", &hosts[rank..=rank]),
+        ];
+        env.extend_from_slice(more);
+        env
+    };
+    (Job::start_with(body, &(0..hosts.len()).map(env).collect::<Vec<_>>()), store)
+}
+
+/// Says what carries the data, also of the groups of one host and of one rank of each.
+pub(crate) fn where_it_is() {
+    let comm = Communicator::from_env().unwrap();
+    let host = std::env::var("TENSORWIRE_HOST").unwrap().bytes().next().unwrap();
+    let here = comm.split(Some(host.into()), 0).unwrap().unwrap();
+    let mut places = vec![0; comm.world()];
+    comm.all_gather(&[here.rank() as u32], &mut places).unwrap();
+    let across = comm.split(Some(places[comm.rank()]), 0).unwrap().unwrap();
+    let said = |comm: &Communicator| comm.transport().unwrap();
+    println!("\nall: {}; here: {}; across: {};", said(&comm), said(&here), said(&across));
+}
+
+#[test]
+fn memory_is_shared_where_ranks_are_on_one_host() {
+    for (hosts, all, here, across) in [
+        ("aaa", "shm;", "shm;", "shm;"),
+        ("abc", "tcp ", "tcp ", "tcp "),
+        ("abab", "shm between ranks [", "shm;", "tcp "),
+        ("aab", "shm between ranks [0, 1], tcp", "shm;", "tcp "),
+    ] {
+        let (mut job, _store) = start("where it is", hosts, &[]);
+        let (status, text) = job.join(0);
+        let parts = [format!("all: {all}"), format!("here: {here}"), format!("across: {across}")];
+        assert!(status.success() && parts.iter().all(|part| text.contains(part)), "{hosts}: {text}");
+        for rank in 1..hosts.len() {
+            let (status, text) = job.join(rank);
+            assert!(status.success(), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_killed_rank_is_named_on_every_other() {
+    for hosts in HOSTS {
+        for victim in [0, 1, hosts.len() - 1] {
+            let (mut job, _store) = start("endless", hosts, &[]);
+            (0..hosts.len()).for_each(|rank| drop(job.wait_for(rank, "at work")));
+            std::thread::sleep(Duration::from_millis(20));
+            job.signal(victim, Signal::KILL);
+            for rank in (0..hosts.len()).filter(|rank| *rank != victim) {
+                let (status, text) = job.join_within(rank, SOON);
+                let expected = format!("rank {rank}: lost rank {victim} in all_reduce(1048576 x f32, sum)");
+                assert!(status.success() && text.contains(&expected), "{hosts}, {victim}: {text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stopped_rank_is_named_when_the_timeout_is_over() {
+    for (hosts, victim) in [("aabb", 1), ("abab", 2), ("aaab", 3), ("aaab", 0)] {
+        let (mut job, _store) = start("endless", hosts, &[("TENSORWIRE_TIMEOUT", "2")]);
+        (0..4).for_each(|rank| drop(job.wait_for(rank, "at work")));
+        job.signal(victim, Signal::STOP);
+        for rank in (0..4).filter(|rank| *rank != victim) {
+            let (status, text) = job.join_within(rank, SOON);
+            let expected = format!("waiting for rank(s) [{victim}]");
+            assert!(status.success() && text.contains(&expected), "{hosts}, {victim}, {rank}: {text}");
+        }
+        job.signal(victim, Signal::CONT);
+        let (_, text) = job.join_within(victim, SOON);
+        assert!(text.contains("timed out after") || text.contains("lost rank"), "{text}");
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_or_differs_is_named() {
+    for hosts in ["aabb", "abab", "aab"] {
+        let last = hosts.len() - 1;
+        let (mut job, _store) = start("leave", hosts, &[]);
+        for rank in 0..last {
+            let (status, text) = job.join_within(rank, SOON);
+            let expected = format!("rank {rank}: lost rank {last} in barrier()");
+            assert!(status.success() && text.contains(&expected), "{hosts}: {text}");
+        }
+        let (mut job, _store) = start("mismatch", hosts, &[]);
+        for rank in 0..=last {
+            let (status, text) = job.join_within(rank, SOON);
+            let odd = format!("rank {last} called all_reduce(999 x f32, sum)");
+            let both = ["all_reduce(1000 x f32, sum)", &odd];
+            assert!(status.success() && both.iter().all(|call| text.contains(call)), "{hosts}: {text}");
+        }
+    }
+}
+
+#[test]
+fn abort_from_another_thread_reaches_every_rank() {
+    for hosts in ["aabb", "abab", "aab", "abb"] {
+        let (mut job, _store) = start("abort", hosts, &[]);
+        for rank in 0..hosts.len() {
+            let (status, text) = job.join_within(rank, SOON);
+            let expected = format!("rank {rank}: rank 0 ended the group during");
+            assert!(status.success() && text.contains(&expected) && text.contains("pressed stop"), "{text}");
+        }
+    }
+}
+
+#[test]
+fn the_order_of_sums_holds_where_it_must() {
+    for hosts in ["aabb", "abab", "aaab", "aabbcc", "abcabb"] {
+        let host = |rank: usize| usize::from(hosts.as_bytes()[rank]);
+        mixed_threads(host, hosts.len(), &Options::default(), |comm| {
+            for len in [0, 1, 5, 1000, 100_003] {
+                // A sum's bits depend on the order, a maximum's don't.
+                for (op, algorithm) in
+                    [(ReduceOp::Sum, None), (ReduceOp::Average, None), (ReduceOp::Max, Some(()))]
+                {
+                    let chosen = comm.algorithm_for(len * 4, tensorwire::DType::F32, op).unwrap();
+                    assert_eq!(chosen == Algorithm::Hierarchical, algorithm.is_some());
+                    let mut x = buffer::<f32>(comm.rank(), len);
+                    comm.all_reduce(&mut x, op).unwrap();
+                    assert_same(&x, &reduced(op, comm.world(), len), format_args!("{hosts}, {op} of {len}"));
+                }
+            }
+            // In any order all ranks have the same.
+            comm.set_algorithm(Some(Algorithm::Hierarchical)).unwrap();
+            for op in [ReduceOp::Sum, ReduceOp::Average, ReduceOp::PreScaledSum(0.3)] {
+                let len = 10_007;
+                let mut x = buffer::<f32>(comm.rank(), len);
+                comm.all_reduce(&mut x, op).unwrap();
+                let mut all = vec![0f32; len * comm.world()];
+                comm.all_gather(&x, &mut all).unwrap();
+                all.chunks(len).for_each(|theirs| assert_same(theirs, &x, "ranks differ"));
+                for (got, right) in x.iter().zip(reduced::<f32>(op, comm.world(), len)) {
+                    assert!((got - right).abs() < 1e-5, "{got}, not {right}");
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,246 @@
+//! All-reduces over TCP between ranks that are said to be on several hosts.
+
+use half::bf16;
+use tensorwire::collectives::network::{Link, Links, NetworkOptions};
+use tensorwire::transports::store::{StoreServer, UnixStore};
+use tensorwire::transports::tcp::{Secret, TcpOptions};
+use tensorwire::{Algorithm, Communicator, Deadline, Element, Options, ReduceOp, Wire};
+
+use crate::common::{assert_same, buffer, reduced, threads};
+
+/// Runs `body` once a rank, each in a thread of its own; rank `r` has options `of(r)`.
+fn ranks(world: usize, of: impl Fn(usize) -> NetworkOptions + Sync, body: impl Fn(Communicator) + Sync) {
+    let (secret, server) = (Secret::generate().unwrap(), StoreServer::start().unwrap());
+    let tcp = TcpOptions::default();
+    std::thread::scope(|s| {
+        let (secret, server, tcp, of, body) = (&secret, &server, &tcp, &of, &body);
+        let rank = |rank| {
+            s.spawn(move || {
+                let store = UnixStore::connect(&server.address(), Deadline::after(tcp.timeout)).unwrap();
+                let comm =
+                    Communicator::join_tcp_with(rank, world, &store, None, secret, tcp, &of(rank)).unwrap();
+                body(comm);
+            })
+        };
+        for rank in (0..world).map(rank).collect::<Vec<_>>() {
+            rank.join().unwrap();
+        }
+    });
+}
+
+/// Each letter is a rank, on the host of that name.
+fn on_hosts(names: &str, body: impl Fn(Communicator) + Sync) {
+    let host = |rank: usize| Some(names[rank..=rank].to_owned());
+    ranks(names.len(), |rank| NetworkOptions { host: host(rank), ..NetworkOptions::default() }, body);
+}
+
+const NETWORK: [Algorithm; 5] = [
+    Algorithm::Chain,
+    Algorithm::Ring,
+    Algorithm::RecursiveDoubling,
+    Algorithm::HalvingDoubling,
+    Algorithm::Hierarchical,
+];
+
+/// A type whose values can be compared in f64.
+trait Real: Element + Into<f64> {}
+impl Real for f32 {}
+impl Real for f64 {}
+impl Real for bf16 {}
+
+/// `epsilon` is half a unit in the last place of 1, in this type.
+fn check<T: Real>(comm: &Communicator, algorithm: Algorithm, len: usize, op: ReduceOp, epsilon: f64) {
+    let (world, what) =
+        (comm.world(), format!("{algorithm} {op} of {len} {} over {}", T::DTYPE, comm.world()));
+    let (input, mut apart) = (buffer::<T>(comm.rank(), len), vec![T::zeroed(); len]);
+    let mut x = input.clone();
+    comm.all_reduce(&mut x, op).unwrap();
+    comm.all_reduce_into(&input, &mut apart, op).unwrap();
+    assert_same(&apart, &x, format_args!("in place and not: {what}"));
+    assert_same(&input, &buffer::<T>(comm.rank(), len), "the input");
+    let expected = reduced::<T>(op, world, len);
+    if algorithm.keeps_order(T::DTYPE, op) {
+        assert_same(&x, &expected, &what);
+    }
+    // Any order: every rank has the same, and it is near.
+    let mut all = vec![T::zeroed(); len * world];
+    comm.all_gather(&x, &mut all).unwrap();
+    for other in all.chunks(len.max(1)) {
+        assert_same(other, &x, format_args!("ranks differ: {what}"));
+    }
+    for (i, (got, right)) in x.iter().zip(expected).enumerate() {
+        let (got, right): (f64, f64) = ((*got).into(), right.into());
+        // Each rank's rounding, and that of the expected value, of what is at most 4 a rank.
+        let most = epsilon * 4.0 * (world * (world + 1)) as f64;
+        assert!((got - right).abs() <= most, "{what}: element {i} is {got}, not {right}");
+    }
+}
+
+#[test]
+fn every_algorithm_reduces_over_any_hosts() {
+    for names in ["ab", "aab", "aaaa", "abbab", "aabbc"] {
+        on_hosts(names, |comm| {
+            for algorithm in NETWORK {
+                comm.set_algorithm(Some(algorithm)).unwrap();
+                for len in [0, 1, 5, 1000, 100_003] {
+                    check::<f32>(&comm, algorithm, len, ReduceOp::Sum, 2f64.powi(-24));
+                    check::<bf16>(&comm, algorithm, len, ReduceOp::Average, 2f64.powi(-8));
+                }
+                check::<f32>(&comm, algorithm, 777, ReduceOp::Average, 2f64.powi(-24));
+                check::<f32>(&comm, algorithm, 777, ReduceOp::PreScaledSum(0.3), 2f64.powi(-24));
+                check::<f64>(&comm, algorithm, 777, ReduceOp::Average, 2f64.powi(-53));
+                check::<bf16>(&comm, algorithm, 777, ReduceOp::Max, 0.0);
+                let mut x = buffer::<i32>(comm.rank(), 5000);
+                comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+                assert_same(&x, &reduced(ReduceOp::Sum, comm.world(), 5000), "integers have no order");
+                // To one rank it is a direct exchange, whatever is set.
+                let mut x = buffer::<f32>(comm.rank(), 100);
+                comm.reduce(&mut x, ReduceOp::Sum, 1).unwrap();
+                let own = buffer(comm.rank(), 100);
+                let expected = if comm.rank() == 1 { reduced(ReduceOp::Sum, comm.world(), 100) } else { own };
+                assert_same(&x, &expected, "reduce");
+            }
+        });
+    }
+}
+
+#[test]
+fn rank_0_says_how_all_choose() {
+    // Two hosts, and a link between them for which little pays but to cross it rarely.
+    let slow = |any_order, rank: usize| {
+        let link = |alpha_us, gbps| Link { alpha_us, gbps, overhead_us: 1.0 };
+        // What the others think of it doesn't count.
+        let links = if rank == 0 {
+            Links { intra: link(5.0, 10.0), inter: link(50.0, 0.01) }
+        } else {
+            Links::default()
+        };
+        NetworkOptions { links, any_order: any_order == (rank == 0), host: Some((rank / 3).to_string()) }
+    };
+    for any_order in [false, true] {
+        ranks(
+            6,
+            |rank| slow(any_order, rank),
+            |comm| {
+                let chosen: Vec<Algorithm> =
+                    [8, 64 << 10, 4 << 20].iter().map(|bytes| comm.algorithm(*bytes).unwrap()).collect();
+                let expected = match any_order {
+                    true => [Algorithm::OneShot, Algorithm::Hierarchical, Algorithm::Hierarchical],
+                    false => [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Chain],
+                };
+                assert_eq!(chosen, expected);
+                let mut x = buffer::<f32>(comm.rank(), 1 << 20);
+                comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+                let right = reduced::<f32>(ReduceOp::Sum, 6, 1 << 20);
+                assert!(x.iter().zip(&right).all(|(a, b)| (a - b).abs() < 1e-5));
+                if !any_order {
+                    assert_same(&x, &right, "in the ranks' order");
+                }
+                // Where order makes no difference it need not be allowed.
+                let plan = comm.all_reduce_plan::<i32>(1 << 20, ReduceOp::Sum).unwrap();
+                assert!(format!("{plan:?}").contains("Hierarchical"), "{plan:?}");
+                // A group of one host knows that it is, and a group of both what is between them.
+                let half = comm.split(Some(comm.rank() as u32 / 3), 0).unwrap().unwrap();
+                assert_eq!(half.algorithm(4 << 20).unwrap(), Algorithm::TwoShot);
+                let across = comm.subgroup(&[5, 0, 1]).unwrap();
+                if let Some(across) = across {
+                    let mut x = buffer::<f32>(across.rank(), 1000);
+                    across.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+                    let right = reduced::<f32>(ReduceOp::Sum, 3, 1000);
+                    assert!(x.iter().zip(&right).all(|(a, b)| (a - b).abs() < 1e-5));
+                }
+            },
+        );
+    }
+}
+
+/// What every rank must get: the sum of what each rank's elements are after rounding, rounded, which `round` does.
+fn rounded(world: usize, len: usize, average: bool, round: impl Fn(&[f32]) -> Vec<f32>) -> Vec<f32> {
+    let mut sum = round(&buffer::<f32>(0, len));
+    for rank in 1..world {
+        sum.iter_mut().zip(round(&buffer::<f32>(rank, len))).for_each(|(sum, x)| *sum += x);
+    }
+    if average {
+        sum.iter_mut().for_each(|x| *x /= world as f32);
+    }
+    round(&sum)
+}
+
+/// Block-scaled bytes as they are defined, in plain arithmetic.
+fn q8(x: &[f32]) -> Vec<f32> {
+    let block = |x: &[f32]| {
+        let most = x.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let near = bf16::from_f32(most / 127.0);
+        let scale =
+            if near.to_f32() < most / 127.0 { bf16::from_bits(near.to_bits() + 1) } else { near }.to_f32();
+        x.iter().map(|x| f32::from((x / scale).round_ties_even() as i8) * scale).collect::<Vec<f32>>()
+    };
+    x.chunks(32).flat_map(block).collect()
+}
+
+fn half(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect()
+}
+
+#[test]
+fn fewer_bits_give_the_defined_result_whatever_the_algorithm() {
+    for names in ["ab", "aab", "abcab"] {
+        on_hosts(names, |comm| {
+            for algorithm in [None, Some(Algorithm::OneShot), Some(Algorithm::TwoShot), Some(Algorithm::Ring)]
+            {
+                comm.set_algorithm(algorithm).unwrap();
+                for len in [0, 1, 31, 32, 33, 1000, 200_003] {
+                    for (op, average) in [(ReduceOp::Sum, false), (ReduceOp::Average, true)] {
+                        let mut x = buffer::<f32>(comm.rank(), len);
+                        comm.all_reduce_wire(&mut x, op, Wire::Bf16).unwrap();
+                        assert_same(&x, &rounded(comm.world(), len, average, half), "bf16");
+                        let mut x = buffer::<f32>(comm.rank(), len);
+                        comm.all_reduce_wire(&mut x, op, Wire::Q8).unwrap();
+                        assert_same(&x, &rounded(comm.world(), len, average, q8), "q8");
+                    }
+                }
+                // As short already: as it is.
+                let mut x = buffer::<bf16>(comm.rank(), 100);
+                comm.set_algorithm(None).unwrap();
+                comm.all_reduce_wire(&mut x, ReduceOp::Sum, Wire::Bf16).unwrap();
+                assert_same(&x, &reduced(ReduceOp::Sum, comm.world(), 100), "bf16 as it is");
+            }
+            let error = comm.all_reduce_wire(&mut [1f64], ReduceOp::Sum, Wire::Q8).unwrap_err();
+            assert!(error.to_string().contains("not sum of f64"), "{error}");
+            let error = comm.all_reduce_wire(&mut [1f32], ReduceOp::Max, Wire::Q8).unwrap_err();
+            assert!(error.to_string().contains("not max of f32"), "{error}");
+            // Who doesn't send as many bits is told apart.
+            let mut x = [1f32; 100];
+            let error = match comm.rank() {
+                0 => comm.all_reduce_wire(&mut x, ReduceOp::Sum, Wire::Q8),
+                _ => comm.all_reduce(&mut x, ReduceOp::Sum),
+            };
+            let text = error.unwrap_err().to_string();
+            assert!(text.contains("all_reduce(100 x f32, sum, wire q8)"), "{text}");
+        });
+    }
+}
+
+#[test]
+fn shared_memory_sends_elements_as_they_are() {
+    threads(3, &Options::default(), |comm| {
+        for wire in Wire::ALL {
+            let mut x = buffer::<f32>(comm.rank(), 1000);
+            comm.all_reduce_wire(&mut x, ReduceOp::Sum, wire).unwrap();
+            assert_same(&x, &reduced(ReduceOp::Sum, 3, 1000), wire);
+        }
+    });
+}
+
+#[test]
+fn shared_memory_refuses_a_networks_algorithms() {
+    threads(2, &Options::default(), |comm| {
+        for algorithm in NETWORK {
+            comm.set_algorithm(Some(algorithm)).unwrap();
+            let error = comm.all_reduce(&mut [1f32], ReduceOp::Sum).unwrap_err().to_string();
+            assert!(error.contains("not for shared memory"), "{error}");
+        }
+        comm.set_algorithm(None).unwrap();
+        comm.barrier().unwrap();
+    });
+}
