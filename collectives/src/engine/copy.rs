@@ -10,6 +10,9 @@ const PAGES: usize = 4;
 /// caches. What doesn't stay there need not be read from memory first only to be overwritten.
 pub(super) const STREAM_FROM: usize = 8 << 20;
 
+/// The same for what a rank copies from its own input, which no peer has just sent through those caches.
+const STREAM_OWN_FROM: usize = 4 << 20;
+
 /// How a call copies what a peer wrote into an output of `bytes` bytes.
 pub(super) fn copy_for(bytes: usize) -> fn(&mut [u8], &[u8]) {
     if bytes >= STREAM_FROM { copy_past_caches } else { copy_from_peer }
@@ -17,7 +20,7 @@ pub(super) fn copy_for(bytes: usize) -> fn(&mut [u8], &[u8]) {
 
 /// How a call copies this rank's own into an output of `bytes` bytes.
 pub(super) fn own_copy_for(bytes: usize) -> fn(&mut [u8], &[u8]) {
-    if bytes >= STREAM_FROM { copy_past_caches } else { <[u8]>::copy_from_slice }
+    if bytes >= STREAM_OWN_FROM { copy_past_caches } else { <[u8]>::copy_from_slice }
 }
 
 /// As [`copy_from_peer`], with non-temporal stores, where the processor has them.

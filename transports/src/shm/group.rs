@@ -292,9 +292,10 @@ impl Group {
             let floor = step - DEPTH + 1;
             for peer in 0..self.world() {
                 if self.seen[peer] < floor && peer != self.rank() {
-                    // One step more than it must be, so that a rank which runs ahead looks every other step. It comes: a
-                    // peer publishes a step once it has seen earlier ones, and this rank has published all of them.
-                    self.wait_any_call(peer, floor + 1)?;
+                    // Some steps more than it must be, so that a rank which runs ahead need not look in every step. They
+                    // come: a peer publishes a step once it has seen earlier ones, and this rank has published all
+                    // of them.
+                    self.wait_any_call(peer, floor + DEPTH / 2 - 1)?;
                 }
             }
         }
