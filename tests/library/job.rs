@@ -62,17 +62,22 @@ pub(crate) struct Job {
 impl Job {
     /// Starts `body` in `world` processes that find each other through a store.
     pub(crate) fn start(body: &str, world: usize, env: &[(&str, &str)]) -> Job {
+        Job::start_each(body, world, |_| env.to_vec())
+    }
+
+    /// As [`start`](Job::start), rank `r` with the variables `env(r)`.
+    pub(crate) fn start_each<'a>(
+        body: &str,
+        world: usize,
+        env: impl Fn(usize) -> Vec<(&'a str, &'a str)>,
+    ) -> Job {
         let store = StoreServer::start().unwrap();
         let address = store.address();
         let start = |rank: usize| {
-            let (rank, world) = (rank.to_string(), world.to_string());
-            let place = [
-                ("TENSORWIRE_RANK", rank.as_str()),
-                ("TENSORWIRE_WORLD", &world),
-                ("TENSORWIRE_STORE", &address),
-            ];
-            let env = place.iter().chain(env).copied().collect::<Vec<_>>();
-            spawn(None, body, &env, Some((&address, world.parse().unwrap())))
+            let (own, all) = (rank.to_string(), world.to_string());
+            let place =
+                [("TENSORWIRE_RANK", &*own), ("TENSORWIRE_WORLD", &all), ("TENSORWIRE_STORE", &address)];
+            spawn(None, body, &[&place[..], &env(rank)].concat(), Some((&address, world)))
         };
         Job { ranks: (0..world).map(start).collect(), store }
     }

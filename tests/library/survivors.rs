@@ -48,13 +48,11 @@ pub(crate) fn bystander() {
 #[test]
 fn a_death_is_known_while_waiting_for_one_that_is_slow() {
     let mut job = Job::start("bystander", 3, &[]);
-    let mut knows = |rank| {
+    for rank in [2, 0] {
         let (status, text) = job.join_within(rank, SOON);
         assert!(status.success() && text.contains("known"), "{text}");
-    };
-    knows(2);
-    job.reach("rank 2 knows");
-    knows(0);
+        job.reach("rank 2 knows");
+    }
 }
 
 /// All but one rank are killed, one after the other, each at a moment of its own, wherever it is then; the rest go
@@ -212,17 +210,8 @@ fn who_waits_in_another_group_is_not_blamed() {
     // Where rank 0's own timeout is later than rank 1's, rank 1 must find out who it is, and wait until rank 0 gives up
     // as well: for longer than it would otherwise.
     for late in ["2", "5"] {
-        let env = |rank: &'static str, timeout| vec![("RANK", rank), ("TENSORWIRE_TIMEOUT", timeout)];
-        let id = format!("{}-{late}", std::process::id());
-        let envs: Vec<Vec<(&str, &str)>> = [env("0", late), env("1", "2"), env("2", "2")]
-            .into_iter()
-            .map(|mut env| {
-                env.extend([("WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511")]);
-                env.push(("TORCHELASTIC_RUN_ID", &*id));
-                env
-            })
-            .collect();
-        let mut job = Job::start_with("indirect", &envs);
+        let timeout = |rank| if rank == 0 { late } else { "2" };
+        let mut job = Job::start_each("indirect", 3, |rank| vec![("TENSORWIRE_TIMEOUT", timeout(rank))]);
         for rank in [0, 1] {
             let (status, text) = job.join_within(rank, SOON);
             assert!(status.success() && text.contains("told"), "{text}");
