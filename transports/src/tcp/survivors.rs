@@ -251,7 +251,8 @@ impl<'a> Talk<'a> {
                     false
                 }
                 Asked::Now => {
-                    let answers = shared.answers();
+                    let mut answers = shared.answers();
+                    answers.retain(|(peer, _)| awaited.contains(peer));
                     let is_open = answers.iter().any(|(_, answer)| *answer == Answer::Awaited);
                     let waits = |answer| if let Answer::Waits(left) = answer { left } else { Duration::ZERO };
                     let left = answers.iter().map(|(_, a)| waits(*a)).max().unwrap_or_default();
