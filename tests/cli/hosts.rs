@@ -160,9 +160,12 @@ fn signals_end_all_ranks_everywhere() {
     }
     // Ranks that don't heed it are killed by a second one.
     let mark = format!("twice-{}", std::process::id());
-    let (child, _out) = start(&hosts, &mark, "trap '' INT; echo ready; sleep 60; sleep 60");
+    let deaf = "trap 'echo heard' INT; echo ready; while :; do sleep 0.05; done";
+    let (child, mut out) = start(&hosts, &mark, deaf);
     send(child.id(), Signal::INT);
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    for _ in 0..4 {
+        read_until(&mut out, |line| line.contains("heard"));
+    }
     send(child.id(), Signal::INT);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(137), "{}", stderr(&output));
@@ -262,7 +265,10 @@ fn ranks_may_meet_in_a_directory_or_where_rank_0_serves() {
     let hosts = Hosts::two();
     let bench = env!("CARGO_BIN_EXE_tensorwire");
     let directory = format!("file:{}", hosts.path("meet"));
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    // Below the ports that systems give to connections.
+    let begin = 29_100 + (std::process::id() % 3000) as u16;
+    let is_free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let free = (begin..32_767).find(is_free).unwrap();
     for store in [directory, format!("tcp:127.0.0.1:{free}")] {
         let (file, shell) = (hosts.path("hosts"), hosts.path("remote-shell"));
         let args =

@@ -73,6 +73,14 @@ pub(crate) fn threads(world: usize, options: &Options, body: impl Fn(Communicato
     });
 }
 
+/// A port on the loopback interface that is free, and that no system gives to a connection or to who asks for any port.
+#[cfg(feature = "tcp")]
+pub(crate) fn free_port() -> u16 {
+    // Others that look at the same time begin elsewhere.
+    let begin = 29_100 + (std::process::id() % 3000) as u16;
+    (begin..32_767).find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
+}
+
 /// What carries the data of a test's ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Over {

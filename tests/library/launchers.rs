@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use tensorwire::transports::store::StoreServer;
+use tensorwire::Deadline;
+use tensorwire::transports::store::{Store, StoreServer, UnixStore};
 use tensorwire::transports::tcp::Secret;
 
+use crate::common::free_port;
 use crate::job::{Job, own_command};
 
 /// Long enough for a busy machine, and far below the default timeout of 30 s.
@@ -55,7 +57,7 @@ fn the_variables_that_srun_sets() {
 #[test]
 fn the_variables_of_a_kubernetes_indexed_job() {
     let secret = Secret::generate().unwrap().to_hex();
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let free = free_port().to_string();
     // What the control plane sets, and what examples/kubernetes.yaml does.
     let pod = |index| {
         vec![
@@ -178,11 +180,16 @@ fn a_rank_of_another_world_is_refused_and_those_who_wait_for_it_learn_it() {
     let secret = Secret::generate().unwrap();
     let hex = secret.to_hex();
     each_store(&secret, 2, |store| {
-        let mut job = Job::start_with("join", &[place(store, "0", "2", &hex)]);
-        // Rank 0 is the one that says what the world is, where the launcher doesn't.
-        std::thread::sleep(Duration::from_millis(300));
-        let mut other = Job::start_with("join", &[place(store, "1", "3", &hex)]);
-        let (_, wrong) = other.join_within(0, SOON);
+        let mut other = place(store, "1", "3", &hex);
+        other.push(("TENSORWIRE_TEST_AWAIT", "rank 0 is in"));
+        let mut job = Job::start_with("join", &[place(store, "0", "2", &hex), other]);
+        if store.starts_with("unix:") {
+            // Where the launcher doesn't say what the world is, the first to come does.
+            let store = UnixStore::connect(store, Deadline::after(SOON)).unwrap();
+            store.get("tcp/1/at/0", Deadline::after(SOON)).unwrap();
+        }
+        job.reach("rank 0 is in");
+        let (_, wrong) = job.join_within(1, SOON);
         assert!(wrong.contains("for a world of 3"), "{store}: {wrong}");
         let (_, zero) = job.join_within(0, SOON);
         assert!(zero.contains("rank(s) [1] did not come within 2s"), "{store}: {zero}");

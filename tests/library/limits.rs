@@ -21,7 +21,8 @@ fn shared_bytes() -> u64 {
     let link = format!("/memfd:{MEMORY_NAME} (deleted)");
     let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten().map(|f| f.path());
     let ours = files.filter(|f| std::fs::read_link(f).is_ok_and(|to| to.to_string_lossy() == link));
-    let sizes = ours.map(|f| std::fs::metadata(f).unwrap()).map(|m| (m.ino(), m.blocks() * 512));
+    // Another thread may close one meanwhile.
+    let sizes = ours.flat_map(std::fs::metadata).map(|m| (m.ino(), m.blocks() * 512));
     sizes.collect::<BTreeMap<_, _>>().into_values().sum()
 }
 
@@ -45,9 +46,10 @@ struct Held {
     own: u64,
 }
 
-/// What is held once it is `enough`: the threads of started calls end on their own, and let go of their group then.
+/// What is held once it is `enough`: the threads of started calls end on their own, and let go of their group then. To be
+/// called by one thread at a time: each look at the files opens one.
 fn held(enough: impl Fn(&Held) -> bool) -> Held {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + SOON;
     loop {
         let held = Held {
             shared: shared_bytes(),
@@ -106,15 +108,20 @@ pub(crate) fn many_calls() {
                 assert_eq!(x, [2.0 * i as f32, 1.0]);
             }
         };
-        // What the first calls take once. Here and below both ranks have let go of what they had when the second
-        // barrier is over, and nobody takes anything new.
+        // What rank 0 sees held between two barriers: both ranks have let go of what they had, and nobody takes anything
+        // new.
+        let between_barriers = |look: &dyn Fn() -> Held| {
+            comm.barrier().unwrap();
+            let seen = (me == 0).then(look);
+            comm.barrier().unwrap();
+            seen
+        };
+        // What the first calls take once.
         (0..640).for_each(mixed);
         million(1000);
-        comm.barrier().unwrap();
         // The harness's thread, the test's, the ranks', and those of their started calls.
-        let before = held(|h| h.threads == 6);
-        comm.barrier().unwrap();
-        if me == 0 {
+        let before = between_barriers(&|| held(|h| h.threads == 6));
+        if let Some(before) = &before {
             let most = 2 * (8 * MIB + (64 << 10));
             assert!(before.shared <= most, "{before:?}: over 8 MiB a rank and 64 KiB a peer");
             let stated = 2 * ((4 * MIB) + (8 << 10) + (64 << 10)) + (16 << 10);
@@ -122,10 +129,9 @@ pub(crate) fn many_calls() {
         }
         (0..100_000).for_each(mixed);
         million(1_000_000);
-        comm.barrier().unwrap();
-        let after = held(|h| (h.shared, h.files, h.threads) == (before.shared, before.files, before.threads));
-        comm.barrier().unwrap();
-        if me == 0 {
+        let counts = |h: &Held| (h.shared, h.files, h.threads);
+        let after = between_barriers(&|| held(|h| Some(counts(h)) == before.as_ref().map(counts)));
+        if let (Some(before), Some(after)) = (before, after) {
             println!("\nbefore {before:?}, after {after:?}");
             assert!(after.own < before.own + 4 * MIB);
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::job::{Job, run_rank};
+use crate::job::{Job, await_point, run_rank};
 use crate::{faults, limits, survivors, tuning};
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
@@ -38,7 +38,12 @@ fn rank_process() {
         ("indirect", survivors::indirect),
         ("tuned", tuning::tuned),
         ("tuned threads", tuning::tuned_threads),
+        #[cfg(feature = "tcp")]
+        ("strangers", crate::strangers::strangers),
         ("join", || {
+            if let Ok(point) = std::env::var("TENSORWIRE_TEST_AWAIT") {
+                await_point(&point);
+            }
             println!("{}", Communicator::from_env().map_or_else(|e| e.to_string(), |_| "joined".into()))
         }),
     ]);

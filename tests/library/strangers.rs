@@ -9,6 +9,8 @@ use tensorwire::Deadline;
 use tensorwire::transports::store::{LOOPBACK, Store, TcpStore, TcpStoreServer};
 use tensorwire::transports::tcp::Secret;
 
+use crate::job::Job;
+
 /// Long enough for a busy machine.
 const SOON: Duration = Duration::from_secs(20);
 
@@ -79,8 +81,14 @@ fn status(field: &str) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// In a process of its own, whose memory and threads nothing else changes.
 #[test]
 fn ten_thousand_strangers_do_not_disturb_a_running_job() {
+    let (status, text) = Job::start("strangers", 1, &[]).join(0);
+    assert!(status.success(), "{text}");
+}
+
+pub(crate) fn strangers() {
     let secret = Secret::generate().unwrap();
     let server = TcpStoreServer::start(LOOPBACK, 2, &secret).unwrap();
     let to = address(&server);

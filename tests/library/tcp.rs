@@ -544,9 +544,19 @@ fn a_stopped_rank_is_left_behind_and_does_not_go_on_alone() {
 
 #[test]
 fn who_waits_in_another_group_is_not_blamed() {
-    let mut job = start("indirect", 3, &[("TENSORWIRE_TIMEOUT", "2"), ("TENSORWIRE_PEER_TIMEOUT", "2")]);
-    for rank in [0, 1] {
-        let (status, text) = job.join_within(rank, SOON);
-        assert!(status.success() && text.contains("told"), "{text}");
+    let secret = Secret::generate().unwrap().to_hex();
+    for late in ["2", "5"] {
+        let mut job = Job::start_each("indirect", 3, |rank| {
+            vec![
+                ("TENSORWIRE_TRANSPORT", "tcp"),
+                ("TENSORWIRE_SECRET", &*secret),
+                ("TENSORWIRE_TIMEOUT", if rank == 0 { late } else { "2" }),
+                ("TENSORWIRE_PEER_TIMEOUT", "2"),
+            ]
+        });
+        for rank in [0, 1] {
+            let (status, text) = job.join_within(rank, 2 * SOON);
+            assert!(status.success() && text.contains("told"), "{text}");
+        }
     }
 }

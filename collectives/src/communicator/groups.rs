@@ -91,7 +91,8 @@ impl Communicator {
 
     /// After a failure, a communicator of the ranks that are still there, in their old order. Every survivor
     /// calls it; ranks that have ended or left, and those that a timeout named, are left out. It waits up to the
-    /// timeout for survivors that haven't called it yet. If the group hasn't failed, this ends it.
+    /// timeout for survivors that haven't called it yet, and longer for those that wait in a call of another group: up to
+    /// the timeout from when that call gives up. If the group hasn't failed, this ends it.
     ///
     /// Over TCP, a rank that a timeout named takes part if it answers within `TENSORWIRE_PEER_TIMEOUT`: it may only have
     /// waited for another. Where a network falls apart, the ranks on either side go on as a group of their own.

@@ -135,10 +135,11 @@ impl NetEngine {
     ) -> Result<(), Failure> {
         let Some(local) = &mut self.local else { return Ok(()) };
         let Some(engine) = &mut local.engine else { return Ok(()) };
-        engine.group.allow(if behind { local.timeout + BEHIND } else { local.timeout });
-        self.group.waits_elsewhere(true);
+        let timeout = if behind { local.timeout + BEHIND } else { local.timeout };
+        engine.group.allow(timeout);
+        self.group.waits_elsewhere(Some(timeout));
         let done = body(engine);
-        self.group.waits_elsewhere(false);
+        self.group.waits_elsewhere(None);
         // Before this rank may wait for another host.
         engine.group.ring();
         done

@@ -133,8 +133,15 @@ fn a_rank_that_ignores_sigterm_is_killed() {
 
 #[test]
 fn what_a_rank_leaves_behind_is_ended() {
+    // What is left to say is said when the rank has ended, which closes the pipe.
+    let dir = tempfile::tempdir().unwrap();
+    let script = r#"
+        sleep 60 & echo $!
+        pipe="$DIR/$TENSORWIRE_RANK"; mkfifo "$pipe"
+        (read none < "$pipe"; echo late) &
+        exec 3> "$pipe"; exit 0"#;
     let start = Instant::now();
-    let (outcome, lines) = run(shell(2, "sleep 60 & echo $!; (sleep 0.05; echo late) & exit 0"));
+    let (outcome, lines) = run(shell(2, script).env("DIR", dir.path()));
     assert!(start.elapsed() < SOON);
     assert_eq!(outcome.exit_code(), 0);
     assert_eq!(lines.iter().filter(|l| l.2 == "late").count(), 2);

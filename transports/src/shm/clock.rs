@@ -21,7 +21,7 @@ impl Clock {
     /// monotonic clock otherwise.
     pub(super) fn of_this_machine() -> Clock {
         let clock = Clock { counter: counter_is_steady() };
-        ANCHOR.get_or_init(|| (clock.now(), Instant::now()));
+        ANCHOR.get_or_init(|| clock.moment());
         clock
     }
 
@@ -36,11 +36,20 @@ impl Clock {
         monotonic()
     }
 
+    /// The same moment by this clock and by the system's: of a few tries, the one in which least passed between the two
+    /// looks at this clock, for the thread may lose its processor there.
+    fn moment(self) -> (u64, Instant) {
+        let tries = std::iter::repeat_with(|| (self.now(), Instant::now(), self.now())).take(4);
+        let best = tries.min_by_key(|(before, _, after)| after.saturating_sub(*before));
+        best.map(|(before, at, _)| (before, at)).expect("there are some")
+    }
+
     /// What moments of this clock mean now.
     pub(super) fn reading(self) -> Reading {
-        let (ticks, at) = *ANCHOR.get_or_init(|| (self.now(), Instant::now()));
+        let (ticks, at) = *ANCHOR.get_or_init(|| self.moment());
         std::thread::sleep(COMPARED.saturating_sub(at.elapsed()));
-        let (now, passed) = (self.now(), at.elapsed());
+        let (now, here) = self.moment();
+        let passed = here - at;
         let seconds_a_tick = passed.as_secs_f64() / now.saturating_sub(ticks).max(1) as f64;
         Reading { now, seconds_a_tick }
     }
@@ -91,10 +100,11 @@ mod tests {
     #[test]
     fn both_clocks_agree_with_the_systems() {
         for clock in [Clock::of_this_machine(), Clock { counter: false }] {
-            let (before, start) = (clock.now(), Instant::now());
+            let (before, start) = clock.moment();
             std::thread::sleep(Duration::from_millis(20));
             // Each kind has its own units: the comparison is made anew here, not with the other's anchor.
-            let (after, passed) = (clock.now(), start.elapsed());
+            let (after, end) = clock.moment();
+            let passed = end - start;
             assert!(after > before);
             if clock.counter == counter_is_steady() {
                 let measured = clock.reading().between(before, after);

@@ -13,7 +13,7 @@
 //! | `LaneHead::written` | the lane's sender, Release, after the bytes | the receiver, Acquire | makes the bytes visible |
 //! | `LaneHead::read` | the lane's receiver, Release, after copying | the sender, Acquire | the bytes may be overwritten |
 //! | `Control::records` | its rank: see `record` | anyone | what the rank called |
-//! | `Control::looked`, `awaits` | its rank, Relaxed, while it waits for long | anyone | says who keeps whom waiting; nothing depends on it |
+//! | `Control::looked`, `awaits`, `remaining` | its rank, Relaxed, while it waits for long | anyone | says who keeps whom waiting, and for how long survivors wait for whom: no data depends on it |
 //! | `Control::pid` | its rank, Relaxed, when it joins | anyone | a number for a person |
 //!
 //! All zeros is the state that a group begins in.
@@ -48,9 +48,11 @@ pub(super) struct Control {
     /// How far the rank is on its way to go on without those that are gone: see `form`.
     pub(super) shrinking: AtomicU32,
     pub(super) sleeping: AtomicU32,
-    /// While the rank waits for long: the peer that it waits for, and when it last looked around.
+    /// While the rank waits for long: the peer that it waits for, when it last looked around, and for how many
+    /// nanoseconds from then it goes on.
     pub(super) awaits: AtomicU32,
     pub(super) looked: AtomicU64,
+    pub(super) remaining: AtomicU64,
     pub(super) doorbell: Line<Doorbell>,
     /// Why this rank says that the group ended.
     pub(super) verdict: UnsafeCell<Verdict>,

@@ -155,8 +155,9 @@ impl Group {
 
     /// Forms a group of the ranks that are still there, in their old order, after this one has failed. Every
     /// survivor calls it, once. A rank that has ended, left, or is the one that a timeout named, is left out; for
-    /// the others it waits up to the timeout. The first that has come decides; if it is stopped before it does, the
-    /// next one.
+    /// the others it waits up to the timeout, and for one that it sees waiting in a call of another group up to the
+    /// timeout from when that call gives up. The first that has come decides; if it is stopped before it does, the next
+    /// one.
     pub fn shrink(&self) -> Result<Group> {
         let (shared, me) = (&self.shared, self.rank());
         if !shared.ended() {
@@ -169,7 +170,9 @@ impl Group {
         }
         mine.store(READY, Ordering::Release);
         shared.wake_everyone();
-        let decision = self.decision().inspect_err(|_| mine.store(0, Ordering::Release))?;
+        let decision = self.decision().inspect_err(|_| mine.store(0, Ordering::Release));
+        self.show_waiting(None);
+        let decision = decision?;
         mine.store(WENT_ON, Ordering::Relaxed);
         let members = decision.ranks();
         let rank = members.iter().position(|r| *r == me).ok_or_else(|| {
@@ -178,7 +181,10 @@ impl Group {
         })?;
         let layout = Layout::new(members.len(), shared.words.layout.slots())?;
         let liveness = self.liveness.subset(&members);
-        Group::enter_part(self.memory(), decision.start, layout, rank, liveness, &self.options)
+        let mut group =
+            Group::enter_part(self.memory(), decision.start, layout, rank, liveness, &self.options)?;
+        group.above = self.above_another(&members);
+        Ok(group)
     }
 
     /// Waits for the decision who goes on, or makes it when it is this rank's turn.
@@ -187,6 +193,9 @@ impl Group {
         let (header, deadline) = (shared.words.header(), Deadline::after(timeout));
         let doorbell = &shared.words.control(me).doorbell.0;
         let lost = shared.lost();
+        let began = shared.clock.now();
+        // When it is too late to come, for each.
+        let mut until = vec![deadline; self.world()];
         let mut overdue: Option<Instant> = None;
         loop {
             let bell = doorbell.look();
@@ -202,9 +211,21 @@ impl Group {
             let state = |r: usize| shared.words.control(r).shrinking.load(Ordering::Acquire);
             let there: Vec<usize> = (0..self.world()).filter(|r| *r == me || !gone(*r)).collect();
             let states: Vec<u32> = there.iter().map(|r| state(*r)).collect();
-            let ready = there.iter().zip(&states).filter(|(_, state)| **state != 0);
-            let ready: Vec<usize> = ready.map(|(r, _)| *r).collect();
-            if deadline.passed() {
+            let come = |has: bool| there.iter().zip(&states).filter(move |(_, s)| (**s != 0) == has);
+            let ready: Vec<usize> = come(true).map(|(r, _)| *r).collect();
+            let missing: Vec<usize> = come(false).map(|(r, _)| *r).collect();
+            // Each is seen for as long as the timeout allows, and no longer: it may make calls forever.
+            if !deadline.passed() {
+                let reading = shared.clock.reading();
+                for r in &missing {
+                    if let Some(left) = self.still_waits(*r, began, &reading) {
+                        until[*r] = Deadline::after(left.saturating_add(timeout));
+                    }
+                }
+            }
+            let left = missing.iter().map(|r| until[*r].remaining()).max().unwrap_or_default();
+            self.show_waiting(missing.first().map(|r| (*r, left)));
+            if deadline.passed() && left.is_zero() {
                 shared.words.control(me).shrinking.store(OVERDUE, Ordering::Release);
             }
             // All take it from the first whose time is up, so that they agree whose turn it is.

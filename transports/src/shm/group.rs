@@ -15,6 +15,7 @@ use std::time::Duration;
 use tensorwire_core::{Call, Deadline, Error, Op, Result, Tuning};
 
 use super::cache;
+use super::clock::Reading;
 use super::control::LEFT;
 use super::flight::FlightRecord;
 use super::layout::{DEPTH, INLINE, Span};
@@ -448,7 +449,7 @@ impl Group {
             for peer in awaited.late(&self.shared) {
                 self.check_peer(peer, awaited.of(peer), deadline).inspect_err(|_| self.show_waiting(None))?;
             }
-            self.show_waiting(awaited.peers().last());
+            self.show_waiting(awaited.peers().last().map(|peer| (peer, deadline.remaining())));
             self.sleep(awaited, bell, deadline);
             if arrived() {
                 self.show_waiting(None);
@@ -457,14 +458,26 @@ impl Group {
         }
     }
 
-    /// Shows everyone for whom this rank waits: in the groups above too, where its peers may wait for it.
-    fn show_waiting(&self, peer: Option<usize>) {
-        self.shared.show_waiting(peer);
+    /// Shows everyone for whom this rank waits, and for how long it will: in the groups above too, where its peers may
+    /// wait for it.
+    pub(super) fn show_waiting(&self, waiting: Option<(usize, Duration)>) {
+        self.shared.show_waiting(waiting);
         for above in &self.above {
             if let Some(shared) = above.shared.upgrade() {
-                shared.show_waiting(peer.map(|peer| above.ranks[peer]));
+                shared.show_waiting(waiting.map(|(peer, remaining)| (above.ranks[peer], remaining)));
             }
         }
+    }
+
+    /// For how much longer a peer will wait in a call of another group, if it has been seen to after `moment`: a group
+    /// that was split from this one, or that was made from the same as this one.
+    pub(super) fn still_waits(&self, peer: usize, moment: u64, reading: &Reading) -> Option<Duration> {
+        let below = self.shared.still_waits(peer, moment, reading);
+        let above = self
+            .above
+            .iter()
+            .filter_map(|above| above.shared.upgrade()?.still_waits(above.ranks[peer], moment, reading));
+        above.chain(below).max()
     }
 
     /// Sleeps until somebody rings, or it is time to look whether the peers are alive.

@@ -86,6 +86,7 @@ fn control() -> Control {
         sleeping: AtomicU32::new(0),
         awaits: AtomicU32::new(0),
         looked: AtomicU64::new(0),
+        remaining: AtomicU64::new(0),
         doorbell: Line(Doorbell::new()),
         // SAFETY: a verdict is valid from any bytes.
         verdict: UnsafeCell::new(unsafe { zeroed() }),

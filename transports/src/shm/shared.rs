@@ -128,13 +128,30 @@ impl Shared {
         (0..self.world()).for_each(|rank| self.words.control(rank).doorbell.0.ring());
     }
 
-    /// Shows for whom this rank waits, unless it has left the group: the memory may be somebody else's then.
-    pub(super) fn show_waiting(&self, peer: Option<usize>) {
-        let control = self.words.control(self.rank);
-        if control.state.load(Ordering::Relaxed) != LEFT {
-            control.awaits.store(peer.unwrap_or(self.rank) as u32, Ordering::Relaxed);
-            control.looked.store(peer.map_or(0, |_| self.clock.now()), Ordering::Relaxed);
+    /// Shows for whom this rank waits, and for how long it will, unless it has left the group: the memory may be
+    /// somebody else's then.
+    pub(super) fn show_waiting(&self, waiting: Option<(usize, Duration)>) {
+        if self.has_left() {
+            return;
         }
+        let control = self.words.control(self.rank);
+        let (peer, remaining) = waiting.unwrap_or((self.rank, Duration::ZERO));
+        let remaining = u64::try_from(remaining.as_nanos()).unwrap_or(u64::MAX);
+        control.awaits.store(peer as u32, Ordering::Relaxed);
+        control.remaining.store(remaining, Ordering::Relaxed);
+        control.looked.store(waiting.map_or(0, |_| self.clock.now()), Ordering::Relaxed);
+    }
+
+    fn has_left(&self) -> bool {
+        self.words.control(self.rank).state.load(Ordering::Relaxed) == LEFT
+    }
+
+    /// For how much longer a rank will wait for another, if it has been seen to wait after `moment`.
+    pub(super) fn still_waits(&self, rank: usize, moment: u64, reading: &Reading) -> Option<Duration> {
+        let control = self.words.control(rank);
+        let looked = control.looked.load(Ordering::Relaxed);
+        let remaining = Duration::from_nanos(control.remaining.load(Ordering::Relaxed));
+        (looked > moment && !self.has_left()).then(|| remaining.saturating_sub(reading.since(looked)))
     }
 
     /// The peer that a rank waits for, if it is seen to wait: it looks around every now and then, and has done

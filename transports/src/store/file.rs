@@ -461,11 +461,12 @@ mod tests {
     #[test]
     fn what_a_crashed_run_left_is_not_believed() {
         let (_dir, address) = place();
-        let crashed = FileStore::meet(&address, None, 0, 2, soon()).unwrap();
+        let mut crashed = FileStore::meet(&address, None, 0, 2, soon()).unwrap();
         crashed.set("k", b"old", soon()).unwrap();
         // It ends without cleaning up: its thread stops answering, its files stay.
-        crashed.door.as_ref().unwrap().stop.store(true, Ordering::Release);
-        std::thread::sleep(3 * LOOK);
+        let door = crashed.door.as_mut().unwrap();
+        door.stop.store(true, Ordering::Release);
+        door.thread.take().unwrap().join().unwrap();
         let late = FileStore::meet(&address, None, 1, 2, moment()).unwrap_err().to_string();
         assert!(late.contains("rank 0 has not come"), "{late}");
         std::thread::scope(|s| {
@@ -484,7 +485,7 @@ mod tests {
     #[test]
     fn who_does_not_belong_is_told_why() {
         let (dir, address) = place();
-        let meet = |job, rank, world| FileStore::meet(&address, Some(job), rank, world, moment());
+        let meet = |job, rank, world| FileStore::meet(&address, Some(job), rank, world, soon());
         let _zero = meet("a", 0, 2).unwrap();
         let _one = meet("a", 1, 2).unwrap();
         for (rank, world, says) in [
@@ -496,7 +497,7 @@ mod tests {
             let error = meet("a", rank, world).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
-        let other = meet("b", 1, 2).unwrap_err().to_string();
+        let other = FileStore::meet(&address, Some("b"), 1, 2, moment()).unwrap_err().to_string();
         assert!(other.contains("rank 0 has not come"), "another job's rank 0 answers: {other}");
         assert!(FileStore::meet("file:", None, 0, 1, moment()).is_err());
         let file = dir.path().join("a-file");

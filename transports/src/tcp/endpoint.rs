@@ -18,7 +18,7 @@ use super::hello::{Channel, GroupId, Hello, Status};
 use super::interface::Chosen;
 use super::negotiate::{Arrival, Dial, Refusal};
 use super::secret::{Secret, random};
-use super::shared::Shared;
+use super::shared::{Answer, Shared};
 use super::socket::{self, Wake};
 use super::stream::Identity;
 
@@ -179,6 +179,16 @@ impl Endpoint {
         self.inner.wake.ring();
         Ok(())
     }
+
+    /// Asks peers whether they wait, and for how long they will: see [`Shared::answers`].
+    pub(super) fn ask(&self, group: &Arc<Shared>, peers: &[usize]) {
+        group.ask(peers);
+        for peer in peers {
+            if self.dial(group, Channel::Question, *peer).is_err() {
+                group.answered(*peer, Answer::Elsewhere);
+            }
+        }
+    }
 }
 
 impl Drop for Endpoint {
@@ -307,8 +317,9 @@ impl Inner {
         let group = lock(&self.groups).get(&hello.group).and_then(Weak::upgrade);
         if hello.channel == Channel::Question {
             // In a call of whichever group: whoever waits for this rank there waits for what that call waits for.
-            let waits = lock(&self.groups).values().filter_map(Weak::upgrade).any(|g| g.waits());
-            arrival.settle(&self.secret, if waits { Status::Waits } else { Status::Elsewhere });
+            let groups: Vec<_> = lock(&self.groups).values().filter_map(Weak::upgrade).collect();
+            let waits = groups.iter().filter_map(|g| g.waits()).max();
+            arrival.tell_waits(&self.secret, waits);
             return;
         }
         match group {
@@ -367,8 +378,11 @@ impl Inner {
     fn refused(&self, request: &Request, refusal: &Refusal) {
         if request.hello.channel == Channel::Question {
             if let Some(group) = request.group.upgrade() {
-                let waits = matches!(refusal, Refusal::Status(Status::Waits));
-                group.answered(request.hello.to as usize, waits);
+                let answer = match refusal {
+                    Refusal::Waits(left) => Answer::Waits(*left),
+                    _ => Answer::Elsewhere,
+                };
+                group.answered(request.hello.to as usize, answer);
             }
             return;
         }
@@ -388,7 +402,7 @@ impl Inner {
             Refusal::Stranger(what) => format!("at {at}, {what}"),
             Refusal::Unproved => format!("at {at}, it has another secret: all ranks of a job need the same"),
             Refusal::Cut => "it hung up".to_owned(),
-            Refusal::Untrusted => format!("at {at}, {}", refusal.describe()),
+            Refusal::Untrusted | Refusal::Waits(_) => format!("at {at}, {}", refusal.describe()),
         };
         if let Some(group) = request.group.upgrade() {
             if matches!(refusal, Refusal::Status(Status::WentOn)) {

@@ -83,10 +83,10 @@ impl TcpGroup {
         self.seq
     }
 
-    /// Notes whether this rank waits in another place for others, so that peers which wait for it don't take it for the
-    /// one that is late.
-    pub fn waits_elsewhere(&self, waits: bool) {
-        self.shared.set_waits(waits);
+    /// Notes for how long this rank waits in another place for others, if it does, so that peers which wait for it don't
+    /// take it for the one that is late.
+    pub fn waits_elsewhere(&self, waits: Option<Duration>) {
+        self.shared.set_waits(waits.map(Deadline::after));
     }
 
     /// What carries the group's data: `tcp` or `tls`; where this rank listens, and why there, for a person.
@@ -277,6 +277,7 @@ impl TcpGroup {
     fn close(&mut self, verdict: Verdict, error: Option<Error>, memory: &Memory<'_>) -> Failure {
         let had_failed = self.shared.has_failed();
         let verdict = self.shared.fail(verdict);
+        self.shared.set_waits(None);
         if let Some(mut mesh) = self.mesh.take() {
             mesh.tell(&verdict, memory, &self.shared, |channel, peer| {
                 // A peer that can't be told finds out by itself.

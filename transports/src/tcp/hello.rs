@@ -12,6 +12,8 @@
 //! that is what TLS is for. Over TLS, `Challenge` stands in both proofs for that message and the connection's own number
 //! (RFC 9266): somebody in between has another connection with either side, and so can't pass the proofs on.
 
+use std::time::Duration;
+
 use super::secret::{PROOF, Secret, random};
 use tensorwire_core::Result;
 
@@ -38,7 +40,7 @@ pub(crate) enum Channel {
     Store = 3,
     /// What the ranks of a group that has ended tell each other about who goes on.
     Survivors = 4,
-    /// None: whether the other rank waits for somebody is all that is asked. The status answers it.
+    /// None: whether the other rank waits for somebody, and for how long it will, is all that is asked. The answer says it.
     Question = 5,
 }
 
@@ -197,20 +199,34 @@ pub(crate) fn check_proof(secret: &Secret, hello: &[u8], challenge: &[u8], proof
     secret.verify("dial", &[hello, challenge], proof)
 }
 
-/// The other side's answer, with its proof.
-pub(crate) fn answer(secret: &Secret, hello: &[u8], challenge: &[u8], status: Status) -> [u8; ANSWER] {
+/// The other side's answer, with its proof; `waits` is for how long it will wait, where that was asked.
+pub(crate) fn answer(
+    secret: &Secret,
+    hello: &[u8],
+    challenge: &[u8],
+    status: Status,
+    waits: Duration,
+) -> [u8; ANSWER] {
     let mut b = [0; ANSWER];
     b[0] = status as u8;
+    let milliseconds = u32::try_from(waits.as_millis()).unwrap_or(u32::MAX);
+    b[4..8].copy_from_slice(&milliseconds.to_le_bytes());
     let proof = secret.prove("answer", &[hello, challenge, &b[..8]]);
     b[8..].copy_from_slice(&proof);
     b
 }
 
-/// The status of an answer, if its proof holds.
-pub(crate) fn check_answer(secret: &Secret, hello: &[u8], challenge: &[u8], bytes: &[u8]) -> Option<Status> {
+/// The status of an answer, and for how long the other side will wait, if its proof holds.
+pub(crate) fn check_answer(
+    secret: &Secret,
+    hello: &[u8],
+    challenge: &[u8],
+    bytes: &[u8],
+) -> Option<(Status, Duration)> {
     let (head, proof) = bytes.split_at_checked(8)?;
     let status = Status::from_code(head[0])?;
-    secret.verify("answer", &[hello, challenge, head], proof).then_some(status)
+    let waits = Duration::from_millis(u32::from_le_bytes([head[4], head[5], head[6], head[7]]).into());
+    secret.verify("answer", &[hello, challenge, head], proof).then_some((status, waits))
 }
 
 #[cfg(test)]
@@ -260,8 +276,9 @@ mod tests {
             assert!(!check_proof(&secret, &other.bytes(), &c, &p));
         }
         assert!(!check_proof(&secret, &h, &challenge(&[2; 32]), &p), "a replay meets another nonce");
-        let a = answer(&secret, &h, &c, Status::Accepted);
-        assert_eq!(check_answer(&secret, &h, &c, &a), Some(Status::Accepted));
+        let waits = Duration::from_millis(1500);
+        let a = answer(&secret, &h, &c, Status::Waits, waits);
+        assert_eq!(check_answer(&secret, &h, &c, &a), Some((Status::Waits, waits)));
         assert!(!check_proof(&secret, &h, &c, &a[8..]), "an answer is no proof of the other side");
         let mut reflected = a;
         reflected[8..].copy_from_slice(&p);
@@ -290,7 +307,7 @@ mod tests {
         fn a_changed_answer_is_refused(at in 0usize..ANSWER, by in 1u8..=255) {
             let secret = Secret::fixed();
             let (h, c) = (hello().bytes(), challenge(&[1; 32]));
-            let mut bytes = answer(&secret, &h, &c, Status::Taken);
+            let mut bytes = answer(&secret, &h, &c, Status::Taken, Duration::ZERO);
             bytes[at] ^= by;
             prop_assert_eq!(check_answer(&secret, &h, &c, &bytes), None);
         }

@@ -12,7 +12,7 @@ use super::frame::{self, Header, Kind};
 use super::hello::Channel;
 use super::link::{Expected, Incoming, Link, Trouble};
 use super::memory::{Memory, Span};
-use super::shared::{Arrived, Shared};
+use super::shared::{Answer, Arrived, Shared};
 use crate::shm::verdict::Verdict;
 
 /// How often a rank that waits for long asks the kernel whether its peers' hosts answer.
@@ -290,7 +290,7 @@ impl Mesh {
         loop {
             if self.reached(goal) {
                 if slept {
-                    around.shared.set_waits(false);
+                    around.shared.set_waits(None);
                 }
                 return Ok(());
             }
@@ -316,7 +316,7 @@ impl Mesh {
             }
             let deadline = *deadline.get_or_insert_with(|| Deadline::after(timeout));
             if !std::mem::replace(&mut slept, true) {
-                around.shared.set_waits(true);
+                around.shared.set_waits(Some(deadline));
             }
             self.sleep(goal, around, message, deadline, memory)?;
         }
@@ -438,18 +438,15 @@ impl Mesh {
         let late = self.late(goal);
         let Some(since) = self.asked_at else {
             self.asked_at = Some(Instant::now());
-            around.shared.ask(&late);
-            for peer in late {
-                if around.endpoint.dial(around.shared, Channel::Question, peer).is_err() {
-                    around.shared.answered(peer, false);
-                }
-            }
+            around.endpoint.ask(around.shared, &late);
             return Ok(());
         };
         let answers = around.shared.answers();
-        let of = |peer: &usize| answers.iter().find(|(who, _)| who == peer).and_then(|(_, answer)| *answer);
-        let guilty: Vec<usize> = late.iter().copied().filter(|p| of(p) != Some(true)).collect();
-        let open = guilty.iter().any(|p| of(p).is_none());
+        let of =
+            |peer: &usize| answers.iter().find(|(who, _)| who == peer).map_or(Answer::Awaited, |(_, a)| *a);
+        let waits = |peer: &usize| matches!(of(peer), Answer::Waits(_));
+        let guilty: Vec<usize> = late.iter().copied().filter(|p| !waits(p)).collect();
+        let open = guilty.iter().any(|p| of(p) == Answer::Awaited);
         match since.elapsed() {
             // Where all wait, one of them will say for whom.
             t if t < ANSWERS && (open || guilty.is_empty()) => Ok(()),

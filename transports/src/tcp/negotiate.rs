@@ -119,9 +119,20 @@ impl Arrival {
     /// Tells the other side, which has proved itself, what becomes of the connection; it is the caller's if it was
     /// accepted.
     pub(crate) fn settle(mut self, secret: &Secret, status: Status) -> Option<Stream> {
-        let greeting = self.hello.as_ref()?;
-        let told = self.stream.say(&hello::answer(secret, greeting, &self.challenge, status));
+        let told = self.answer(secret, status, Duration::ZERO);
         (told.is_ok() && status == Status::Accepted).then_some(self.stream)
+    }
+
+    /// Tells the other side, which has proved itself and asked, for how long this one will wait, if it waits.
+    pub(crate) fn tell_waits(mut self, secret: &Secret, waits: Option<Duration>) {
+        let status = if waits.is_some() { Status::Waits } else { Status::Elsewhere };
+        // Who has gone meanwhile needs no answer.
+        let _ = self.answer(secret, status, waits.unwrap_or_default());
+    }
+
+    fn answer(&mut self, secret: &Secret, status: Status, waits: Duration) -> io::Result<()> {
+        let greeting = self.hello.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        self.stream.say(&hello::answer(secret, greeting, &self.challenge, status, waits))
     }
 }
 
@@ -130,6 +141,8 @@ impl Arrival {
 pub(crate) enum Refusal {
     /// The other side knows the secret, and doesn't want the connection.
     Status(Status),
+    /// It was asked, and will wait for so long.
+    Waits(Duration),
     /// Nobody listens there.
     Nobody,
     /// The other side can't be reached.
@@ -152,6 +165,7 @@ impl Refusal {
                 "it refused: this process's certificate is another rank's (TENSORWIRE_TLS_CERT)".to_owned()
             }
             Refusal::Status(status) => format!("it refused: {status:?}"),
+            Refusal::Waits(_) => "it was asked whether it waits, and does".to_owned(),
             Refusal::Nobody => "nobody listens there".to_owned(),
             Refusal::Unreachable(e) => e.to_string(),
             Refusal::Unproved => "it has another secret: all ranks of a job need the same".to_owned(),
@@ -270,8 +284,9 @@ impl Dial {
                         Err(_) => return Err(Refusal::Unproved),
                     };
                     return match hello::check_answer(secret, &self.hello, challenge, bytes) {
-                        Some(Status::Accepted) => Ok(true),
-                        Some(status) => Err(Refusal::Status(status)),
+                        Some((Status::Accepted, _)) => Ok(true),
+                        Some((Status::Waits, waits)) => Err(Refusal::Waits(waits)),
+                        Some((status, _)) => Err(Refusal::Status(status)),
                         None => Err(stranger("it can't prove that it knows the job's secret")),
                     };
                 }

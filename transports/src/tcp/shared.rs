@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use tensorwire_core::{Call, Error, Result};
+use tensorwire_core::{Call, Deadline, Error, Result};
 
 use super::frame;
 use super::hello::{Channel, GroupId, Hello, Status};
@@ -44,6 +44,17 @@ enum Slot {
 pub(super) enum Arrived {
     Connection(Stream),
     Failed(String),
+}
+
+/// What a peer says that was asked whether it waits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Answer {
+    /// Nothing yet.
+    Awaited,
+    /// It waits in a call, for so much longer; or for no longer, but knows that the group has ended.
+    Waits(Duration),
+    /// It is in no call that waits, or can't be asked.
+    Elsewhere,
 }
 
 /// Where the connections are while no call is running, and what this rank has called.
@@ -96,10 +107,10 @@ pub(super) struct Shared {
     seat: Mutex<Seat>,
     /// Set under the lock on the slots, once: this rank has gone on with the survivors.
     went_on: AtomicBool,
-    /// Whether the caller's thread waits in a call. A hint for a peer that asks: Relaxed.
-    waits: AtomicBool,
+    /// Until when the caller's thread waits in a call, if it does: for a peer that asks.
+    waits: Mutex<Option<Deadline>>,
     /// The peers of which this rank has asked whether they wait, and what each has answered.
-    answers: Mutex<Vec<(usize, Option<bool>)>>,
+    answers: Mutex<Vec<(usize, Answer)>>,
     /// Set, Release, before the slot of a peer that has gone on without this rank; read, Acquire, behind it.
     left_behind: AtomicBool,
 }
@@ -124,7 +135,7 @@ impl Shared {
             seat: Mutex::new(Seat { mesh: Some(Box::new(Mesh::new(world))), calls: VecDeque::new() }),
             went_on: AtomicBool::new(false),
             left_behind: AtomicBool::new(false),
-            waits: AtomicBool::new(false),
+            waits: Mutex::default(),
             answers: Mutex::default(),
         })
     }
@@ -168,29 +179,31 @@ impl Shared {
         self.went_on.load(Ordering::Relaxed)
     }
 
-    /// Notes whether the caller's thread waits in a call.
-    pub(super) fn set_waits(&self, waits: bool) {
-        self.waits.store(waits, Ordering::Relaxed);
+    /// Notes until when the caller's thread waits in a call, if it does.
+    pub(super) fn set_waits(&self, until: Option<Deadline>) {
+        *lock(&self.waits) = until;
     }
 
-    /// Whether this rank waits itself, or knows that the group has ended: it isn't the one that keeps others waiting.
-    pub(super) fn waits(&self) -> bool {
-        self.waits.load(Ordering::Relaxed) || self.has_failed()
+    /// For how much longer this rank waits itself. Zero if it only knows that the group has ended: it isn't the one that
+    /// keeps others waiting then either.
+    pub(super) fn waits(&self) -> Option<Duration> {
+        let waits = lock(&self.waits).map(|until| until.remaining());
+        waits.or_else(|| self.has_failed().then_some(Duration::ZERO))
     }
 
     /// Notes that these peers are asked whether they wait.
     pub(super) fn ask(&self, peers: &[usize]) {
-        *lock(&self.answers) = peers.iter().map(|peer| (*peer, None)).collect();
+        *lock(&self.answers) = peers.iter().map(|peer| (*peer, Answer::Awaited)).collect();
     }
 
     /// A peer has answered, or gives no answer.
-    pub(super) fn answered(&self, peer: usize, waits: bool) {
-        lock(&self.answers).iter_mut().filter(|(who, _)| *who == peer).for_each(|(_, a)| *a = Some(waits));
+    pub(super) fn answered(&self, peer: usize, answer: Answer) {
+        lock(&self.answers).iter_mut().filter(|(who, _)| *who == peer).for_each(|(_, a)| *a = answer);
         self.stir();
     }
 
     /// What the peers that were asked have answered so far.
-    pub(super) fn answers(&self) -> Vec<(usize, Option<bool>)> {
+    pub(super) fn answers(&self) -> Vec<(usize, Answer)> {
         lock(&self.answers).clone()
     }
 

@@ -21,7 +21,7 @@ use super::group::TcpGroup;
 use super::hello::Channel;
 use super::link::{Expected, Incoming, Link};
 use super::memory::{Memory, Place, Span};
-use super::shared::Arrived;
+use super::shared::{Answer, Arrived};
 
 /// How often peers' hosts are looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -123,8 +123,8 @@ fn ranks(set: &[bool]) -> Vec<usize> {
 impl TcpGroup {
     /// Forms a group of the ranks that are still there, in their old order, after this one has failed; if it hasn't,
     /// this ends it. Every survivor calls it, once. It waits up to the timeout for survivors that haven't yet, and as long
-    /// as for a host that doesn't answer for those that a timeout named. Returns the group, and its ranks' numbers in
-    /// this one.
+    /// as for a host that doesn't answer for those that a timeout named. If one then waits in a call of another group, it
+    /// waits up to the timeout from when that call gives up. Returns the group, and its ranks' numbers in this one.
     ///
     /// # Errors
     /// [`Error::Rendezvous`] if the others went on without this rank; [`Error::InvalidArgument`] if the group was shrunk
@@ -143,7 +143,9 @@ impl TcpGroup {
             Error::Rendezvous { rank: me, world, what }
         };
         let mut talk = Talk::new(self);
-        match talk.agree() {
+        let agreed = talk.agree();
+        self.shared.set_waits(None);
+        match agreed {
             Ok(()) => {}
             Err(Broken::LeftBehind(None)) => return Err(left_behind("the others")),
             Err(Broken::LeftBehind(Some(set))) => {
@@ -163,6 +165,14 @@ impl TcpGroup {
 enum Broken {
     LeftBehind(Option<Set>),
     Error(Error),
+}
+
+/// Whether the peers that are late, and have said nothing, were asked whether they wait elsewhere: once.
+#[derive(Clone, Copy)]
+enum Asked {
+    NotYet,
+    Now,
+    Before,
 }
 
 /// The connections over which ranks agree.
@@ -202,10 +212,10 @@ impl<'a> Talk<'a> {
 
     /// Talks until all who go on are known to know it.
     fn agree(&mut self) -> Result<(), Broken> {
-        let TcpGroup { shared, options, .. } = self.group;
+        let TcpGroup { shared, endpoint, options, .. } = self.group;
         let named = shared.verdict().map_or(Vec::new(), |v| v.lost());
         let start = Instant::now();
-        let mut deadline = Deadline::after(options.timeout);
+        let (mut deadline, mut asked) = (Deadline::after(options.timeout), Asked::NotYet);
         self.call_all();
         loop {
             self.welcome();
@@ -232,11 +242,36 @@ impl<'a> Talk<'a> {
             if self.next.is_some() && awaited.is_empty() && !unsaid {
                 return Ok(());
             }
+            let has_said = |p: usize| self.agreement.said[p].is_some();
+            let unheard: Vec<usize> = awaited.iter().copied().filter(|p| !has_said(*p)).collect();
+            let time_is_up = match asked {
+                Asked::NotYet if deadline.passed() && !unheard.is_empty() => {
+                    endpoint.ask(shared, &unheard);
+                    (deadline, asked) = (Deadline::after(options.peer_timeout), Asked::Now);
+                    false
+                }
+                Asked::Now => {
+                    let mut answers = shared.answers();
+                    answers.retain(|(peer, _)| awaited.contains(peer));
+                    let is_open = answers.iter().any(|(_, answer)| *answer == Answer::Awaited);
+                    let waits = |answer| if let Answer::Waits(left) = answer { left } else { Duration::ZERO };
+                    let left = answers.iter().map(|(_, a)| waits(*a)).max().unwrap_or_default();
+                    if is_open && !deadline.passed() {
+                        false
+                    } else {
+                        asked = Asked::Before;
+                        deadline = Deadline::after(left.saturating_add(options.timeout));
+                        left.is_zero()
+                    }
+                }
+                _ => deadline.passed(),
+            };
+            shared.set_waits(Some(deadline));
             let late = |p: usize| {
                 let silent = self.links[p].silent() > options.peer_timeout;
                 // Who has said something was only waiting for another.
-                let mute = named.contains(&p) && self.agreement.said[p].is_none();
-                silent || (mute && start.elapsed() > options.peer_timeout) || deadline.passed()
+                let mute = named.contains(&p) && !has_said(p);
+                silent || (mute && start.elapsed() > options.peer_timeout) || time_is_up
             };
             let late: Vec<usize> = awaited.into_iter().filter(|p| late(*p)).collect();
             if deadline.passed() {
