@@ -1,5 +1,6 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
+mod background;
 mod collectives;
 mod fused;
 mod groups;
@@ -11,7 +12,7 @@ mod symmetric;
 mod wire;
 mod work;
 
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use tensorwire_core::{DType, Deadline, Error, ReduceOp, Result};
 use tensorwire_transports::launch::{Env, Transport};
@@ -22,7 +23,7 @@ use tensorwire_transports::tcp;
 
 #[cfg(feature = "tcp")]
 use crate::engine::NetEngine;
-use crate::engine::{Either, Engine, Reduction};
+use crate::engine::{Either, Engine, Reduction, with_engine};
 #[cfg(feature = "tcp")]
 use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
@@ -40,8 +41,8 @@ pub use work::Work;
 ///
 /// Results are the same bits on every rank and in every run: element `i` is reduced in rank order.
 ///
-/// One call at a time: a second thread that calls meanwhile gets [`Error::ConcurrentUse`]. To have a call run
-/// in the background, [`start`](Communicator::start) it.
+/// One call at a time: a second thread that calls meanwhile gets [`Error::ConcurrentUse`]. To have calls run
+/// in the background, [`start`](Communicator::start) them: whatever else is asked of the communicator comes behind those.
 ///
 /// ```
 /// use tensorwire_collectives::Communicator;
@@ -66,7 +67,7 @@ pub struct Communicator {
     world: usize,
     inner: Arc<Inner>,
     /// Calls that were started; `None` in the communicator that runs them.
-    started: Option<work::Started>,
+    started: Option<background::Started>,
 }
 
 #[derive(Debug)]
@@ -274,7 +275,7 @@ impl Communicator {
         };
         let state = Mutex::new(State { engine, algorithm: None, cause: None });
         let inner = Arc::new(Inner { state, handle, _store: store });
-        Communicator { rank, world, inner, started: Some(work::Started::default()) }
+        Communicator { rank, world, inner, started: Some(background::Started::default()) }
     }
 
     /// What carries this group's data, for a log: `shm`, or `tcp` and the address at which this rank listens, with the
@@ -283,8 +284,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::ConcurrentUse`].
     pub fn transport(&self) -> Result<String> {
-        let rank = self.rank;
-        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let state = self.state()?;
         Ok(match &state.engine {
             Either::Shm(_) => "shm".to_owned(),
             #[cfg(feature = "tcp")]
@@ -312,8 +312,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::ConcurrentUse`].
     pub fn set_algorithm(&self, algorithm: Option<Algorithm>) -> Result<()> {
-        let rank = self.rank;
-        let mut state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let mut state = self.state()?;
         state.algorithm = algorithm;
         Ok(())
     }
@@ -335,8 +334,7 @@ impl Communicator {
     /// # Errors
     /// As for [`algorithm`](Communicator::algorithm), and if the operation isn't defined for the type.
     pub fn algorithm_for(&self, bytes: usize, dtype: DType, op: ReduceOp) -> Result<Algorithm> {
-        let rank = self.rank;
-        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let state = self.state()?;
         state.choose(bytes, &Reduction::new(dtype, op)?)
     }
 
@@ -345,22 +343,14 @@ impl Communicator {
     /// # Errors
     /// As for [`algorithm`](Communicator::algorithm).
     pub fn algorithm_symmetric(&self, bytes: usize) -> Result<Algorithm> {
-        let rank = self.rank;
-        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let state = self.state()?;
         state.choose_symmetric(bytes)
     }
 
     /// Runs `body` alone, unless the group has failed; if it fails, no further call will run.
     #[inline]
     fn run<R>(&self, body: impl FnOnce(&mut State) -> Result<R, Failure>) -> Result<R> {
-        if let Some(started) = &self.started {
-            started.finish();
-        }
-        let mut state = match self.inner.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::WouldBlock) => return Err(Error::ConcurrentUse { rank: self.rank }),
-            Err(TryLockError::Poisoned(p)) => p.into_inner(),
-        };
+        let mut state = self.state()?;
         if let Some(cause) = &state.cause {
             return Err(Error::Poisoned { rank: self.rank, cause: cause.clone() });
         }
@@ -370,6 +360,25 @@ impl Communicator {
             }
             *failure
         })
+    }
+
+    /// The group's state, behind the calls that were started.
+    #[inline]
+    fn state(&self) -> Result<MutexGuard<'_, State>> {
+        if let Some(started) = &self.started {
+            started.finish();
+        }
+        match self.inner.state.try_lock() {
+            Ok(state) => Ok(state),
+            Err(TryLockError::WouldBlock) => Err(Error::ConcurrentUse { rank: self.rank }),
+            Err(TryLockError::Poisoned(p)) => Ok(p.into_inner()),
+        }
+    }
+
+    /// Sets whether calls spin for a while when they wait.
+    fn spin(&self, spin: bool) {
+        let mut state = self.inner.state.lock().unwrap_or_else(PoisonError::into_inner);
+        with_engine!(state.engine, |engine| engine.spin(spin));
     }
 }
 

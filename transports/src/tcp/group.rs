@@ -27,7 +27,9 @@ pub struct TcpGroup {
     pub(super) options: TcpOptions,
     /// The connections, while a call is running.
     mesh: Option<Box<Mesh>>,
+    /// How long a wait spins before it polls, and how long unless it is told not to.
     spin: Duration,
+    usual_spin: Duration,
     /// This rank's collectives so far.
     pub(super) seq: u64,
     call: Call,
@@ -54,6 +56,7 @@ impl TcpGroup {
             options,
             mesh: None,
             spin,
+            usual_spin: spin,
             seq: 0,
             call: NOTHING,
             message,
@@ -81,6 +84,12 @@ impl TcpGroup {
     /// This rank's collectives so far: the number of the current one.
     pub fn seq(&self) -> u64 {
         self.seq
+    }
+
+    /// Sets whether waits spin before they poll, as they do unless told otherwise: who computes meanwhile may have more
+    /// use for the processor.
+    pub fn spin(&mut self, spin: bool) {
+        self.spin = if spin { self.usual_spin } else { Duration::ZERO };
     }
 
     /// Notes whether this rank waits in another place for others, so that peers which wait for it don't take it for the

@@ -1,0 +1,203 @@
+//! The queue of started calls, and who makes them: a thread of the communicator's own, or one that waits for them.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+
+use tensorwire_core::{Deadline, Error, Result};
+
+use super::Communicator;
+
+/// Started calls that may be under way at once.
+pub(super) const MOST: usize = 1024;
+
+pub(super) type Job = Box<dyn FnOnce(&Communicator) + Send>;
+
+/// The calls that were started on a communicator, and their thread, which begins with the first.
+#[derive(Default)]
+pub(super) struct Started {
+    background: OnceLock<Arc<Background>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl fmt::Debug for Started {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Started").field("pending", &self.pending()).finish()
+    }
+}
+
+impl Started {
+    fn pending(&self) -> usize {
+        self.background.get().map_or(0, |b| b.pending.load(Ordering::Acquire))
+    }
+
+    /// Sees to it that every started call is done: calls keep the order in which they were made.
+    #[inline]
+    pub(super) fn finish(&self) {
+        if self.pending() != 0 {
+            self.finish_slowly();
+        }
+    }
+
+    #[cold]
+    fn finish_slowly(&self) {
+        if let Some(background) = self.background.get() {
+            background.help(|| background.pending.load(Ordering::Acquire) == 0);
+        }
+    }
+
+    /// What makes the calls, which `comm` starts.
+    pub(super) fn background(&self, comm: &Communicator) -> Result<&Arc<Background>> {
+        if let Some(background) = self.background.get() {
+            return Ok(background);
+        }
+        let mut thread = lock(&self.thread);
+        if thread.is_none() {
+            let background = Arc::new(Background::new(comm));
+            let named = std::thread::Builder::new().name(format!("tensorwire-{}", comm.rank));
+            let ran = background.clone();
+            let spawned = named.spawn(move || ran.run());
+            *thread = Some(spawned.map_err(|e| Error::os("starting a thread for started calls", e))?);
+            let _ = self.background.set(background);
+        }
+        drop(thread);
+        Ok(self.background.get().expect("set with the thread"))
+    }
+}
+
+/// The thread ends when the calls are done. Where they are, it is waited for, so that nothing is left of it.
+impl Drop for Started {
+    fn drop(&mut self) {
+        let Some(background) = self.background.get() else { return };
+        lock(&background.queue).closed = true;
+        background.changed.notify_all();
+        let thread = lock(&self.thread).take();
+        // A started call may be the last that held the communicator.
+        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id())
+            && self.pending() == 0
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+pub(super) struct Background {
+    /// Makes the calls; it can start none itself.
+    comm: Communicator,
+    /// Started calls that aren't done yet. Written under the lock on the queue; subtracted from, Release, when a call's
+    /// result is there, which pairs with the Acquire load of whoever makes a call behind it.
+    pending: AtomicUsize,
+    queue: Mutex<Queue>,
+    /// Signalled when a call is done, one is there to be made, or nobody makes calls any more.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    /// Whether some thread makes calls.
+    driven: bool,
+    /// Threads that wait for calls and make them themselves, as soon as nobody else does.
+    helpers: usize,
+    /// Whether the communicator is gone.
+    closed: bool,
+}
+
+type Held<'a> = MutexGuard<'a, Queue>;
+
+impl Background {
+    fn new(comm: &Communicator) -> Background {
+        let comm =
+            Communicator { rank: comm.rank, world: comm.world, inner: comm.inner.clone(), started: None };
+        Background { comm, pending: AtomicUsize::new(0), queue: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// Ends the group.
+    pub(super) fn abort(&self, why: &str) {
+        self.comm.abort(why);
+    }
+
+    /// Adds a call behind the others, when there is room.
+    pub(super) fn push(&self, job: Job) {
+        // Relaxed: a call that is done meanwhile only makes room.
+        let room = || self.pending.load(Ordering::Relaxed) < MOST;
+        if !room() {
+            self.help(room);
+        }
+        let mut queue = lock(&self.queue);
+        queue.jobs.push_back(job);
+        // Relaxed: whoever must see the call as pending is this thread, or was told of it by this thread.
+        self.pending.fetch_add(1, Ordering::Relaxed);
+        let driven = queue.driven;
+        drop(queue);
+        if !driven {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Makes calls until `done`, or waits for the thread that does.
+    pub(super) fn help(&self, done: impl Fn() -> bool) {
+        let mut queue = lock(&self.queue);
+        queue.helpers += 1;
+        while !done() {
+            queue = match queue.driven {
+                true => self.wait(queue),
+                false => self.drive(queue, true, |_| done()),
+            };
+        }
+        queue.helpers -= 1;
+        drop(queue);
+        // The rest is the thread's.
+        self.changed.notify_all();
+    }
+
+    /// Waits until `done` or the deadline, and makes no calls: none could be left half made.
+    pub(super) fn wait_until(&self, deadline: Deadline, done: impl Fn() -> bool) {
+        let mut queue = lock(&self.queue);
+        while !done() && !deadline.passed() {
+            let waited = self.changed.wait_timeout(queue, deadline.remaining());
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn wait<'a>(&self, queue: Held<'a>) -> Held<'a> {
+        self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes calls, one behind the other, until `done` or none is left. While they wait for peers they spin, or not.
+    fn drive<'a>(&'a self, mut queue: Held<'a>, spin: bool, done: impl Fn(&Queue) -> bool) -> Held<'a> {
+        queue.driven = true;
+        while !done(&queue)
+            && let Some(job) = queue.jobs.pop_front()
+        {
+            drop(queue);
+            self.comm.spin(spin);
+            job(&self.comm);
+            // Before a call that isn't started can be made.
+            self.comm.spin(true);
+            queue = lock(&self.queue);
+            self.pending.fetch_sub(1, Ordering::Release);
+            self.changed.notify_all();
+        }
+        queue.driven = false;
+        queue
+    }
+
+    /// The thread: makes the calls that nobody waits for. It doesn't spin, for others compute meanwhile.
+    fn run(&self) {
+        let mut queue = lock(&self.queue);
+        while !queue.closed || !queue.jobs.is_empty() || queue.driven {
+            queue = if queue.driven || queue.helpers > 0 || queue.jobs.is_empty() {
+                self.wait(queue)
+            } else {
+                self.drive(queue, false, |queue| queue.helpers > 0)
+            };
+        }
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
