@@ -7,7 +7,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use tensorwire::{Communicator, Deadline, Error, Options, ReduceOp, Work};
+use tensorwire::{Algorithm, Communicator, Deadline, Error, Options, ReduceOp, Work};
 
 use crate::common::{Over, assert_same, buffer, reduced};
 use crate::faults::processor_time;
@@ -16,8 +16,13 @@ use crate::job::Job;
 /// Long enough for a busy machine, and far below the timeout of the jobs here.
 const SOON: Duration = Duration::from_secs(15);
 
+/// The two ways in which an all-reduce is started, in turn.
 fn sum(comm: &Communicator, len: usize) -> Work<Vec<f32>> {
-    comm.start(buffer(comm.rank(), len), |comm, x| comm.all_reduce(x, ReduceOp::Sum)).unwrap()
+    let x = buffer(comm.rank(), len);
+    match len % 2 {
+        0 => comm.start_all_reduce(x, ReduceOp::Sum).unwrap(),
+        _ => comm.start(x, |comm, x| comm.all_reduce(x, ReduceOp::Sum)).unwrap(),
+    }
 }
 
 #[test]
@@ -63,6 +68,92 @@ fn many_calls_in_flight_are_done_in_order_while_the_caller_looks_on() {
             }
             for (work, len) in works.into_iter().zip(lens) {
                 assert_same(&work.wait().unwrap(), &reduced(ReduceOp::Sum, 3, len), "started");
+            }
+        });
+    }
+}
+
+/// Some ranks make the calls one by one, some start them; all algorithms, of which some take several messages to and fro.
+#[test]
+fn whoever_starts_its_calls_and_whoever_makes_them_one_by_one_get_the_same() {
+    for over in Over::ALL {
+        over.threads(3, &Options::default(), |comm| {
+            for algorithm in Algorithm::ALL.iter().copied().map(Some).chain([None]) {
+                comm.set_algorithm(algorithm).unwrap();
+                // Those of other transports, and those for few bytes.
+                if comm.algorithm(2 << 20).is_err() {
+                    continue;
+                }
+                for starts in [[true; 3], [true, false, true], [false, true, false]] {
+                    let lens = [3usize, 40_000, 0, 5, 300_001, 4, 100, 50_000];
+                    let ops = [ReduceOp::Max, ReduceOp::Sum, ReduceOp::Average];
+                    let each = |i: usize| {
+                        (buffer::<i32>(comm.rank(), lens[i]), [ReduceOp::Max, ReduceOp::Sum][i % 2])
+                    };
+                    let average = buffer::<f32>(comm.rank(), 1000);
+                    let sums: Vec<Vec<i32>> = if starts[comm.rank()] {
+                        let started: Vec<_> = (0..lens.len())
+                            .map(each)
+                            .map(|(x, op)| comm.start_all_reduce(x, op).unwrap())
+                            .collect();
+                        let averaged = comm.start_all_reduce(average, ops[2]).unwrap().wait().unwrap();
+                        assert_eq!(averaged.len(), 1000);
+                        started.into_iter().map(|work| work.wait().unwrap()).collect()
+                    } else {
+                        let reduced = |(mut x, op): (Vec<i32>, ReduceOp)| {
+                            comm.all_reduce(&mut x, op).unwrap();
+                            x
+                        };
+                        let all = (0..lens.len()).map(each).map(reduced).collect();
+                        comm.all_reduce(&mut { average }, ops[2]).unwrap();
+                        all
+                    };
+                    for (i, sum) in sums.iter().enumerate() {
+                        assert_same(
+                            sum,
+                            &reduced(ops[i % 2], 3, lens[i]),
+                            format!("{algorithm:?}, call {i}"),
+                        );
+                    }
+                }
+            }
+        });
+    }
+}
+
+#[cfg(feature = "tcp")]
+#[test]
+fn calls_go_out_over_tcp_while_the_first_waits() {
+    for over in [Over::Tcp, Over::ALL[2.min(Over::ALL.len() - 1)]] {
+        let begun = Barrier::new(2);
+        over.threads(2, &Options::default(), |comm| {
+            comm.barrier().unwrap();
+            let lens = [10, 2000, 0, 6];
+            if comm.rank() == 0 {
+                let works = lens.map(|len| sum(&comm, len));
+                // This rank's record says so of itself.
+                let under_way = || {
+                    let record = comm.flight_record();
+                    let own = record.ranks.iter().find(|r| r.rank == 0).unwrap();
+                    own.calls.iter().filter(|call| call.took.is_none()).count()
+                };
+                let end = Instant::now() + SOON;
+                while under_way() < lens.len() {
+                    assert!(Instant::now() < end, "{}", comm.flight_record());
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                assert!(works.iter().all(|work| !work.is_done()));
+                begun.wait();
+                for (work, len) in works.into_iter().zip(lens) {
+                    assert_same(&work.wait().unwrap(), &reduced(ReduceOp::Sum, 2, len), "started");
+                }
+            } else {
+                begun.wait();
+                for len in lens {
+                    let mut x = buffer::<f32>(1, len);
+                    comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+                    assert_same(&x, &reduced(ReduceOp::Sum, 2, len), "one by one");
+                }
             }
         });
     }

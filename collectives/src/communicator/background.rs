@@ -9,11 +9,22 @@ use std::thread::JoinHandle;
 use tensorwire_core::{Deadline, Error, Result};
 
 use super::Communicator;
+#[cfg(feature = "tcp")]
+use super::{State, check};
+#[cfg(feature = "tcp")]
+use crate::engine::{Either, NetEngine, Owned, Progress, Request};
 
 /// Started calls that may be under way at once.
 pub(super) const MOST: usize = 1024;
 
-pub(super) type Job = Box<dyn FnOnce(&Communicator) + Send>;
+/// A started call.
+pub(super) enum Job {
+    /// Made as a whole.
+    Call(Box<dyn FnOnce(&Communicator) + Send>),
+    /// Made over TCP, while others are under way.
+    #[cfg(feature = "tcp")]
+    Request(Request),
+}
 
 /// The calls that were started on a communicator, and their thread, which begins with the first.
 #[derive(Default)]
@@ -97,12 +108,20 @@ pub(super) struct Background {
 #[derive(Default)]
 struct Queue {
     jobs: VecDeque<Job>,
+    /// Calls that were taken from there to be made while others are under way, and aren't done.
+    under_way: usize,
     /// Whether some thread makes calls.
     driven: bool,
     /// Threads that wait for calls and make them themselves, as soon as nobody else does.
     helpers: usize,
     /// Whether the communicator is gone.
     closed: bool,
+}
+
+impl Queue {
+    fn has_calls(&self) -> bool {
+        !self.jobs.is_empty() || self.under_way > 0
+    }
 }
 
 type Held<'a> = MutexGuard<'a, Queue>;
@@ -130,10 +149,9 @@ impl Background {
         queue.jobs.push_back(job);
         // Relaxed: whoever must see the call as pending is this thread, or was told of it by this thread.
         self.pending.fetch_add(1, Ordering::Relaxed);
-        let driven = queue.driven;
-        drop(queue);
-        if !driven {
-            self.changed.notify_all();
+        match queue.driven {
+            true => self.interrupt(&queue),
+            false => self.changed.notify_all(),
         }
     }
 
@@ -143,12 +161,14 @@ impl Background {
         queue.helpers += 1;
         while !done() {
             queue = match queue.driven {
-                true => self.wait(queue),
+                true => {
+                    self.interrupt(&queue);
+                    self.wait(queue)
+                }
                 false => self.drive(queue, true, |_| done()),
             };
         }
         queue.helpers -= 1;
-        drop(queue);
         // The rest is the thread's.
         self.changed.notify_all();
     }
@@ -166,30 +186,114 @@ impl Background {
         self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Has the thread that waits with several calls under way look at the queue.
+    fn interrupt(&self, queue: &Queue) {
+        if queue.under_way > 0 {
+            self.comm.interrupt();
+        }
+    }
+
     /// Makes calls, one behind the other, until `done` or none is left. While they wait for peers they spin, or not.
     fn drive<'a>(&'a self, mut queue: Held<'a>, spin: bool, done: impl Fn(&Queue) -> bool) -> Held<'a> {
         queue.driven = true;
-        while !done(&queue)
-            && let Some(job) = queue.jobs.pop_front()
-        {
+        while !done(&queue) {
+            #[cfg(feature = "tcp")]
+            if queue.under_way > 0 || matches!(queue.jobs.front(), Some(Job::Request(_))) {
+                drop(queue);
+                self.go_on(spin, &done);
+                queue = lock(&self.queue);
+                continue;
+            }
+            let Some(job) = queue.jobs.pop_front() else { break };
             drop(queue);
-            self.comm.spin(spin);
-            job(&self.comm);
-            // Before a call that isn't started can be made.
-            self.comm.spin(true);
+            match job {
+                Job::Call(call) => {
+                    self.comm.spin(spin);
+                    call(&self.comm);
+                    // Before a call that isn't started can be made.
+                    self.comm.spin(true);
+                }
+                #[cfg(feature = "tcp")]
+                Job::Request(_) => unreachable!("taken above"),
+            }
             queue = lock(&self.queue);
             self.pending.fetch_sub(1, Ordering::Release);
             self.changed.notify_all();
         }
         queue.driven = false;
+        self.changed.notify_all();
         queue
+    }
+
+    /// Makes calls of which several may be under way, until `done` or none is left, or the next isn't such a one.
+    #[cfg(feature = "tcp")]
+    fn go_on(&self, spin: bool, done: &dyn Fn(&Queue) -> bool) {
+        let mut state = self.comm.inner.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { engine: Either::Tcp(engine), algorithm, cause } = &mut *state else {
+            unreachable!("such calls are started over TCP alone")
+        };
+        engine.spin(spin);
+        let rank = self.comm.rank;
+        let poisoned = |cause: &String| Err(Error::Poisoned { rank, cause: cause.clone() });
+        loop {
+            let mut more = |engine: &NetEngine| loop {
+                let mut queue = lock(&self.queue);
+                let request = match queue.jobs.pop_front()? {
+                    Job::Request(request) => request,
+                    call => {
+                        queue.jobs.push_front(call);
+                        return None;
+                    }
+                };
+                queue.under_way += 1;
+                drop(queue);
+                let bytes = request.buffer.bytes().len();
+                let chosen = match (&*cause, *algorithm) {
+                    (Some(cause), _) => poisoned(cause),
+                    (_, Some(forced)) => check(forced, false, bytes),
+                    (_, None) => Ok(engine.choose(bytes, &request.reduction)),
+                };
+                match chosen {
+                    Ok(algorithm) => return Some((request, algorithm)),
+                    Err(error) => self.settle(request.buffer, Err(error)),
+                }
+            };
+            match engine.go_on(&mut more) {
+                Ok(Progress::Done(buffer)) => self.settle(buffer, Ok(())),
+                Ok(Progress::Paused) => {}
+                Err(failure) => {
+                    let cause = &*cause.insert(failure.to_string());
+                    let results =
+                        [Err(*failure)].into_iter().chain(std::iter::repeat_with(|| poisoned(cause)));
+                    for (buffer, result) in engine.abandon().into_iter().zip(results) {
+                        self.settle(buffer, result.map(drop));
+                    }
+                }
+            }
+            let queue = lock(&self.queue);
+            let next = matches!(queue.jobs.front(), Some(Job::Request(_)));
+            if done(&queue) || !(engine.is_going_on() || next) {
+                break;
+            }
+        }
+        engine.spin(true);
+    }
+
+    /// A call is done that was taken from the queue.
+    #[cfg(feature = "tcp")]
+    fn settle(&self, buffer: Box<dyn Owned>, result: Result<()>) {
+        buffer.settle(result);
+        let mut queue = lock(&self.queue);
+        queue.under_way -= 1;
+        self.pending.fetch_sub(1, Ordering::Release);
+        self.changed.notify_all();
     }
 
     /// The thread: makes the calls that nobody waits for. It doesn't spin, for others compute meanwhile.
     fn run(&self) {
         let mut queue = lock(&self.queue);
-        while !queue.closed || !queue.jobs.is_empty() || queue.driven {
-            queue = if queue.driven || queue.helpers > 0 || queue.jobs.is_empty() {
+        while !queue.closed || queue.has_calls() || queue.driven {
+            queue = if queue.driven || queue.helpers > 0 || !queue.has_calls() {
                 self.wait(queue)
             } else {
                 self.drive(queue, false, |queue| queue.helpers > 0)

@@ -74,6 +74,9 @@ pub struct Communicator {
 struct Inner {
     state: Mutex<State>,
     handle: Handle,
+    /// Whether several all-reduces may be under way at once: over TCP alone.
+    #[cfg(feature = "tcp")]
+    pipelines: bool,
     /// Rank 0 of a job without a launcher serves its store for as long as the communicator lives.
     _store: Option<Box<dyn Store + Sync>>,
 }
@@ -273,8 +276,16 @@ impl Communicator {
                 (e.group.rank(), e.group.world(), Handle::Tcp(e.group.handle(), e.local_handle()))
             }
         };
+        #[cfg(feature = "tcp")]
+        let pipelines = world > 1 && matches!(&engine, Either::Tcp(e) if !e.is_mixed());
         let state = Mutex::new(State { engine, algorithm: None, cause: None });
-        let inner = Arc::new(Inner { state, handle, _store: store });
+        let inner = Arc::new(Inner {
+            state,
+            handle,
+            #[cfg(feature = "tcp")]
+            pipelines,
+            _store: store,
+        });
         Communicator { rank, world, inner, started: Some(background::Started::default()) }
     }
 
@@ -375,6 +386,14 @@ impl Communicator {
         }
     }
 
+    /// Has the thread look around that waits with several calls under way.
+    fn interrupt(&self) {
+        #[cfg(feature = "tcp")]
+        if let Handle::Tcp(handle, _) = &self.inner.handle {
+            handle.interrupt();
+        }
+    }
+
     /// Sets whether calls spin for a while when they wait.
     fn spin(&self, spin: bool) {
         let mut state = self.inner.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -425,15 +444,21 @@ impl State {
     }
 
     fn forced(&self, forced: Algorithm, bytes: usize) -> Result<Algorithm> {
-        if !forced.is_shm() && matches!(self.engine, Either::Shm(_)) {
-            return Err(Error::invalid(format!(
-                "{forced} is an algorithm for networks, not for shared memory"
-            )));
-        }
-        let limit = forced.limit();
-        if bytes > limit {
-            return Err(Error::invalid(format!("{forced} carries at most {limit} bytes, not {bytes}")));
-        }
-        Ok(forced)
+        check(forced, matches!(self.engine, Either::Shm(_)), bytes)
     }
+}
+
+/// Refuses an algorithm that was set and can't carry so many bytes, or is another transport's.
+fn check(forced: Algorithm, shm: bool, bytes: usize) -> Result<Algorithm> {
+    if shm && !forced.is_shm() {
+        return Err(Error::invalid(format!("{forced} is an algorithm for networks, not for shared memory")));
+    }
+    if !shm && forced == Algorithm::Symmetric {
+        return Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"));
+    }
+    let limit = forced.limit();
+    if bytes > limit {
+        return Err(Error::invalid(format!("{forced} carries at most {limit} bytes, not {bytes}")));
+    }
+    Ok(forced)
 }

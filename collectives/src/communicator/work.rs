@@ -6,10 +6,16 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 
-use tensorwire_core::{Deadline, Error, Result};
+#[cfg(feature = "tcp")]
+use tensorwire_core::{Call, Op};
+use tensorwire_core::{Deadline, Element, Error, ReduceOp, Result};
 
 use super::Communicator;
-use super::background::{Background, lock};
+use super::background::{Background, Job, lock};
+#[cfg(feature = "tcp")]
+use super::collectives::call;
+#[cfg(feature = "tcp")]
+use crate::engine::{Owned, Reduction, Request};
 
 /// A call that runs in the background, and the buffer that it owns meanwhile.
 ///
@@ -64,6 +70,36 @@ impl<B> Outcome<B> {
                 _ => panic!("a Work gives its result once"),
             },
         }
+    }
+}
+
+/// A buffer, and where it goes when its call is done.
+#[cfg(feature = "tcp")]
+struct Owner<T> {
+    buf: Vec<T>,
+    outcome: Arc<Outcome<Vec<T>>>,
+}
+
+#[cfg(feature = "tcp")]
+impl<T> fmt::Debug for Owner<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Owner").field("len", &self.buf.len()).finish()
+    }
+}
+
+#[cfg(feature = "tcp")]
+impl<T: Element> Owned for Owner<T> {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.buf)
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.buf)
+    }
+
+    fn settle(self: Box<Self>, result: Result<()>) {
+        let Owner { buf, outcome } = *self;
+        outcome.settle(result.map(|()| buf));
     }
 }
 
@@ -157,7 +193,7 @@ impl Communicator {
         let background = started.background(self)?;
         let outcome = Arc::new(Outcome(Mutex::new(State::Pending(None))));
         let (told, rank) = (outcome.clone(), self.rank);
-        background.push(Box::new(move |comm| {
+        background.push(Job::Call(Box::new(move |comm| {
             let work = std::panic::AssertUnwindSafe(|| {
                 let mut buffer = buffer;
                 call(comm, &mut buffer).map(|()| buffer)
@@ -165,7 +201,47 @@ impl Communicator {
             // A panic in the caller's code is the caller's error, not the end of the thread.
             let panicked = |_| Err(Error::InvalidArgument(format!("rank {rank}: a started call panicked")));
             told.settle(std::panic::catch_unwind(work).unwrap_or_else(panicked));
-        }));
+        })));
         Ok(Work { outcome, background: Arc::downgrade(background) })
+    }
+
+    /// Starts an [`all_reduce`](Communicator::all_reduce) of `buf`, as [`start`](Communicator::start) would. Over TCP
+    /// and TLS more than one may be on its way: while one waits, what the next ones send goes out behind it, up to 16 at
+    /// once, so that several small ones take one latency, and no pause comes between large ones. Peers needn't start
+    /// theirs; results, errors and the order in which calls are done are the same.
+    ///
+    /// ```
+    /// # use tensorwire_collectives::Communicator;
+    /// # use tensorwire_core::ReduceOp;
+    /// # std::thread::scope(|s| {
+    /// #     for comm in Communicator::in_process(2)? {
+    /// #         s.spawn(move || {
+    /// let gradients = vec![vec![1f32; 1000], vec![2.0; 50]];
+    /// let works: Vec<_> =
+    ///     gradients.into_iter().map(|x| comm.start_all_reduce(x, ReduceOp::Sum).unwrap()).collect();
+    /// // ... compute meanwhile ...
+    /// let sums: Vec<_> = works.into_iter().map(|work| work.wait().unwrap()).collect();
+    /// assert_eq!((sums[0][999], sums[1][0]), (2.0, 4.0));
+    /// #         });
+    /// #     }
+    /// #     Ok::<(), tensorwire_core::Error>(())
+    /// # })?;
+    /// # Ok::<(), tensorwire_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`start`](Communicator::start).
+    pub fn start_all_reduce<T: Element>(&self, buf: Vec<T>, op: ReduceOp) -> Result<Work<Vec<T>>> {
+        #[cfg(feature = "tcp")]
+        if let (true, Some(started)) = (self.inner.pipelines, &self.started) {
+            let background = started.background(self)?;
+            let outcome = Arc::new(Outcome(Mutex::new(State::Pending(None))));
+            let call = Call { reduce: Some(op), ..call::<T>(Op::AllReduce, buf.len()) };
+            let reduction = Reduction::new(T::DTYPE, op)?;
+            let buffer = Box::new(Owner { buf, outcome: outcome.clone() });
+            background.push(Job::Request(Request { call, reduction, buffer }));
+            return Ok(Work { outcome, background: Arc::downgrade(background) });
+        }
+        self.start(buf, move |comm, x| comm.all_reduce(x, op))
     }
 }
