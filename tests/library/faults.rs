@@ -419,7 +419,7 @@ pub(crate) fn late() {
 }
 
 /// What all threads of this process have used.
-fn processor_time() -> Duration {
+pub(crate) fn processor_time() -> Duration {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: (1) `usage` has room for what is written; (2) a rusage is valid from zeros.
     let usage = unsafe {

@@ -1,4 +1,4 @@
-//! Groups of some of the ranks, symmetric buffers, prepared and started calls.
+//! Groups of some of the ranks, symmetric buffers and prepared calls.
 
 use tensorwire::{Error, Options, ReduceOp};
 
@@ -138,57 +138,6 @@ fn prepared_calls_are_the_same_calls() {
             assert!(comm.all_reduce_plan::<f32>(1, ReduceOp::BitOr).is_err());
         });
     }
-}
-
-#[test]
-fn started_calls_run_in_order_and_give_their_buffers_back() {
-    for over in Over::ALL {
-        over.threads(2, &Options::default(), |comm| {
-            let start = |len: usize| {
-                comm.start(buffer::<f32>(comm.rank(), len), |comm, x| comm.all_reduce(x, ReduceOp::Sum))
-                    .unwrap()
-            };
-            let works: Vec<_> = [10usize, 100_000, 3].into_iter().map(|len| (len, start(len))).collect();
-            // A blocking call comes after those that were started.
-            comm.barrier().unwrap();
-            for (len, work) in works {
-                assert!(work.is_done());
-                assert_same(&work.wait().unwrap(), &reduced(ReduceOp::Sum, 2, len), "started");
-            }
-            let failed = comm.start((), |comm, ()| comm.broadcast(&mut [0f32], 9)).unwrap();
-            assert!(matches!(failed.wait().unwrap_err(), Error::InvalidArgument(_)));
-            let panicked = comm.start((), |_, ()| panic!("on purpose")).unwrap();
-            assert!(panicked.wait().unwrap_err().to_string().contains("panicked"));
-            // Dropping it lets it finish.
-            drop(start(1000));
-            comm.barrier().unwrap();
-        });
-    }
-}
-
-#[test]
-fn started_calls_are_futures() {
-    use std::pin::pin;
-    use std::task::{Context, Poll, Wake, Waker};
-
-    struct Unpark(std::thread::Thread);
-    impl Wake for Unpark {
-        fn wake(self: std::sync::Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    threads(2, &Options::default(), |comm| {
-        let work = comm.start(vec![1f32; 4], |comm, x| comm.all_reduce(x, ReduceOp::Sum)).unwrap();
-        let waker = Waker::from(std::sync::Arc::new(Unpark(std::thread::current())));
-        let mut work = pin!(work);
-        let result = loop {
-            match work.as_mut().poll(&mut Context::from_waker(&waker)) {
-                Poll::Ready(result) => break result,
-                Poll::Pending => std::thread::park(),
-            }
-        };
-        assert_eq!(result.unwrap(), [2.0; 4]);
-    });
 }
 
 #[test]

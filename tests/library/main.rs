@@ -17,6 +17,7 @@ mod mixed;
 #[cfg(feature = "tcp")]
 mod network;
 mod processes;
+mod started;
 #[cfg(feature = "tcp")]
 mod strangers;
 mod survivors;

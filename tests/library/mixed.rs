@@ -17,7 +17,7 @@ const SOON: Duration = Duration::from_secs(10);
 const HOSTS: [&str; 4] = ["aabb", "abab", "aaab", "aabbc"];
 
 /// Starts `body` in one process a letter of `hosts`: ranks with the same one are said to be on the same host.
-fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, StoreServer) {
+pub(crate) fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, StoreServer) {
     let (secret, store) = (Secret::generate().unwrap().to_hex(), StoreServer::start().unwrap());
     let (address, world) = (store.address(), hosts.len().to_string());
     let ranks: Vec<String> = (0..hosts.len()).map(|rank| rank.to_string()).collect();

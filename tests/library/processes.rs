@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::job::{Job, await_point, run_rank};
-use crate::{faults, limits, survivors, tuning};
+use crate::{faults, limits, started, survivors, tuning};
 use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
 
@@ -36,6 +36,9 @@ fn rank_process() {
         ("dwindle", survivors::dwindle),
         ("undecided", survivors::undecided),
         ("indirect", survivors::indirect),
+        ("idle", started::idle),
+        ("cancels", started::cancels),
+        ("abandoned", started::abandoned),
         ("tuned", tuning::tuned),
         ("tuned threads", tuning::tuned_threads),
         #[cfg(feature = "tcp")]

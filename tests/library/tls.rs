@@ -138,7 +138,7 @@ fn the_store_lets_ranks_in_by_their_certificates() {
 }
 
 /// Variables for a job in which each rank has a certificate of its own, over a store that is served over TLS.
-fn job(body: &str, world: usize) -> (Job, TcpStoreServer) {
+pub(crate) fn job(body: &str, world: usize) -> (Job, TcpStoreServer) {
     let (secret, authority) = (Secret::generate().unwrap(), Authority::generate().unwrap());
     let launcher = secret.clone().with_tls(authority.store().unwrap());
     let server = TcpStoreServer::start(LOOPBACK, world, &launcher).unwrap();

@@ -102,8 +102,7 @@ impl Communicator {
     /// [`Error::ConcurrentUse`] while another thread is inside a call: [`abort`](Communicator::abort) ends that;
     /// [`Error::InvalidArgument`] if the group was shrunk before.
     pub fn shrink(&self) -> Result<Communicator> {
-        let rank = self.rank;
-        let mut state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let mut state = self.state()?;
         let engine = match &mut state.engine {
             Either::Shm(engine) => Either::Shm(Engine::new(engine.group.shrink()?)),
             #[cfg(feature = "tcp")]

@@ -1,5 +1,6 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
+mod background;
 mod collectives;
 mod fused;
 mod groups;
@@ -11,7 +12,7 @@ mod symmetric;
 mod wire;
 mod work;
 
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use tensorwire_core::{DType, Deadline, Error, ReduceOp, Result};
 use tensorwire_transports::launch::{Env, Transport};
@@ -22,7 +23,7 @@ use tensorwire_transports::tcp;
 
 #[cfg(feature = "tcp")]
 use crate::engine::NetEngine;
-use crate::engine::{Either, Engine, Reduction};
+use crate::engine::{Either, Engine, Reduction, with_engine};
 #[cfg(feature = "tcp")]
 use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
@@ -40,8 +41,8 @@ pub use work::Work;
 ///
 /// Results are the same bits on every rank and in every run: element `i` is reduced in rank order.
 ///
-/// One call at a time: a second thread that calls meanwhile gets [`Error::ConcurrentUse`]. To have a call run
-/// in the background, [`start`](Communicator::start) it.
+/// One call at a time: a second thread that calls meanwhile gets [`Error::ConcurrentUse`]. To have calls run
+/// in the background, [`start`](Communicator::start) them: whatever else is asked of the communicator comes behind those.
 ///
 /// ```
 /// use tensorwire_collectives::Communicator;
@@ -66,13 +67,16 @@ pub struct Communicator {
     world: usize,
     inner: Arc<Inner>,
     /// Calls that were started; `None` in the communicator that runs them.
-    started: Option<work::Started>,
+    started: Option<background::Started>,
 }
 
 #[derive(Debug)]
 struct Inner {
     state: Mutex<State>,
     handle: Handle,
+    /// Whether several all-reduces may be under way at once: over TCP alone.
+    #[cfg(feature = "tcp")]
+    pipelines: bool,
     /// Rank 0 of a job without a launcher serves its store for as long as the communicator lives.
     _store: Option<Box<dyn Store + Sync>>,
 }
@@ -272,9 +276,17 @@ impl Communicator {
                 (e.group.rank(), e.group.world(), Handle::Tcp(e.group.handle(), e.local_handle()))
             }
         };
+        #[cfg(feature = "tcp")]
+        let pipelines = world > 1 && matches!(&engine, Either::Tcp(e) if !e.is_mixed());
         let state = Mutex::new(State { engine, algorithm: None, cause: None });
-        let inner = Arc::new(Inner { state, handle, _store: store });
-        Communicator { rank, world, inner, started: Some(work::Started::default()) }
+        let inner = Arc::new(Inner {
+            state,
+            handle,
+            #[cfg(feature = "tcp")]
+            pipelines,
+            _store: store,
+        });
+        Communicator { rank, world, inner, started: Some(background::Started::default()) }
     }
 
     /// What carries this group's data, for a log: `shm`, or `tcp` and the address at which this rank listens, with the
@@ -283,8 +295,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::ConcurrentUse`].
     pub fn transport(&self) -> Result<String> {
-        let rank = self.rank;
-        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let state = self.state()?;
         Ok(match &state.engine {
             Either::Shm(_) => "shm".to_owned(),
             #[cfg(feature = "tcp")]
@@ -312,8 +323,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::ConcurrentUse`].
     pub fn set_algorithm(&self, algorithm: Option<Algorithm>) -> Result<()> {
-        let rank = self.rank;
-        let mut state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let mut state = self.state()?;
         state.algorithm = algorithm;
         Ok(())
     }
@@ -335,8 +345,7 @@ impl Communicator {
     /// # Errors
     /// As for [`algorithm`](Communicator::algorithm), and if the operation isn't defined for the type.
     pub fn algorithm_for(&self, bytes: usize, dtype: DType, op: ReduceOp) -> Result<Algorithm> {
-        let rank = self.rank;
-        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let state = self.state()?;
         state.choose(bytes, &Reduction::new(dtype, op)?)
     }
 
@@ -345,22 +354,14 @@ impl Communicator {
     /// # Errors
     /// As for [`algorithm`](Communicator::algorithm).
     pub fn algorithm_symmetric(&self, bytes: usize) -> Result<Algorithm> {
-        let rank = self.rank;
-        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let state = self.state()?;
         state.choose_symmetric(bytes)
     }
 
     /// Runs `body` alone, unless the group has failed; if it fails, no further call will run.
     #[inline]
     fn run<R>(&self, body: impl FnOnce(&mut State) -> Result<R, Failure>) -> Result<R> {
-        if let Some(started) = &self.started {
-            started.finish();
-        }
-        let mut state = match self.inner.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::WouldBlock) => return Err(Error::ConcurrentUse { rank: self.rank }),
-            Err(TryLockError::Poisoned(p)) => p.into_inner(),
-        };
+        let mut state = self.state()?;
         if let Some(cause) = &state.cause {
             return Err(Error::Poisoned { rank: self.rank, cause: cause.clone() });
         }
@@ -370,6 +371,33 @@ impl Communicator {
             }
             *failure
         })
+    }
+
+    /// The group's state, behind the calls that were started.
+    #[inline]
+    fn state(&self) -> Result<MutexGuard<'_, State>> {
+        if let Some(started) = &self.started {
+            started.finish();
+        }
+        match self.inner.state.try_lock() {
+            Ok(state) => Ok(state),
+            Err(TryLockError::WouldBlock) => Err(Error::ConcurrentUse { rank: self.rank }),
+            Err(TryLockError::Poisoned(p)) => Ok(p.into_inner()),
+        }
+    }
+
+    /// Has the thread look around that waits with several calls under way.
+    fn interrupt(&self) {
+        #[cfg(feature = "tcp")]
+        if let Handle::Tcp(handle, _) = &self.inner.handle {
+            handle.interrupt();
+        }
+    }
+
+    /// Sets whether calls spin for a while when they wait.
+    fn spin(&self, spin: bool) {
+        let mut state = self.inner.state.lock().unwrap_or_else(PoisonError::into_inner);
+        with_engine!(state.engine, |engine| engine.spin(spin));
     }
 }
 
@@ -416,15 +444,21 @@ impl State {
     }
 
     fn forced(&self, forced: Algorithm, bytes: usize) -> Result<Algorithm> {
-        if !forced.is_shm() && matches!(self.engine, Either::Shm(_)) {
-            return Err(Error::invalid(format!(
-                "{forced} is an algorithm for networks, not for shared memory"
-            )));
-        }
-        let limit = forced.limit();
-        if bytes > limit {
-            return Err(Error::invalid(format!("{forced} carries at most {limit} bytes, not {bytes}")));
-        }
-        Ok(forced)
+        check(forced, matches!(self.engine, Either::Shm(_)), bytes)
     }
+}
+
+/// Refuses an algorithm that was set and can't carry so many bytes, or is another transport's.
+fn check(forced: Algorithm, shm: bool, bytes: usize) -> Result<Algorithm> {
+    if shm && !forced.is_shm() {
+        return Err(Error::invalid(format!("{forced} is an algorithm for networks, not for shared memory")));
+    }
+    if !shm && forced == Algorithm::Symmetric {
+        return Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"));
+    }
+    let limit = forced.limit();
+    if bytes > limit {
+        return Err(Error::invalid(format!("{forced} carries at most {limit} bytes, not {bytes}")));
+    }
+    Ok(forced)
 }

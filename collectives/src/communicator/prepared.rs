@@ -28,8 +28,7 @@ impl Communicator {
     /// can't carry the length; [`Error::ConcurrentUse`].
     pub fn all_reduce_plan<T: Element>(&self, len: usize, op: ReduceOp) -> Result<AllReducePlan<'_, T>> {
         let reduction = Reduction::new(T::DTYPE, op)?;
-        let rank = self.rank;
-        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let state = self.state()?;
         Ok(AllReducePlan {
             comm: self,
             len,

@@ -14,6 +14,8 @@ mod mixed;
 mod net;
 #[cfg(feature = "tcp")]
 mod network;
+#[cfg(feature = "tcp")]
+mod pipeline;
 mod symmetric;
 mod writer;
 
@@ -35,6 +37,8 @@ pub(crate) use fused::Epilogue;
 pub(crate) use net::NetEngine;
 #[cfg(feature = "tcp")]
 pub(crate) use network::Network;
+#[cfg(feature = "tcp")]
+pub(crate) use pipeline::{Owned, Progress, Request};
 
 /// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
 const REDUCE_BLOCK: usize = 16 << 10;
@@ -217,6 +221,11 @@ impl Engine {
             writer: Writer::new(),
             sources,
         }
+    }
+
+    /// Sets whether waits spin before they sleep.
+    pub(crate) fn spin(&mut self, spin: bool) {
+        self.group.spin(spin);
     }
 
     /// Runs `body` as the call `call`.

@@ -9,6 +9,7 @@ use tensorwire_transports::shm::{self, Failure, Incoming, Outgoing};
 use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
 
 use super::mixed::Local;
+use super::pipeline::Pipeline;
 use super::{Buffers, Epilogue, Network, Reduction, Sources};
 use crate::reduce::Codec;
 use crate::schedule::steps::{Rank, Step, Steps};
@@ -35,7 +36,9 @@ pub(crate) struct NetEngine {
     scratch: Vec<u64>,
     /// This rank's buffer in fewer bits.
     encoded: Vec<u64>,
-    sources: Sources,
+    pub(super) sources: Sources,
+    /// Started calls that are under way.
+    pub(super) pipeline: Pipeline,
 }
 
 impl NetEngine {
@@ -51,6 +54,7 @@ impl NetEngine {
             scratch: Vec::new(),
             encoded: Vec::new(),
             sources,
+            pipeline: Pipeline::default(),
         }
     }
 
@@ -86,6 +90,12 @@ impl NetEngine {
 
     fn me(&self) -> Rank {
         Rank { rank: self.group.rank(), world: self.group.world() }
+    }
+
+    /// Sets whether waits spin before they sleep.
+    pub(crate) fn spin(&mut self, spin: bool) {
+        self.group.spin(spin);
+        self.spin_locally(spin);
     }
 
     /// Runs `body` as the call `call`.
@@ -148,7 +158,7 @@ impl NetEngine {
             scratch.resize(words, 0);
         }
         let scratch = bytemuck::cast_slice_mut(scratch.as_mut_slice());
-        let mut memory = Memory { input: data.input, output: data.output, scratch };
+        let mut memory = Memory { input: data.input, output: data.output, scratch, calls: None };
         for step in steps.list() {
             match *step {
                 Step::Send { to, span } => group.send(rank(to), span, &mut memory)?,
@@ -173,33 +183,46 @@ impl NetEngine {
         algorithm: Algorithm,
         root: Option<usize>,
     ) -> Result<(), Failure> {
-        let (me, size) = (self.me(), r.size);
-        let len = data.len() / size;
+        let mixed = matches!(algorithm, Algorithm::Inline | Algorithm::OneShot | Algorithm::Hierarchical);
+        if mixed && self.local.is_some() && root.is_none() {
+            return self.all_reduce_mixed(data, r, algorithm);
+        }
+        let mut steps = std::mem::take(&mut self.steps);
+        let partial = self.all_reduce_steps(&mut steps, data.len() / r.size, r, algorithm, root);
+        self.steps = steps;
+        if !partial {
+            return self.execute(data, Some(r));
+        }
+        r.alone(Buffers { input: data.input, output: &mut *data.output });
+        self.execute(Buffers::in_place(&mut *data.output), Some(&r.partial()))?;
+        r.finish(data.output, self.group.world());
+        Ok(())
+    }
+
+    /// Makes the steps of a reduction of `len` elements; whether they add up sums of some ranks.
+    pub(super) fn all_reduce_steps(
+        &self,
+        steps: &mut Steps,
+        len: usize,
+        r: &Reduction,
+        algorithm: Algorithm,
+        root: Option<usize>,
+    ) -> bool {
+        let me = self.me();
         match algorithm {
-            Algorithm::Inline | Algorithm::OneShot | Algorithm::Hierarchical
-                if self.local.is_some() && root.is_none() =>
-            {
-                self.all_reduce_mixed(data, r, algorithm)
-            }
             // A small message travels in one segment with its header whatever it is called.
-            Algorithm::Inline | Algorithm::OneShot => {
-                direct::one_shot(&mut self.steps, me, len, size, PIECE, root);
-                self.execute(data, Some(r))
-            }
+            Algorithm::Inline | Algorithm::OneShot => direct::one_shot(steps, me, len, r.size, PIECE, root),
             Algorithm::TwoShot | Algorithm::Symmetric => {
-                direct::two_shot(&mut self.steps, me, len, size, PIECE, root);
-                self.execute(data, Some(r))
+                direct::two_shot(steps, me, len, r.size, PIECE, root);
             }
             _ => {
                 assert!(root.is_none(), "a reduction to one rank is a direct exchange");
-                r.alone(Buffers { input: data.input, output: &mut *data.output });
                 let hosts = self.network.hosts();
-                schedule::all_reduce(&mut self.steps, me.rank, hosts, algorithm, len, size, PIECE);
-                self.execute(Buffers::in_place(&mut *data.output), Some(&r.partial()))?;
-                r.finish(data.output, me.world);
-                Ok(())
+                schedule::all_reduce(steps, me.rank, hosts, algorithm, len, r.size, PIECE);
+                return true;
             }
         }
+        false
     }
 
     /// Reduces every rank's input into every rank's output, in fewer bits: `r` reduces those.
@@ -368,7 +391,7 @@ impl NetEngine {
 
 /// Reduces as many contributions as there are `sources`, number `at` from `own`, number `k` of the others from byte
 /// `theirs(k)` of the scratch memory on, into `into`.
-fn reduce(
+pub(super) fn reduce(
     memory: &mut Memory<'_>,
     r: &Reduction,
     sources: &mut [*const u8],
@@ -398,7 +421,7 @@ fn reduce(
     unsafe { r.run(dst, sources, len) }
 }
 
-fn copy(memory: &mut Memory<'_>, from: Span, into: Span) {
+pub(super) fn copy(memory: &mut Memory<'_>, from: Span, into: Span) {
     match (memory.input, from.place) {
         (Some(input), Place::Input) => memory.write(into).copy_from_slice(&input[from.start..from.end]),
         _ => unreachable!("a schedule copies from an input that is no output"),

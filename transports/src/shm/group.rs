@@ -199,6 +199,12 @@ impl Group {
         self.deadline = None;
     }
 
+    /// Sets whether waits spin before they sleep, as they do unless told otherwise: who computes meanwhile may have more
+    /// use for the processor.
+    pub fn spin(&mut self, spin: bool) {
+        self.patience.spin(spin);
+    }
+
     /// As [`begin`](Group::begin), for call number `seq` of the group of which this is a part.
     pub fn begin_as(&mut self, seq: u64, call: Call) -> Result<(), Failure> {
         self.seq = seq - 1;

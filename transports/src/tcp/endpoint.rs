@@ -405,7 +405,8 @@ impl Inner {
             Refusal::Untrusted | Refusal::Waits(_) => format!("at {at}, {}", refusal.describe()),
         };
         if let Some(group) = request.group.upgrade() {
-            if matches!(refusal, Refusal::Status(Status::WentOn)) {
+            // Where both dialled, the peer may have gone on with this rank, over its own connection.
+            if matches!(refusal, Refusal::Status(Status::WentOn)) && group.is_dialing(request.place) {
                 group.leave_behind();
             }
             group.dialled(request.place, Err(why));

@@ -1,5 +1,6 @@
 //! One rank's membership in a group over TCP: calls, and what they are made of: sends, receives and waits.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ use super::shared::{Remembered, Shared};
 use crate::shm::verdict::Verdict;
 use crate::shm::{CallRecord, Failure, FlightRecord, Incoming, Outgoing, RankRecord, RankState};
 
+/// Collectives that may be [under way](TcpGroup::begin_behind) at once.
+pub const UNDER_WAY: usize = 16;
+
 /// How long a rank that has a processor to itself spins before it polls.
 const SPIN: Duration = Duration::from_micros(200);
 
@@ -27,10 +31,14 @@ pub struct TcpGroup {
     pub(super) options: TcpOptions,
     /// The connections, while a call is running.
     mesh: Option<Box<Mesh>>,
+    /// How long a wait spins before it polls, and how long unless it is told not to.
     spin: Duration,
+    usual_spin: Duration,
     /// This rank's collectives so far.
     pub(super) seq: u64,
     call: Call,
+    /// The collectives that are under way, of which the last has number `seq`, where there may be several.
+    under_way: VecDeque<Call>,
     /// What the message that is being received must be.
     message: Expected,
     /// When the current call gives up; set by its first wait that isn't short.
@@ -54,8 +62,10 @@ impl TcpGroup {
             options,
             mesh: None,
             spin,
+            usual_spin: spin,
             seq: 0,
             call: NOTHING,
+            under_way: VecDeque::new(),
             message,
             deadline: None,
         }
@@ -83,6 +93,12 @@ impl TcpGroup {
         self.seq
     }
 
+    /// Sets whether waits spin before they poll, as they do unless told otherwise: who computes meanwhile may have more
+    /// use for the processor.
+    pub fn spin(&mut self, spin: bool) {
+        self.spin = if spin { self.usual_spin } else { Duration::ZERO };
+    }
+
     /// Notes for how long this rank waits in another place for others, if it does, so that peers which wait for it don't
     /// take it for the one that is late.
     pub fn waits_elsewhere(&self, waits: Option<Duration>) {
@@ -105,6 +121,51 @@ impl TcpGroup {
         let seq = self.seq;
         self.enter(call)?.begin(Some((seq, &call)));
         Ok(())
+    }
+
+    /// Begins a call while others that were begun so may be under way, up to [`UNDER_WAY`] in all, if they have asked for
+    /// all that they send and receive. Every connection then carries the calls' frames in the calls' order, as if each
+    /// had ended before the next; peers needn't make them in this way. Returns how many receives and sends were asked
+    /// for before, from which the call's own are counted, in [`wait_unless_interrupted`](TcpGroup::wait_unless_interrupted).
+    ///
+    /// # Errors
+    /// As for [`begin`](TcpGroup::begin).
+    pub fn begin_behind(&mut self, call: Call) -> Result<(usize, usize), Failure> {
+        assert!(self.under_way.len() < UNDER_WAY);
+        let before = match &mut self.mesh {
+            Some(mesh) => {
+                self.seq += 1;
+                self.shared.seat().remember(self.seq, call);
+                mesh.begin_behind(self.seq, &call)
+            }
+            None => {
+                self.begin(call)?;
+                Goal { received: 0, sent: 0 }
+            }
+        };
+        self.under_way.push_back(call);
+        Ok((before.received, before.sent))
+    }
+
+    /// Ends the first of the calls that are under way.
+    pub fn end_first(&mut self) {
+        self.under_way.pop_front();
+        match (&mut self.mesh, self.under_way.len()) {
+            (Some(mesh), behind @ 1..) => {
+                mesh.end_first();
+                self.deadline = None;
+                self.shared.seat().done(behind);
+            }
+            _ => self.end(),
+        }
+    }
+
+    /// The call that this rank is in, the first of several, and its number.
+    fn current(&self) -> (Call, u64) {
+        match self.under_way.front() {
+            Some(call) => (*call, self.seq + 1 - self.under_way.len() as u64),
+            None => (self.call, self.seq),
+        }
     }
 
     /// Takes the connections for a call.
@@ -132,7 +193,7 @@ impl TcpGroup {
     #[inline]
     pub fn end(&mut self) {
         let mut seat = self.shared.seat();
-        seat.done();
+        seat.done(0);
         if let Some(mut mesh) = self.mesh.take() {
             // Another thread that aborted found no connections here, and leaves it to this one to tell the peers.
             if self.shared.has_failed()
@@ -161,6 +222,7 @@ impl TcpGroup {
             endpoint: &self.endpoint,
             spin: self.spin,
             peer_timeout: self.options.peer_timeout,
+            interruptible: false,
         };
         let mesh = self.mesh.as_mut().expect("inside a call");
         match mesh.push(place, &around, &self.message, memory) {
@@ -181,17 +243,35 @@ impl TcpGroup {
     /// [`Error::PeerLost`], [`Error::Timeout`], [`Error::Mismatch`] or [`Error::Aborted`]; the group has ended then.
     #[inline]
     pub fn wait(&mut self, received: usize, sent: usize, memory: &mut Memory<'_>) -> Result<(), Failure> {
+        self.drive(Goal { received, sent }, false, memory).map(drop)
+    }
+
+    /// As [`wait`](TcpGroup::wait), unless [`TcpHandle::interrupt`] ends it before: whether it has come that far.
+    ///
+    /// # Errors
+    /// See [`wait`](TcpGroup::wait).
+    pub fn wait_unless_interrupted(
+        &mut self,
+        received: usize,
+        sent: usize,
+        memory: &mut Memory<'_>,
+    ) -> Result<bool, Failure> {
+        self.drive(Goal { received, sent }, true, memory)
+    }
+
+    #[inline]
+    fn drive(&mut self, goal: Goal, interruptible: bool, memory: &mut Memory<'_>) -> Result<bool, Failure> {
         let around = Around {
             shared: &self.shared,
             endpoint: &self.endpoint,
             spin: self.spin,
             peer_timeout: self.options.peer_timeout,
+            interruptible,
         };
         let mesh = self.mesh.as_mut().expect("inside a call");
-        let goal = Goal { received, sent };
         let timeout = self.options.timeout;
         match mesh.drive(goal, &around, &self.message, &mut self.deadline, timeout, memory) {
-            Ok(()) => Ok(()),
+            Ok(reached) => Ok(reached),
             Err(stop) => Err(self.stop(stop, memory)),
         }
     }
@@ -212,7 +292,7 @@ impl TcpGroup {
         let (rank, world) = (self.rank(), self.world());
         let mut all = vec![0; N * world];
         all[rank * N..][..N].copy_from_slice(&mine);
-        let mut memory = Memory { input: Some(&mine), output: &mut all, scratch: &mut [] };
+        let mut memory = Memory { input: Some(&mine), output: &mut all, ..Memory::none() };
         for i in 1..world {
             let (to, from) = ((rank + i) % world, (rank + world - i) % world);
             self.receive(from, Span::new(Place::Output, from * N..(from + 1) * N));
@@ -250,7 +330,7 @@ impl TcpGroup {
             self.mesh.as_mut().expect("inside a call").receive(at, span);
             self.message.call = call(Op::Send, output.len(), rank).to_words();
         }
-        let mut memory = Memory { input: out.map(|o| o.data), output, scratch: &mut [] };
+        let mut memory = Memory { input: out.map(|o| o.data), output, ..Memory::none() };
         if let (Some(o), Some(call)) = (out, sent) {
             let at = place(&self.shared, o.to);
             let span = Span::new(Place::Input, 0..o.data.len());
@@ -286,13 +366,15 @@ impl TcpGroup {
             self.shared.seat().mesh = Some(mesh);
         }
         let own = error.filter(|_| !had_failed);
-        Box::new(own.unwrap_or_else(|| verdict.error(self.rank(), self.call, self.seq)))
+        let (call, seq) = self.current();
+        self.under_way.clear();
+        Box::new(own.unwrap_or_else(|| verdict.error(self.rank(), call, seq)))
     }
 
     #[cold]
     #[inline(never)]
     fn stop(&mut self, stop: Stop, memory: &mut Memory<'_>) -> Failure {
-        let (rank, call, seq) = (self.rank(), self.call, self.seq);
+        let (rank, (call, seq)) = (self.rank(), self.current());
         let mesh = self.mesh.as_mut().expect("inside a call");
         let error = match stop {
             Stop::Ended(verdict) | Stop::Peer(_, _, Trouble::Verdict(verdict)) => {
@@ -366,6 +448,11 @@ impl TcpHandle {
         if let Some(mesh) = &mut self.shared.seat().mesh {
             mesh.tell(&verdict, &Memory::none(), &self.shared, |_, _| {});
         }
+    }
+
+    /// Ends the wait that [may be ended](TcpGroup::wait_unless_interrupted), or the next one.
+    pub fn interrupt(&self) {
+        self.shared.interrupt();
     }
 
     /// What this rank is doing, and did last. Of the others it knows nothing.

@@ -1,6 +1,7 @@
 //! The connections of a rank, and how a call drives them: from the caller's thread, spinning for a short while, then
 //! polling.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,6 +58,8 @@ pub(super) struct Around<'a> {
     pub(super) endpoint: &'a Endpoint,
     pub(super) spin: Duration,
     pub(super) peer_timeout: Duration,
+    /// Whether the wait ends when this rank is interrupted.
+    pub(super) interruptible: bool,
 }
 
 #[derive(Debug)]
@@ -66,7 +69,10 @@ pub(super) struct Mesh {
     links: Vec<Option<Box<Link>>>,
     /// Which of them there are.
     live: Vec<usize>,
+    /// What the frames of the collective that was begun last are.
     collective: Expected,
+    /// Where several are under way: the first receive of each, and what its frames are.
+    under_way: VecDeque<(usize, Expected)>,
     /// Receives and sends that the call has asked for, numbered in that order, and how many are done.
     asked: usize,
     received: usize,
@@ -89,6 +95,7 @@ impl Mesh {
             links: (0..2 * world).map(|_| None).collect(),
             live: Vec::new(),
             collective: Expected { kind: Kind::Data, seq: 0, call: [0; 4] },
+            under_way: VecDeque::new(),
             asked: 0,
             received: 0,
             sends: 0,
@@ -103,10 +110,28 @@ impl Mesh {
     /// Begins a call; a collective has a number and a call of its own that its frames carry.
     pub(super) fn begin(&mut self, collective: Option<(u64, &Call)>) {
         (self.asked, self.received, self.sends, self.sent) = (0, 0, 0, 0);
+        self.under_way.clear();
         self.asked_at = None;
         if let Some((seq, call)) = collective {
             self.collective = Expected { kind: Kind::Data, seq, call: call.to_words() };
         }
+    }
+
+    /// Begins a collective behind others, which have asked for all that they send and receive: so the frames on each link
+    /// are in the order of the calls. What they have asked for in all.
+    pub(super) fn begin_behind(&mut self, seq: u64, call: &Call) -> Goal {
+        if self.under_way.is_empty() {
+            self.under_way.push_back((0, self.collective));
+        }
+        self.collective = Expected { kind: Kind::Data, seq, call: call.to_words() };
+        self.under_way.push_back((self.asked, self.collective));
+        Goal { received: self.asked, sent: self.sends }
+    }
+
+    /// Ends the first of the collectives that are under way.
+    pub(super) fn end_first(&mut self) {
+        self.under_way.pop_front();
+        self.asked_at = None;
     }
 
     fn link(&mut self, place: usize) -> &mut Link {
@@ -161,7 +186,18 @@ impl Mesh {
     /// What frames on a link must be. A message's is given by the call that receives it.
     #[inline]
     fn expected(&self, place: usize, message: &Expected) -> Expected {
-        if place < self.world { self.collective } else { *message }
+        match place < self.world {
+            true if self.under_way.is_empty() => self.collective,
+            true => self.expected_next(place),
+            false => *message,
+        }
+    }
+
+    /// What the next frame on a link must be, where several collectives are under way.
+    fn expected_next(&self, place: usize) -> Expected {
+        let next = self.links[place].as_ref().and_then(|l| l.receives.front());
+        let of = |number| self.under_way.iter().rev().find(|(first, _)| *first <= number);
+        next.and_then(|r| of(r.number)).map_or(self.collective, |(_, expected)| *expected)
     }
 
     /// Whether receives and sends have come as far as the goal: the links' first ones are beyond it.
@@ -275,7 +311,7 @@ impl Mesh {
         }
     }
 
-    /// Drives the connections until the goal is reached.
+    /// Drives the connections until the goal is reached; whether it is, for a wait that may be interrupted.
     pub(super) fn drive(
         &mut self,
         goal: Goal,
@@ -284,15 +320,16 @@ impl Mesh {
         deadline: &mut Option<Deadline>,
         timeout: Duration,
         memory: &mut Memory<'_>,
-    ) -> Result<(), Stop> {
+    ) -> Result<bool, Stop> {
         let mut idle: Option<(Instant, Instant)> = None;
         let mut slept = false;
         loop {
-            if self.reached(goal) {
+            let reached = self.reached(goal);
+            if reached || (around.interruptible && around.shared.is_interrupted()) {
                 if slept {
                     around.shared.set_waits(None);
                 }
-                return Ok(());
+                return Ok(reached);
             }
             if around.shared.has_stirred() {
                 self.look_around(around)?;

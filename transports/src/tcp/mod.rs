@@ -42,9 +42,9 @@ use crate::launch::{Env, Master, Rendezvous};
 use crate::store::{Store, TcpStore, UnixStore};
 
 pub use form::join;
-pub use group::{TcpGroup, TcpHandle};
+pub use group::{TcpGroup, TcpHandle, UNDER_WAY};
 pub use interface::{Interface, address_towards};
-pub use memory::{Memory, Place, Span};
+pub use memory::{Calls, Memory, Place, Span};
 pub use options::TcpOptions;
 pub use secret::{SECRET_FILE_VAR, SECRET_VAR, Secret};
 #[cfg(feature = "tls")]

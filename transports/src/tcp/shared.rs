@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tensorwire_core::{Call, Deadline, Error, Result};
 
 use super::frame;
+use super::group::UNDER_WAY;
 use super::hello::{Channel, GroupId, Hello, Status};
 use super::mesh::Mesh;
 use super::negotiate::Arrival;
@@ -21,8 +22,8 @@ use crate::shm::verdict::Verdict;
 /// Connections that a rank may have to a peer: for collectives, messages and survivors.
 const CHANNELS: usize = 3;
 
-/// Calls that a rank remembers of itself.
-const REMEMBERED: usize = 16;
+/// Calls that a rank remembers of itself: at least those that may be under way.
+const REMEMBERED: usize = UNDER_WAY;
 
 /// What is known of a connection that isn't in use yet, a peer and a channel.
 #[derive(Debug)]
@@ -81,9 +82,10 @@ impl Seat {
         self.calls.push_back(Remembered { seq, call, began: Instant::now(), took: None });
     }
 
-    pub(super) fn done(&mut self) {
-        if let Some(last) = self.calls.back_mut() {
-            last.took = Some(last.began.elapsed());
+    /// The call is done that was begun before the last `behind`.
+    pub(super) fn done(&mut self, behind: usize) {
+        if let Some(call) = self.calls.iter_mut().rev().nth(behind) {
+            call.took = Some(call.began.elapsed());
         }
     }
 }
@@ -109,6 +111,8 @@ pub(super) struct Shared {
     went_on: AtomicBool,
     /// Until when the caller's thread waits in a call, if it does: for a peer that asks.
     waits: Mutex<Option<Deadline>>,
+    /// Set, Release, by whoever wants the thread that waits in a call to come out of it, which clears it, Acquire.
+    interrupted: AtomicBool,
     /// The peers of which this rank has asked whether they wait, and what each has answered.
     answers: Mutex<Vec<(usize, Answer)>>,
     /// Set, Release, before the slot of a peer that has gone on without this rank; read, Acquire, behind it.
@@ -136,6 +140,7 @@ impl Shared {
             went_on: AtomicBool::new(false),
             left_behind: AtomicBool::new(false),
             waits: Mutex::default(),
+            interrupted: AtomicBool::new(false),
             answers: Mutex::default(),
         })
     }
@@ -182,6 +187,17 @@ impl Shared {
     /// Notes until when the caller's thread waits in a call, if it does.
     pub(super) fn set_waits(&self, until: Option<Deadline>) {
         *lock(&self.waits) = until;
+    }
+
+    /// Has the thread that waits in a call come out of it, or the next one that would.
+    pub(super) fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::Release);
+        self.wake.ring();
+    }
+
+    /// Whether this rank has been interrupted since it was asked last.
+    pub(super) fn is_interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed) && self.interrupted.swap(false, Ordering::Acquire)
     }
 
     /// For how much longer this rank waits itself. Zero if it only knows that the group has ended: it isn't the one that
