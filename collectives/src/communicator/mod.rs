@@ -170,7 +170,8 @@ impl Communicator {
         deadline: Deadline,
         sharing: Option<Options>,
     ) -> Result<Either> {
-        let network = network::agree(group.rank(), group.world(), store, network, deadline)?;
+        let network =
+            network::agree(group.rank(), group.world(), store, network, group.transport(), deadline)?;
         NetEngine::sharing(group, network, sharing).share().map_err(|failure| *failure)
     }
 

@@ -443,7 +443,7 @@ mod tests {
     fn sums_keep_the_rank_order_and_the_rest_cross_least() {
         let local = |names: &str| {
             let hosts = Hosts::new(names.as_bytes());
-            let across = Network::new(&(0..hosts.count()).collect::<Vec<_>>(), &Default::default());
+            let across = Network::new(&(0..hosts.count()).collect::<Vec<_>>(), Default::default(), false);
             let (timeout, contributions) = (Duration::ZERO, Vec::new());
             Local { engine: None, hosts, host: 0, place: 0, across, timeout, contributions }
         };
@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn slices_are_as_many_as_the_smallest_host_has_ranks() {
         let hosts = Hosts::new(b"aaabb");
-        let across = Network::new(&[0, 1], &Default::default());
+        let across = Network::new(&[0, 1], Default::default(), false);
         let (timeout, contributions) = (Duration::ZERO, Vec::new());
         let mut local = Local { engine: None, hosts, host: 0, place: 1, across, timeout, contributions };
         let slice = local.slice(100, 4);

@@ -9,6 +9,8 @@ mod copy;
 mod either;
 mod fused;
 #[cfg(feature = "tcp")]
+mod links;
+#[cfg(feature = "tcp")]
 mod mixed;
 #[cfg(feature = "tcp")]
 mod net;

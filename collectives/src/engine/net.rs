@@ -10,6 +10,7 @@ use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
 
 use super::mixed::Local;
 use super::{Buffers, Epilogue, Network, Reduction, Sources};
+use crate::network::NetworkInUse;
 use crate::reduce::Codec;
 use crate::schedule::steps::{Rank, Step, Steps};
 use crate::schedule::{self, PIECE, direct, tree};
@@ -124,13 +125,22 @@ impl NetEngine {
         format!("{local}{}", self.group.describe())
     }
 
+    /// The network, for a person.
+    pub(crate) fn network(&self) -> NetworkInUse {
+        self.network.in_use(self.group.transport())
+    }
+
     /// What other threads may do with the memory that ranks share.
     pub(crate) fn local_handle(&self) -> Option<shm::Handle> {
         self.local.as_ref().and_then(|local| local.handle())
     }
 
     /// Runs the steps that were made.
-    fn execute(&mut self, data: Buffers<'_>, reduction: Option<&Reduction>) -> Result<(), Failure> {
+    pub(super) fn execute(
+        &mut self,
+        data: Buffers<'_>,
+        reduction: Option<&Reduction>,
+    ) -> Result<(), Failure> {
         self.execute_among(None, data, reduction)
     }
 
@@ -149,11 +159,15 @@ impl NetEngine {
         }
         let scratch = bytemuck::cast_slice_mut(scratch.as_mut_slice());
         let mut memory = Memory { input: data.input, output: data.output, scratch };
+        // A call may run several lists.
+        let before = group.asked();
         for step in steps.list() {
             match *step {
                 Step::Send { to, span } => group.send(rank(to), span, &mut memory)?,
                 Step::Receive { from, span } => group.receive(rank(from), span),
-                Step::Wait { received, sent } => group.wait(received, sent, &mut memory)?,
+                Step::Wait { received, sent } => {
+                    group.wait(before.0 + received, before.1 + sent, &mut memory)?;
+                }
                 Step::Reduce { own, at, count, into, theirs, stride } => {
                     let reduction = reduction.expect("a schedule that reduces belongs to a call that does");
                     let theirs = |k| theirs + k * stride;

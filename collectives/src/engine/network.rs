@@ -2,14 +2,14 @@
 
 use std::fmt::Write;
 
-use crate::network::{Links, NetworkOptions};
+use crate::network::{Links, LinksInForce, NetworkInUse};
 use crate::schedule::cost::Costs;
 use crate::schedule::hierarchy::Hosts;
 use crate::select::Algorithm;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Network {
-    links: Links,
+    links: LinksInForce,
     any_order: bool,
     /// Each rank's host, by a number.
     numbers: Vec<usize>,
@@ -19,16 +19,16 @@ pub(crate) struct Network {
 
 impl Network {
     /// Of ranks on these hosts, by any numbers.
-    pub(crate) fn new(numbers: &[usize], options: &NetworkOptions) -> Network {
+    pub(crate) fn new(numbers: &[usize], links: LinksInForce, any_order: bool) -> Network {
         let hosts = Hosts::new(numbers);
-        let costs = Costs::new(&hosts, &options.links);
-        Network {
-            links: options.links,
-            any_order: options.any_order,
-            numbers: numbers.to_vec(),
-            hosts,
-            costs,
-        }
+        let costs = Costs::new(&hosts, &links.links);
+        Network { links, any_order, numbers: numbers.to_vec(), hosts, costs }
+    }
+
+    /// What it is, over `transport`.
+    pub(crate) fn in_use(&self, transport: &'static str) -> NetworkInUse {
+        let (hosts, links, any_order) = (self.numbers.clone(), self.links, self.any_order);
+        NetworkInUse { transport, hosts, links, any_order }
     }
 
     pub(crate) fn world(&self) -> usize {
@@ -46,8 +46,7 @@ impl Network {
 
     /// The network of one rank on each of `hosts` hosts.
     pub(crate) fn between(&self, hosts: usize) -> Network {
-        let options = NetworkOptions { links: self.links, any_order: self.any_order, host: None };
-        Network::new(&(0..hosts).collect::<Vec<_>>(), &options)
+        Network::new(&(0..hosts).collect::<Vec<_>>(), self.links, self.any_order)
     }
 
     /// Whether an algorithm may be chosen that doesn't keep the order.
@@ -58,8 +57,7 @@ impl Network {
     /// The network of some of the ranks.
     pub(crate) fn part(&self, ranks: &[usize]) -> Network {
         let numbers: Vec<usize> = ranks.iter().map(|r| self.numbers[*r]).collect();
-        let options = NetworkOptions { links: self.links, any_order: self.any_order, host: None };
-        Network::new(&numbers, &options)
+        Network::new(&numbers, self.links, self.any_order)
     }
 
     /// The algorithm for an all-reduce of `bytes`; `keeps_order` says which ones give the bits of the rank order.
@@ -75,7 +73,9 @@ impl Network {
 
     /// For the other ranks.
     pub(crate) fn to_text(&self) -> String {
-        let mut text = format!("{} {} {}", self.links.intra, self.links.inter, u8::from(self.any_order));
+        let LinksInForce { links, intra, inter } = &self.links;
+        let any_order = u8::from(self.any_order);
+        let mut text = format!("{} {intra} {} {inter} {any_order}", links.intra, links.inter);
         for host in &self.numbers {
             let _ = write!(text, " {host}");
         }
@@ -85,26 +85,29 @@ impl Network {
     /// What [`to_text`](Network::to_text) wrote.
     pub(crate) fn from_text(text: &str) -> Option<Network> {
         let mut words = text.split(' ');
-        let links = Links { intra: words.next()?.parse().ok()?, inter: words.next()?.parse().ok()? };
+        let mut link = || Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?));
+        let ((intra, intra_from), (inter, inter_from)) = (link()?, link()?);
+        let links = LinksInForce { links: Links { intra, inter }, intra: intra_from, inter: inter_from };
         let any_order = match words.next()? {
             "0" => false,
             "1" => true,
             _ => return None,
         };
         let numbers: Option<Vec<usize>> = words.map(|w| w.parse().ok()).collect();
-        Some(Network::new(&numbers?, &NetworkOptions { links, any_order, host: None }))
+        Some(Network::new(&numbers?, links, any_order))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::Source;
 
     #[test]
     fn every_rank_reads_what_rank_0_wrote() {
         let links = Links { intra: "1,2,0.1".parse().unwrap(), inter: "33.3,0.125".parse().unwrap() };
-        let options = NetworkOptions { links, any_order: true, host: Some("unused".into()) };
-        let network = Network::new(&[0, 0, 2, 0, 2], &options);
+        let links = LinksInForce { links, intra: Source::Table, inter: Source::Given };
+        let network = Network::new(&[0, 0, 2, 0, 2], links, true);
         let read = Network::from_text(&network.to_text()).unwrap();
         assert_eq!((read.links, read.any_order, &read.hosts), (links, true, &network.hosts));
         for bytes in [0, 1 << 10, 1 << 20, 1 << 30] {
@@ -112,7 +115,9 @@ mod tests {
         }
         let part = network.part(&[4, 1, 2]);
         assert_eq!(part.hosts, Hosts::new(&["b", "a", "b"]));
-        for text in ["", "1,2 3,4", "1,2 3,4 2 0", "1,2 3,4 0 x", "1 3,4 0 0"] {
+        for text in
+            ["", "1,2 given 3,4 given", "1,2 given 3,4 2 0", "1,2 x 3,4 table 0 0", "1 given 3,4 given 0 0"]
+        {
             assert!(Network::from_text(text).is_none(), "{text}");
         }
     }
