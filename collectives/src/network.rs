@@ -51,6 +51,16 @@ pub struct Links {
     pub inter: Link,
 }
 
+impl Links {
+    /// The links of a class.
+    pub fn of(&self, class: LinkClass) -> &Link {
+        match class {
+            LinkClass::Intra => &self.intra,
+            LinkClass::Inter => &self.inter,
+        }
+    }
+}
+
 impl Default for Links {
     /// TCP over loopback as measured on two cores of an EPYC, and over a 10 Gbit/s Ethernet.
     fn default() -> Links {
@@ -71,10 +81,12 @@ pub enum Source {
     Table,
     /// It was given to rank 0, in its options or its environment.
     Given,
+    /// It was measured while the group ran: see [`NetworkOptions::adapt_percent`].
+    Adapted,
 }
 
 impl Source {
-    const ALL: [Source; 3] = [Source::BuiltIn, Source::Table, Source::Given];
+    const ALL: [Source; 4] = [Source::BuiltIn, Source::Table, Source::Given, Source::Adapted];
 
     /// Its name in reports, such as `built_in`.
     pub const fn name(self) -> &'static str {
@@ -82,6 +94,7 @@ impl Source {
             Source::BuiltIn => "built_in",
             Source::Table => "table",
             Source::Given => "given",
+            Source::Adapted => "adapted",
         }
     }
 }
@@ -113,6 +126,14 @@ pub struct LinksInForce {
 }
 
 impl LinksInForce {
+    /// Where a class of links is from.
+    pub fn source(&self, class: LinkClass) -> Source {
+        match class {
+            LinkClass::Intra => self.intra,
+            LinkClass::Inter => self.inter,
+        }
+    }
+
     /// Of a rank 0 with these options, over `transport`, such as `tcp`.
     pub fn new(options: &NetworkOptions, transport: &str) -> LinksInForce {
         let given = options.intra.is_some() && options.inter.is_some();
@@ -139,14 +160,16 @@ pub struct NetworkInUse {
     pub hosts: Vec<usize>,
     /// The links by which all-reduces are chosen.
     pub links: LinksInForce,
+    /// How often they have changed since the group was formed.
+    pub changes: u64,
     /// Whether they may be done in any order: see [`NetworkOptions::any_order`].
     pub any_order: bool,
 }
 
 /// What can be set about how collectives use a network.
 ///
-/// Rank 0's links and `any_order` hold for all ranks, so that all choose alike.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// Rank 0's links, `any_order` and `adapt_percent` hold for all ranks, so that all choose alike.
+#[derive(Clone, Debug, PartialEq)]
 pub struct NetworkOptions {
     /// The link between ranks of one host, by which all-reduces are chosen; `TENSORWIRE_INTRA`, as [`Link`] reads it.
     /// Without it, what `tensorwire topo --probe --transport tcp` measured on this machine, or a constant.
@@ -156,9 +179,22 @@ pub struct NetworkOptions {
     /// Whether an all-reduce of floating-point sums may be chosen that reduces in another order than the ranks', where
     /// that is faster: see [`Algorithm::keeps_order`](crate::Algorithm::keeps_order). `TENSORWIRE_ANY_ORDER`, 1 or 0.
     pub any_order: bool,
+    /// How much of the time of all-reduces may go into measuring the links again while the group runs, from 0, never, to 50:
+    /// where they have become slower or faster, the ranks change their choice, all at the same call. Links that are given
+    /// are never measured. `TENSORWIRE_ADAPT`; without it, 2.
+    ///
+    /// Without `any_order` it changes no result. With it, sums of floating-point numbers may differ from run to run in how
+    /// they are rounded, since times do: 0 keeps to one choice, which follows from the links that the group begins with.
+    pub adapt_percent: f64,
     /// What this rank calls its host: ranks that say the same count as on one. Without it, the number that the kernel got
     /// when it started. `TENSORWIRE_HOST`.
     pub host: Option<String>,
+}
+
+impl Default for NetworkOptions {
+    fn default() -> NetworkOptions {
+        NetworkOptions { intra: None, inter: None, any_order: false, adapt_percent: 2.0, host: None }
+    }
 }
 
 impl NetworkOptions {
@@ -183,7 +219,30 @@ impl NetworkOptions {
                 return Err(Error::Config(format!("TENSORWIRE_ANY_ORDER is '{other}': give 1 or 0")));
             }
         };
-        Ok(NetworkOptions { intra, inter, any_order, host: lookup("TENSORWIRE_HOST") })
+        let adapt_percent = match lookup("TENSORWIRE_ADAPT") {
+            None => NetworkOptions::default().adapt_percent,
+            Some(text) => text.parse().map_err(|_| {
+                Error::Config(format!("TENSORWIRE_ADAPT is '{text}': give a percentage from 0 to 50"))
+            })?,
+        };
+        let options =
+            NetworkOptions { intra, inter, any_order, adapt_percent, host: lookup("TENSORWIRE_HOST") };
+        options.check().map(|()| options)
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for a number that can't be used.
+    pub(crate) fn check(&self) -> Result<()> {
+        let adapt = self.adapt_percent;
+        if let Some(link) = [self.intra, self.inter].into_iter().flatten().find(|link| !link.is_sound()) {
+            return Err(Error::Config(format!("{link} is no link: give times from 0 up, and GB/s")));
+        }
+        match (0.0..=50.0).contains(&adapt) {
+            true => Ok(()),
+            false => {
+                Err(Error::Config(format!("TENSORWIRE_ADAPT is {adapt}: give a percentage from 0 to 50")))
+            }
+        }
     }
 }
 
@@ -200,7 +259,15 @@ mod tests {
         assert!(set("TENSORWIRE_ANY_ORDER", "1").unwrap().any_order);
         assert_eq!(set("TENSORWIRE_HOST", "a").unwrap().host.as_deref(), Some("a"));
         assert_eq!(set("TENSORWIRE_INTER", "50,0.1").unwrap().inter.unwrap().gbps, 0.1);
-        for (name, value) in [("TENSORWIRE_ANY_ORDER", "yes"), ("TENSORWIRE_INTRA", "fast")] {
+        assert_eq!(set("TENSORWIRE_ADAPT", "0").unwrap().adapt_percent, 0.0);
+        for (name, value) in [
+            ("TENSORWIRE_ANY_ORDER", "yes"),
+            ("TENSORWIRE_INTRA", "fast"),
+            ("TENSORWIRE_ADAPT", "no"),
+            ("TENSORWIRE_ADAPT", "NaN"),
+            ("TENSORWIRE_ADAPT", "51"),
+            ("TENSORWIRE_ADAPT", "-1"),
+        ] {
             assert!(set(name, value).unwrap_err().to_string().contains(name), "{name}");
         }
     }

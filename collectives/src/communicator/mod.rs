@@ -316,6 +316,10 @@ impl Communicator {
         let rank = self.rank;
         let mut state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
         state.algorithm = algorithm;
+        #[cfg(feature = "tcp")]
+        if let Either::Tcp(engine) = &mut state.engine {
+            engine.force(algorithm.is_some());
+        }
         Ok(())
     }
 
@@ -391,6 +395,21 @@ impl State {
                 Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"))
             }
             Some(forced) => self.forced(forced, bytes),
+        }
+    }
+
+    /// The algorithm of a call for which `prepared` was chosen before.
+    #[inline]
+    #[cfg_attr(
+        not(feature = "tcp"),
+        expect(unused_variables, reason = "only a network's choice depends on it")
+    )]
+    fn prepared(&self, prepared: Algorithm, bytes: usize, r: &Reduction) -> Result<Algorithm> {
+        match &self.engine {
+            Either::Shm(_) => Ok(prepared),
+            // Others may make the same call without having prepared it.
+            #[cfg(feature = "tcp")]
+            Either::Tcp(_) => self.choose(bytes, r),
         }
     }
 

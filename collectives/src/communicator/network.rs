@@ -5,7 +5,7 @@ use tensorwire_core::{Deadline, Error, Result};
 use tensorwire_transports::store::Store;
 
 use super::Communicator;
-use crate::engine::{Either, Network};
+use crate::engine::{Either, Network, Rules};
 use crate::network::{Exchange, LinkClass, LinksInForce, NetworkInUse, NetworkOptions};
 
 impl Communicator {
@@ -59,6 +59,7 @@ pub(super) fn agree(
     transport: &str,
     deadline: Deadline,
 ) -> Result<Network> {
+    options.check()?;
     let failed = |what: String| Error::Rendezvous { rank, world, what };
     // A program may make several groups over one store: its nth meets the others' nth.
     let nth = store.add(&format!("network/made/{rank}"), 1, deadline)?;
@@ -74,7 +75,9 @@ pub(super) fn agree(
         // By number, in the order of each one's first rank.
         let numbers: Vec<usize> =
             hosts.iter().map(|host| hosts.iter().position(|h| h == host).unwrap_or_default()).collect();
-        let network = Network::new(&numbers, LinksInForce::new(options, transport), options.any_order);
+        let NetworkOptions { any_order, adapt_percent, .. } = *options;
+        let rules = Rules { any_order, adapt_percent };
+        let network = Network::new(&numbers, LinksInForce::new(options, transport), rules);
         store.set(&key("agreed"), network.to_text().as_bytes(), deadline)?;
     }
     let text = store.get(&key("agreed"), deadline);

@@ -36,7 +36,7 @@ pub(crate) use fused::Epilogue;
 #[cfg(feature = "tcp")]
 pub(crate) use net::NetEngine;
 #[cfg(feature = "tcp")]
-pub(crate) use network::Network;
+pub(crate) use network::{Network, Rules};
 
 /// Bytes that are reduced before they are copied on, while they are still in the first-level cache.
 const REDUCE_BLOCK: usize = 16 << 10;

@@ -10,6 +10,7 @@ use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
 
 use super::mixed::Local;
 use super::{Buffers, Epilogue, Network, Reduction, Sources};
+use crate::adapt::Adaptation;
 use crate::network::NetworkInUse;
 use crate::reduce::Codec;
 use crate::schedule::steps::{Rank, Step, Steps};
@@ -34,6 +35,7 @@ pub(crate) struct NetEngine {
     pub(super) steps: Steps,
     /// Scratch memory, in words, so that it is aligned for any type.
     scratch: Vec<u64>,
+    pub(super) adaptation: Adaptation,
     /// This rank's buffer in fewer bits.
     encoded: Vec<u64>,
     sources: Sources,
@@ -43,8 +45,10 @@ impl NetEngine {
     /// With options for the memory that ranks of one host are to [share](NetEngine::share).
     pub(crate) fn sharing(group: TcpGroup, network: Network, sharing: Option<shm::Options>) -> NetEngine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
+        let adaptation = Adaptation::new(network.adapt_percent());
         NetEngine {
             group,
+            adaptation,
             network,
             local: None,
             sharing,
@@ -73,7 +77,7 @@ impl NetEngine {
             local.abort("a rank shrinks the group");
         }
         let (group, ranks) = self.group.shrink()?;
-        Ok(NetEngine::sharing(group, self.network.part(&ranks), self.sharing.clone()))
+        Ok(NetEngine::sharing(group, self.network.survivors(&ranks), self.sharing.clone()))
     }
 
     /// Forms groups of the ranks that give the same color, in the order of their keys.
@@ -83,6 +87,12 @@ impl NetEngine {
             NetEngine::sharing(group, self.network.part(&ranks), self.sharing.clone())
         };
         Ok(part.map(engine))
+    }
+
+    /// Begins or ends to choose by what was set, of which links are no matter.
+    pub(crate) fn force(&mut self, forced: bool) {
+        let percent = if forced { 0.0 } else { self.network.adapt_percent() };
+        self.adaptation = Adaptation::new(percent);
     }
 
     fn me(&self) -> Rank {
@@ -96,7 +106,10 @@ impl NetEngine {
         call: Call,
         body: impl FnOnce(&mut NetEngine) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let done = self.begin(call).and_then(|()| body(self));
+        let mut done = self.begin(call).and_then(|()| body(self));
+        if done.is_ok() && self.adaptation.is_due() {
+            done = self.adapt();
+        }
         done.map_err(|failure| self.end_both(failure))?;
         self.end_locally();
         self.group.end();
@@ -187,6 +200,20 @@ impl NetEngine {
         algorithm: Algorithm,
         root: Option<usize>,
     ) -> Result<(), Failure> {
+        if root.is_none() {
+            self.note(data.len(), r, algorithm);
+        }
+        self.all_reduce_by(data, r, algorithm, root)
+    }
+
+    /// The same, of which no account is kept.
+    pub(super) fn all_reduce_by(
+        &mut self,
+        data: Buffers<'_>,
+        r: &Reduction,
+        algorithm: Algorithm,
+        root: Option<usize>,
+    ) -> Result<(), Failure> {
         let (me, size) = (self.me(), r.size);
         let len = data.len() / size;
         match algorithm {
@@ -230,7 +257,7 @@ impl NetEngine {
         words.resize(bytes.div_ceil(8).max(words.len()), 0);
         let units = &mut bytemuck::cast_slice_mut(&mut words)[..bytes];
         codec.encode(data.input(), units);
-        let done = self.all_reduce(Buffers::in_place(units), r, algorithm, None);
+        let done = self.all_reduce_by(Buffers::in_place(units), r, algorithm, None);
         if done.is_ok() {
             codec.decode(units, data.output);
         }
