@@ -42,7 +42,7 @@ pub use tensorwire_transports as transports;
 
 pub use tensorwire_collectives::{Algorithm, AllReducePlan, Communicator, Symmetric, Work};
 pub use tensorwire_core::{
-    Call, DEFAULT_TIMEOUT, DType, Deadline, Element, Error, Op, ReduceOp, Result, Tuning, Wire,
+    Call, DEFAULT_TIMEOUT, DType, Deadline, Element, Error, Link, Op, ReduceOp, Result, Tuning, Wire,
 };
 pub use tensorwire_transports::shm::{FlightRecord, Options};
 

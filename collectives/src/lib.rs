@@ -4,6 +4,8 @@
 //! The way of a call: [`Communicator`] checks the arguments, `select` picks an algorithm, `schedule` says
 //! which part of the data is whose, `engine` moves and reduces it.
 
+#[cfg(feature = "tcp")]
+mod adapt;
 mod communicator;
 mod engine;
 #[cfg(feature = "tcp")]

@@ -4,59 +4,42 @@ use std::fmt;
 use std::str::FromStr;
 
 use tensorwire_core::{Error, Result};
+use tensorwire_topology::table::{Measured, Network, Table};
 
 pub use crate::schedule::timed::{Prediction, Simulation};
+pub use tensorwire_core::Link;
 
-/// What a message from one rank to another costs: the LogGP model of Alexandrov, Ionescu, Schauser and Scheiman, 1995.
-///
-/// It keeps its sender and its receiver busy for `overhead_us` each, and arrives `alpha_us` and its bytes over
-/// `gbps` after it was sent, where what it shares a link with takes its turn.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Link {
-    /// The time that a message of no bytes takes, in microseconds.
-    pub alpha_us: f64,
-    /// Bytes that the link carries each way, in GB/s (1e9 bytes a second): inside a host for each rank; between hosts for
-    /// each host, whose ranks share it.
-    pub gbps: f64,
-    /// Time of a processor for each message sent or received, in microseconds.
-    pub overhead_us: f64,
+/// A class of links.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LinkClass {
+    /// Between ranks of one host.
+    Intra = 0,
+    /// Between ranks of different hosts.
+    Inter = 1,
 }
 
-impl Link {
-    pub(crate) fn us_a_byte(&self) -> f64 {
-        1e-3 / self.gbps
-    }
-}
+impl LinkClass {
+    /// Both.
+    pub const ALL: [LinkClass; 2] = [LinkClass::Intra, LinkClass::Inter];
 
-impl FromStr for Link {
-    type Err = Error;
-
-    /// Reads `ALPHA_US,GBPS`, such as `20,1.25`, or `ALPHA_US,GBPS,OVERHEAD_US`; without it, the overhead is an eighth of
-    /// the latency.
-    fn from_str(text: &str) -> Result<Link> {
-        let numbers: Option<Vec<f64>> = text.split(',').map(|n| n.trim().parse().ok()).collect();
-        let link = match numbers.as_deref() {
-            Some([alpha_us, gbps]) => Link { alpha_us: *alpha_us, gbps: *gbps, overhead_us: alpha_us / 8.0 },
-            Some([alpha_us, gbps, overhead_us]) => {
-                Link { alpha_us: *alpha_us, gbps: *gbps, overhead_us: *overhead_us }
-            }
-            _ => Link { alpha_us: -1.0, gbps: 0.0, overhead_us: 0.0 },
-        };
-        let time = 0.0..=1e9;
-        let sound = time.contains(&link.alpha_us) && time.contains(&link.overhead_us);
-        if sound && (1e-6..=1e6).contains(&link.gbps) {
-            return Ok(link);
+    /// Its name in reports, such as `intra`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            LinkClass::Intra => "intra",
+            LinkClass::Inter => "inter",
         }
-        Err(Error::Config(format!(
-            "'{text}' is no link: give its latency in microseconds and its GB/s, such as 20,1.25"
-        )))
     }
 }
 
-impl fmt::Display for Link {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{},{},{}", self.alpha_us, self.gbps, self.overhead_us)
-    }
+/// What it took to use all links of a class at once: see
+/// [`Communicator::measure_link`](crate::Communicator::measure_link).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Exchange {
+    /// Microseconds, on the rank where it took longest.
+    pub us: f64,
+    /// Bytes that a link carried each way.
+    pub bytes: usize,
 }
 
 /// The links of a network.
@@ -66,6 +49,16 @@ pub struct Links {
     pub intra: Link,
     /// Between ranks of different hosts.
     pub inter: Link,
+}
+
+impl Links {
+    /// The links of a class.
+    pub fn of(&self, class: LinkClass) -> &Link {
+        match class {
+            LinkClass::Intra => &self.intra,
+            LinkClass::Inter => &self.inter,
+        }
+    }
 }
 
 impl Default for Links {
@@ -78,19 +71,130 @@ impl Default for Links {
     }
 }
 
+/// Where what is known of a link is from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Source {
+    /// Constants: nothing is known of it.
+    #[default]
+    BuiltIn,
+    /// The table that `tensorwire topo --probe` made on rank 0's machine.
+    Table,
+    /// It was given to rank 0, in its options or its environment.
+    Given,
+    /// It was measured while the group ran: see [`NetworkOptions::adapt_percent`].
+    Adapted,
+}
+
+impl Source {
+    const ALL: [Source; 4] = [Source::BuiltIn, Source::Table, Source::Given, Source::Adapted];
+
+    /// Its name in reports, such as `built_in`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Source::BuiltIn => "built_in",
+            Source::Table => "table",
+            Source::Given => "given",
+            Source::Adapted => "adapted",
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Source {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Source> {
+        let known = Source::ALL.into_iter().find(|source| source.name() == text);
+        known.ok_or_else(|| Error::InvalidArgument(format!("'{text}' is no source of links")))
+    }
+}
+
+/// The links by which a group's all-reduces are chosen, the same on every rank, and where they are from.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LinksInForce {
+    /// What messages cost.
+    pub links: Links,
+    /// Where [`Links::intra`] is from.
+    pub intra: Source,
+    /// Where [`Links::inter`] is from.
+    pub inter: Source,
+}
+
+impl LinksInForce {
+    /// Where a class of links is from.
+    pub fn source(&self, class: LinkClass) -> Source {
+        match class {
+            LinkClass::Intra => self.intra,
+            LinkClass::Inter => self.inter,
+        }
+    }
+
+    /// Of a rank 0 with these options, over `transport`, such as `tcp`.
+    pub fn new(options: &NetworkOptions, transport: &str) -> LinksInForce {
+        let given = options.intra.is_some() && options.inter.is_some();
+        let table = if given { None } else { Table::links_in_force(transport) };
+        let of = |given: Option<Link>, measured: Option<Link>, built_in: Link| match (given, measured) {
+            (Some(link), _) => (link, Source::Given),
+            (None, Some(link)) => (link, Source::Table),
+            (None, None) => (built_in, Source::BuiltIn),
+        };
+        let built_in = Links::default();
+        let measured = |of: fn(&Network) -> Option<Measured>| Some(of(table.as_ref()?)?.link);
+        let intra = of(options.intra, measured(|n| n.intra), built_in.intra);
+        let inter = of(options.inter, measured(|n| n.inter), built_in.inter);
+        LinksInForce { links: Links { intra: intra.0, inter: inter.0 }, intra: intra.1, inter: inter.1 }
+    }
+}
+
+/// The network that a group is on, the same on every rank: see [`Communicator::network`](crate::Communicator::network).
+#[derive(Clone, Debug, PartialEq)]
+pub struct NetworkInUse {
+    /// What carries the data: `tcp` or `tls`.
+    pub transport: &'static str,
+    /// Each rank's host, by a number: ranks with the same one are on one host.
+    pub hosts: Vec<usize>,
+    /// The links by which all-reduces are chosen.
+    pub links: LinksInForce,
+    /// How often they have changed since the group was formed.
+    pub changes: u64,
+    /// Whether they may be done in any order: see [`NetworkOptions::any_order`].
+    pub any_order: bool,
+}
+
 /// What can be set about how collectives use a network.
 ///
-/// Rank 0's links and `any_order` hold for all ranks, so that all choose alike.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// Rank 0's links, `any_order` and `adapt_percent` hold for all ranks, so that all choose alike.
+#[derive(Clone, Debug, PartialEq)]
 pub struct NetworkOptions {
-    /// By which all-reduces are chosen. `TENSORWIRE_INTRA` and `TENSORWIRE_INTER`, as [`Link`] reads them.
-    pub links: Links,
+    /// The link between ranks of one host, by which all-reduces are chosen; `TENSORWIRE_INTRA`, as [`Link`] reads it.
+    /// Without it, what `tensorwire topo --probe --transport tcp` measured on this machine, or a constant.
+    pub intra: Option<Link>,
+    /// The link between ranks of different hosts, likewise; `TENSORWIRE_INTER`.
+    pub inter: Option<Link>,
     /// Whether an all-reduce of floating-point sums may be chosen that reduces in another order than the ranks', where
     /// that is faster: see [`Algorithm::keeps_order`](crate::Algorithm::keeps_order). `TENSORWIRE_ANY_ORDER`, 1 or 0.
     pub any_order: bool,
+    /// How much of the time of all-reduces may go into measuring the links again while the group runs, from 0, never, to 50:
+    /// where they have become slower or faster, the ranks change their choice, all at the same call. Links that are given
+    /// are never measured. `TENSORWIRE_ADAPT`; without it, 2.
+    ///
+    /// Without `any_order` it changes no result. With it, sums of floating-point numbers may differ from run to run in how
+    /// they are rounded, since times do: 0 keeps to one choice, which follows from the links that the group begins with.
+    pub adapt_percent: f64,
     /// What this rank calls its host: ranks that say the same count as on one. Without it, the number that the kernel got
     /// when it started. `TENSORWIRE_HOST`.
     pub host: Option<String>,
+}
+
+impl Default for NetworkOptions {
+    fn default() -> NetworkOptions {
+        NetworkOptions { intra: None, inter: None, any_order: false, adapt_percent: 2.0, host: None }
+    }
 }
 
 impl NetworkOptions {
@@ -103,15 +207,11 @@ impl NetworkOptions {
     }
 
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<NetworkOptions> {
-        let defaults = Links::default();
-        let link = |name: &str, default: Link| match lookup(name) {
-            None => Ok(default),
-            Some(text) => text.parse().map_err(|e: Error| Error::Config(format!("{name}: {e}"))),
+        let link = |name: &str| {
+            let read = |text: String| text.parse().map_err(|e: Error| Error::Config(format!("{name}: {e}")));
+            lookup(name).map(read).transpose()
         };
-        let links = Links {
-            intra: link("TENSORWIRE_INTRA", defaults.intra)?,
-            inter: link("TENSORWIRE_INTER", defaults.inter)?,
-        };
+        let (intra, inter) = (link("TENSORWIRE_INTRA")?, link("TENSORWIRE_INTER")?);
         let any_order = match lookup("TENSORWIRE_ANY_ORDER").as_deref() {
             None | Some("0") => false,
             Some("1") => true,
@@ -119,24 +219,36 @@ impl NetworkOptions {
                 return Err(Error::Config(format!("TENSORWIRE_ANY_ORDER is '{other}': give 1 or 0")));
             }
         };
-        Ok(NetworkOptions { links, any_order, host: lookup("TENSORWIRE_HOST") })
+        let adapt_percent = match lookup("TENSORWIRE_ADAPT") {
+            None => NetworkOptions::default().adapt_percent,
+            Some(text) => text.parse().map_err(|_| {
+                Error::Config(format!("TENSORWIRE_ADAPT is '{text}': give a percentage from 0 to 50"))
+            })?,
+        };
+        let options =
+            NetworkOptions { intra, inter, any_order, adapt_percent, host: lookup("TENSORWIRE_HOST") };
+        options.check().map(|()| options)
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for a number that can't be used.
+    pub(crate) fn check(&self) -> Result<()> {
+        let adapt = self.adapt_percent;
+        if let Some(link) = [self.intra, self.inter].into_iter().flatten().find(|link| !link.is_sound()) {
+            return Err(Error::Config(format!("{link} is no link: give times from 0 up, and GB/s")));
+        }
+        match (0.0..=50.0).contains(&adapt) {
+            true => Ok(()),
+            false => {
+                Err(Error::Config(format!("TENSORWIRE_ADAPT is {adapt}: give a percentage from 0 to 50")))
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn links_are_read_or_refused() {
-        let link: Link = "20,1.25".parse().unwrap();
-        assert_eq!(link, Link { alpha_us: 20.0, gbps: 1.25, overhead_us: 2.5 });
-        assert_eq!("0, 10, 1".parse::<Link>().unwrap(), Link { alpha_us: 0.0, gbps: 10.0, overhead_us: 1.0 });
-        assert_eq!(link.to_string().parse::<Link>().unwrap(), link);
-        for bad in ["", "20", "20,", "a,b", "-1,1", "1,0", "1,-2", "NaN,1", "1,inf", "1,2,3,4", "1,2,-3"] {
-            assert!(bad.parse::<Link>().unwrap_err().to_string().contains("20,1.25"), "{bad}");
-        }
-    }
 
     #[test]
     fn options_come_from_the_environment_or_say_why_not() {
@@ -146,8 +258,16 @@ mod tests {
         assert_eq!(set("", "").unwrap(), NetworkOptions::default());
         assert!(set("TENSORWIRE_ANY_ORDER", "1").unwrap().any_order);
         assert_eq!(set("TENSORWIRE_HOST", "a").unwrap().host.as_deref(), Some("a"));
-        assert_eq!(set("TENSORWIRE_INTER", "50,0.1").unwrap().links.inter.gbps, 0.1);
-        for (name, value) in [("TENSORWIRE_ANY_ORDER", "yes"), ("TENSORWIRE_INTRA", "fast")] {
+        assert_eq!(set("TENSORWIRE_INTER", "50,0.1").unwrap().inter.unwrap().gbps, 0.1);
+        assert_eq!(set("TENSORWIRE_ADAPT", "0").unwrap().adapt_percent, 0.0);
+        for (name, value) in [
+            ("TENSORWIRE_ANY_ORDER", "yes"),
+            ("TENSORWIRE_INTRA", "fast"),
+            ("TENSORWIRE_ADAPT", "no"),
+            ("TENSORWIRE_ADAPT", "NaN"),
+            ("TENSORWIRE_ADAPT", "51"),
+            ("TENSORWIRE_ADAPT", "-1"),
+        ] {
             assert!(set(name, value).unwrap_err().to_string().contains(name), "{name}");
         }
     }

@@ -36,11 +36,13 @@ pub enum Op {
     Symmetric = 13,
     /// All-reduce, addition to a residual and RMSNorm in one.
     AllReduceAddRmsNorm = 14,
+    /// The ranks send each other what is timed.
+    MeasureLink = 15,
 }
 
 impl Op {
     /// Every operation, in the order of its code.
-    pub const ALL: [Op; 14] = [
+    pub const ALL: [Op; 15] = [
         Op::AllReduce,
         Op::AllGather,
         Op::ReduceScatter,
@@ -55,6 +57,7 @@ impl Op {
         Op::Split,
         Op::Symmetric,
         Op::AllReduceAddRmsNorm,
+        Op::MeasureLink,
     ];
 
     /// The name used on the command line and in messages, such as `all_reduce`.
@@ -74,6 +77,7 @@ impl Op {
             Op::Split => "split",
             Op::Symmetric => "symmetric",
             Op::AllReduceAddRmsNorm => "all_reduce_add_rms_norm",
+            Op::MeasureLink => "measure_link",
         }
     }
 
@@ -98,11 +102,11 @@ pub struct Call {
     pub dtype: Option<DType>,
     /// The reduction; `None` where nothing is reduced.
     pub reduce: Option<ReduceOp>,
-    /// Elements: the buffer of all_reduce, all_reduce_add_rms_norm, reduce, broadcast, send and recv; the whole
-    /// output of all_gather and gather; the whole input of reduce_scatter, scatter and all_to_all.
+    /// Elements: the buffer of all_reduce, all_reduce_add_rms_norm, reduce, broadcast, send and recv; a message of
+    /// measure_link; the whole output of all_gather and gather; the whole input of reduce_scatter, scatter and all_to_all.
     pub count: u64,
-    /// The root rank, the other rank of send and recv, or the width of all_reduce_add_rms_norm; `None` where
-    /// there is none.
+    /// The root rank, the other rank of send and recv, the width of all_reduce_add_rms_norm, or the messages of an
+    /// exchange of measure_link; `None` where there is none.
     pub root: Option<u32>,
     /// A digest of per-rank counts where they differ (all_gather_v and the like), or the bits of
     /// all_reduce_add_rms_norm's epsilon, or the code of the [`Wire`](crate::Wire) form of an all_reduce; 0 otherwise.
@@ -174,6 +178,7 @@ impl fmt::Display for Call {
                 Op::Send => "to",
                 Op::Recv => "from",
                 Op::AllReduceAddRmsNorm => "width",
+                Op::MeasureLink => "messages",
                 _ => "root",
             };
             write!(f, "{sep}{role} {r}")?;

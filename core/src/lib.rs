@@ -1,10 +1,11 @@
 //! The vocabulary that every part of tensorwire shares: data types, reduce operations, ranks, calls,
-//! deadlines, tunings and errors. Nothing here does I/O.
+//! deadlines, tunings, links and errors. Nothing here does I/O.
 
 mod call;
 mod deadline;
 mod dtype;
 mod error;
+mod link;
 mod tuning;
 mod wire;
 
@@ -12,5 +13,6 @@ pub use call::{Call, Op};
 pub use deadline::{DEFAULT_TIMEOUT, Deadline};
 pub use dtype::{DType, Element, ReduceOp};
 pub use error::{Error, Result};
+pub use link::Link;
 pub use tuning::Tuning;
 pub use wire::Wire;

@@ -173,3 +173,58 @@ fn what_a_probe_finds_is_kept_and_followed() {
         assert_eq!(chosen, expected, "{buffer}: {}", stderr(&output));
     }
 }
+
+#[test]
+fn links_are_measured_beside_what_is_known_and_followed() {
+    let cache = tempfile::tempdir().unwrap();
+    let file = cache.path().join("table.json");
+    let probe = |line: &str| {
+        let mut command = topo(cache.path(), line);
+        command.env("TENSORWIRE_TABLE", &file).env_remove("TENSORWIRE_INTRA");
+        command
+    };
+    let link = |found: &Value, transport: &str, class: &str| {
+        let links = found["links"].as_array().unwrap();
+        links.iter().find(|l| l["transport"] == transport && l["link"] == class).unwrap().clone()
+    };
+    let found = json(&probe("--probe --transport tcp --json").output().unwrap());
+    let near = link(&found, "tcp", "intra");
+    assert_eq!(near["source"], "table");
+    assert!(near["alpha_us"].as_f64().unwrap() > 0.0 && near["gbps"].as_f64().unwrap() > 0.0, "{near}");
+    assert_eq!(
+        (&link(&found, "tcp", "inter")["source"], &found["table"]["source"]),
+        (&"built_in".into(), &"built_in".into())
+    );
+    let samples = found["samples"].as_array().unwrap();
+    assert!(samples.iter().all(|s| s["link"] == "intra" && s["median_us"].as_f64().unwrap() > 0.0));
+
+    // Between the ranks of a job, on what count as two hosts; what was known of the other transport stays.
+    let script = format!(
+        "TENSORWIRE_HOST=$TENSORWIRE_RANK exec {} topo --probe --transport tcp",
+        env!("CARGO_BIN_EXE_tensorwire")
+    );
+    let mut job = tensorwire(["launch", "--ranks", "2", "--transport", "tls", "--", "sh", "-c", &script]);
+    let output = job.env("TENSORWIRE_TABLE", &file).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    assert!(text.contains("measured over tls between hosts") && !text.contains("[rank 1]"), "{text}");
+    let shown = json(&probe("--json").output().unwrap());
+    assert_eq!(link(&shown, "tcp", "intra"), near);
+    assert_eq!(link(&shown, "tls", "inter")["source"], "table");
+    let given = json(&probe("--json").env("TENSORWIRE_INTRA", "5,6,7").output().unwrap());
+    let given = link(&given, "tcp", "intra");
+    assert_eq!((&given["source"], &given["gbps"]), (&"given".into(), &6.0.into()));
+
+    for (line, why) in [
+        ("--probe --transport tcp --ranks 1", "takes 2 ranks"),
+        ("--probe --ranks 2", "--transport"),
+        ("--transport tcp", "--probe"),
+    ] {
+        let refusal = refused(&probe(line).output().unwrap(), 2);
+        assert!(refusal.contains(why), "{refusal}");
+    }
+    let mut job =
+        tensorwire(["launch", "--ranks", "2", "--transport", "shm", "--", env!("CARGO_BIN_EXE_tensorwire")]);
+    let output = job.args(["topo", "--probe", "--transport", "tcp"]).output().unwrap();
+    assert!(stderr(&output).contains("launch it with --transport tcp"), "{}", stderr(&output));
+}

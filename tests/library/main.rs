@@ -11,6 +11,8 @@ mod job;
 #[cfg(feature = "tcp")]
 mod launchers;
 mod limits;
+#[cfg(feature = "tcp")]
+mod links;
 mod mismatch;
 #[cfg(feature = "tcp")]
 mod mixed;

@@ -1,7 +1,7 @@
 //! All-reduces over TCP between ranks that are said to be on several hosts.
 
 use half::bf16;
-use tensorwire::collectives::network::{Link, Links, NetworkOptions};
+use tensorwire::collectives::network::{Link, NetworkOptions};
 use tensorwire::transports::store::{StoreServer, UnixStore};
 use tensorwire::transports::tcp::{Secret, TcpOptions};
 use tensorwire::{Algorithm, Communicator, Deadline, Element, Options, ReduceOp, Wire};
@@ -9,7 +9,11 @@ use tensorwire::{Algorithm, Communicator, Deadline, Element, Options, ReduceOp, 
 use crate::common::{assert_same, buffer, reduced, threads};
 
 /// Runs `body` once a rank, each in a thread of its own; rank `r` has options `of(r)`.
-fn ranks(world: usize, of: impl Fn(usize) -> NetworkOptions + Sync, body: impl Fn(Communicator) + Sync) {
+pub(crate) fn ranks(
+    world: usize,
+    of: impl Fn(usize) -> NetworkOptions + Sync,
+    body: impl Fn(Communicator) + Sync,
+) {
     let (secret, server) = (Secret::generate().unwrap(), StoreServer::start().unwrap());
     let tcp = TcpOptions::default();
     std::thread::scope(|s| {
@@ -110,12 +114,10 @@ fn rank_0_says_how_all_choose() {
     let slow = |any_order, rank: usize| {
         let link = |alpha_us, gbps| Link { alpha_us, gbps, overhead_us: 1.0 };
         // What the others think of it doesn't count.
-        let links = if rank == 0 {
-            Links { intra: link(5.0, 10.0), inter: link(50.0, 0.01) }
-        } else {
-            Links::default()
-        };
-        NetworkOptions { links, any_order: any_order == (rank == 0), host: Some((rank / 3).to_string()) }
+        let own = (rank == 0).then(|| (link(5.0, 10.0), link(50.0, 0.01)));
+        let (intra, inter) = own.unzip();
+        let host = Some((rank / 3).to_string());
+        NetworkOptions { intra, inter, any_order: any_order == (rank == 0), host }
     };
     for any_order in [false, true] {
         ranks(

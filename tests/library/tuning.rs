@@ -64,7 +64,7 @@ fn exercise(comm: &Communicator) {
 }
 
 fn save(path: &Path, machine: Fingerprint, tunings: Vec<Tuning>) -> String {
-    Table { machine, measured_at: 0, tunings }.save(path).unwrap();
+    Table { tunings, ..Table::empty(machine) }.save(path).unwrap();
     path.display().to_string()
 }
 

@@ -1,5 +1,6 @@
 //! `tensorwire topo`: what the machine is, and which algorithms are fastest on it.
 
+mod network;
 mod probe;
 mod rank;
 mod report;
@@ -9,9 +10,10 @@ use std::path::Path;
 
 use serde_json::json;
 use tensorwire::topology::discover::{Fingerprint, Machine};
-use tensorwire::topology::table::Table;
+use tensorwire::topology::table::{Absent, Table};
+use tensorwire::transports::launch::Transport;
 
-use crate::failure::{Failure, print};
+use crate::failure::{Failure, print, ranks};
 
 pub(crate) use rank::main as rank_main;
 
@@ -27,9 +29,17 @@ $XDG_CACHE_HOME/tensorwire or ~/.cache/tensorwire, or where TENSORWIRE_TABLE say
 follow it from then on: rank 0 reads it, and tells the others. TENSORWIRE_TABLE=off is for the constants. Let
 nothing else run meanwhile.
 
+Over a network they choose by what messages cost: a latency, a bandwidth, and what each keeps a processor busy. With
+--transport tcp or tls, --probe measures that between ranks on this host; as a program of `tensorwire launch`, between
+the ranks of its job, on one host and on several, and rank 0 keeps it in the same file, beside what was measured before.
+Ranks send to each other around a ring, all at once; the line that the times of all sizes miss by the least product of
+factors is what is kept. TENSORWIRE_INTRA and TENSORWIRE_INTER have precedence over it.
+
 Examples:
   tensorwire topo              what the machine is, and the table in force
   tensorwire topo --probe      measure, and keep the result
+  tensorwire topo --probe --transport tcp
+  tensorwire launch --hostfile hosts --ranks 8 -- tensorwire topo --probe --transport tcp
   tensorwire topo --json | jq .table";
 
 /// Show what the machine is, and measure which algorithms are fastest on it
@@ -40,6 +50,14 @@ pub(crate) struct Args {
     #[arg(long)]
     probe: bool,
 
+    /// What --probe measures: shm, or the links of tcp or tls [default: shm]
+    #[arg(long, requires = "probe", value_parser = str::parse::<Transport>)]
+    transport: Option<Transport>,
+
+    /// Over how many ranks, on this host, --probe measures links [default: 2]
+    #[arg(long, short = 'n', value_name = "N", requires = "transport", value_parser = ranks)]
+    ranks: Option<usize>,
+
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -48,24 +66,38 @@ pub(crate) struct Args {
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let root = Path::new("/");
     let fingerprint = Fingerprint::read(root);
+    let over = probe::Over::new(args)?;
+    if over.as_ref().is_some_and(|over| !over.is_rank_0()) {
+        return probe::take_part();
+    }
     // What can't be measured or kept is known before anything is printed.
-    let path = if args.probe { Some(probe::place(&fingerprint)?) } else { None };
+    let path = over.as_ref().map(|over| probe::place(&fingerprint, over)).transpose()?;
     let machine = Machine::read(root);
     if !args.json {
         print(report::machine(&machine))?;
     }
     let mut samples = Vec::new();
-    if let Some(path) = path {
+    if let (Some(over), Some(path)) = (over, path) {
         let mut show = |text: String| if args.json { Ok(()) } else { print(text) };
-        samples = probe::run(&fingerprint, &path, &mut show)?;
+        samples = probe::run(&over, &fingerprint, &path, &mut show)?;
     }
     let table = Table::in_force();
+    let links = report::links(&table)?;
+    // Of links alone, maybe.
+    let table = table.and_then(|table| match table.tunings.is_empty() {
+        true => Err(Absent::Missing),
+        false => Ok(table),
+    });
     if !args.json {
-        return print(report::table(&table, &fingerprint));
+        return print(format_args!("{}{}", report::table(&table, &fingerprint), report::links_text(&links)));
     }
-    let mut object = json!({ "machine": machine, "table": report::table_json(&table, &fingerprint) });
+    let mut object = json!({
+        "machine": machine,
+        "table": report::table_json(&table, &fingerprint),
+        "links": report::links_json(&links),
+    });
     if args.probe {
-        object["samples"] = serde_json::to_value(samples).map_err(Failure::run)?;
+        object["samples"] = json!(samples);
     }
     print(format_args!("{object:#}\n"))
 }

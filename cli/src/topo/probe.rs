@@ -1,17 +1,21 @@
-//! Starts the ranks of a probe and turns what they measure into a table.
+//! Starts the ranks of a probe, or is one, and turns what they measure into a table.
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tensorwire::collectives::network::LinkClass;
 use tensorwire::topology::discover::Fingerprint;
 use tensorwire::topology::table::fit::{crossover, fastest};
-use tensorwire::topology::table::{Absent, Table};
+use tensorwire::topology::table::{Absent, Measured, Network, Table};
 use tensorwire::transports::launch::Transport;
-use tensorwire::{Algorithm, Tuning};
+use tensorwire::{Algorithm, Communicator, Tuning};
 
 use super::sample::{CHUNKS, SIZES, Sample, Samples};
-use super::{RANK_COMMAND, report};
+use super::{Args, RANK_COMMAND, network, report};
 use crate::failure::Failure;
+use crate::job::launched;
 use crate::launch::run_self;
 
 /// The most ranks that are measured: their slots and buffers take some 4 GiB.
@@ -23,9 +27,55 @@ const EVERY: usize = 8;
 /// Measured also where ranks must take turns: what a test of a larger job on a small machine runs.
 const TAKING_TURNS: usize = 4;
 
+/// What is probed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Over {
+    /// Shared memory.
+    Shm,
+    /// The links between so many ranks, which this process starts.
+    Started(Transport, usize),
+    /// The links between the ranks of a job that this process is a rank of.
+    Launched { rank: usize },
+}
+
+impl Over {
+    /// What a command line asks for; nothing if for no probe.
+    pub(super) fn new(args: &Args) -> Result<Option<Over>, Failure> {
+        let asked = args.transport.unwrap_or(Transport::Shm);
+        match (args.probe, asked) {
+            (false, _) => return Ok(None),
+            (true, Transport::Shm) => return Ok(Some(Over::Shm)),
+            _ => {}
+        }
+        match launched()? {
+            Some((env, transport)) if transport != Transport::Shm => {
+                Ok(Some(Over::Launched { rank: env.rank }))
+            }
+            Some(_) => Err(Failure::usage(format!(
+                "topo --probe: this job has no network to measure: launch it with --transport {asked}"
+            ))),
+            None => match args.ranks.unwrap_or(2) {
+                1 => Err(Failure::usage("topo --probe: a link takes 2 ranks or more")),
+                ranks => Ok(Some(Over::Started(asked, ranks))),
+            },
+        }
+    }
+
+    /// Whether this process is the one that keeps what is found.
+    pub(super) fn is_rank_0(&self) -> bool {
+        !matches!(self, Over::Launched { rank: 1.. })
+    }
+}
+
+/// Measures links as one of the ranks that keep nothing.
+pub(super) fn take_part() -> Result<(), Failure> {
+    let comm = Communicator::from_env().map_err(Failure::run)?;
+    network::measure(&comm).map(drop).map_err(Failure::run)
+}
+
 /// The file that a probe writes, once it is known that it can measure and write.
-pub(super) fn place(machine: &Fingerprint) -> Result<PathBuf, Failure> {
-    if machine.processors < 2 {
+pub(super) fn place(machine: &Fingerprint, over: &Over) -> Result<PathBuf, Failure> {
+    if *over == Over::Shm && machine.processors < 2 {
         return Err(Failure::usage(
             "topo --probe: this process may use 1 processor, on which ranks take turns: there is nothing to \
              measure, and the built-in constants hold; allow it 2 processors or more (taskset, the container's quota)",
@@ -43,20 +93,49 @@ pub(super) fn place(machine: &Fingerprint) -> Result<PathBuf, Failure> {
     Ok(path)
 }
 
-/// Measures, tells what is chosen, and writes it.
+/// Measures, tells what is found, and writes it beside what was found before; the measurements in JSON.
 pub(super) fn run(
+    over: &Over,
     machine: &Fingerprint,
     path: &Path,
     show: &mut impl FnMut(String) -> Result<(), Failure>,
-) -> Result<Vec<Sample>, Failure> {
+) -> Result<Vec<Value>, Failure> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    // What can't be used is replaced.
+    let mut table = Table::load(path, machine).unwrap_or_else(|_| Table::empty(machine.clone()));
+    let samples = match over {
+        Over::Shm => {
+            let (samples, tunings) = measure_tunings(machine, show)?;
+            (table.measured_at, table.tunings) = (now, tunings);
+            samples.iter().map(|s| json!(s)).collect()
+        }
+        _ => {
+            let (transport, samples) = measure_links(over)?;
+            let mut of = |class: LinkClass| -> Result<Option<Measured>, Failure> {
+                let Some(fitted) = network::fit(&samples, class)? else { return Ok(None) };
+                show(report::fitted(transport, class, &fitted, &samples))?;
+                Ok(Some(Measured { link: fitted.link, measured_at: now }))
+            };
+            let (intra, inter) = (of(LinkClass::Intra)?, of(LinkClass::Inter)?);
+            table.set_network(Network { transport: transport.to_owned(), intra, inter });
+            samples.iter().map(|s| json!(s)).collect()
+        }
+    };
+    table.save(path).map_err(|e| Failure::run(format!("topo --probe: {e}")))?;
+    Ok(samples)
+}
+
+/// What is fastest over shared memory, by number of ranks.
+fn measure_tunings(
+    machine: &Fingerprint,
+    show: &mut impl FnMut(String) -> Result<(), Failure>,
+) -> Result<(Vec<Sample>, Vec<Tuning>), Failure> {
     let mut samples = Vec::new();
     let mut tunings = Vec::new();
     for world in worlds(machine.processors) {
         let before = samples.len();
         run_self(RANK_COMMAND, [], world, Transport::Shm, |line| {
-            let sample: Sample = serde_json::from_slice(line)
-                .map_err(|e| Failure::run(format!("rank 0 wrote what is no measurement: {e}")))?;
-            samples.push(sample);
+            samples.push(measurement(line)?);
             Ok(())
         })?;
         let of = Samples(&samples[before..]);
@@ -66,10 +145,38 @@ pub(super) fn run(
         show(report::choice(&tuning, &of, machine.processors))?;
         tunings.push(tuning);
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let table = Table { machine: machine.clone(), measured_at: now.as_secs(), tunings };
-    table.save(path).map_err(|e| Failure::run(format!("topo --probe: {e}")))?;
-    Ok(samples)
+    Ok((samples, tunings))
+}
+
+/// What was measured of links, and over what.
+fn measure_links(over: &Over) -> Result<(&'static str, Vec<network::Sample>), Failure> {
+    let mut samples = Vec::new();
+    let transport = match *over {
+        Over::Started(transport, ranks) => {
+            run_self(RANK_COMMAND, [], ranks, transport, |line| {
+                samples.push(measurement(line)?);
+                Ok(())
+            })?;
+            transport.name()
+        }
+        _ => {
+            let comm = Communicator::from_env().map_err(Failure::run)?;
+            samples = network::measure(&comm).map_err(Failure::run)?;
+            comm.network().map_err(Failure::run)?.map_or("shm", |network| network.transport)
+        }
+    };
+    if samples.is_empty() {
+        return Err(Failure::usage(
+            "topo --probe: these ranks are one, or share memory: there is no link to measure; launch 2 or more with \
+             --transport tcp",
+        ));
+    }
+    Ok((transport, samples))
+}
+
+fn measurement<T: DeserializeOwned>(line: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(line)
+        .map_err(|e| Failure::run(format!("rank 0 wrote what is no measurement: {e}")))
 }
 
 /// The numbers of ranks to measure.

@@ -1,12 +1,14 @@
-//! One rank of a probe: checks and times each algorithm, in turn with the others.
+//! One rank of a probe: checks and times each algorithm, in turn with the others, or measures the links to them.
 
 use std::time::Duration;
 
+use serde::Serialize;
 use tensorwire::topology::table::fit::median;
-use tensorwire::transports::launch::{Env, Rendezvous};
+use tensorwire::transports::launch::{Env, Rendezvous, Transport};
 use tensorwire::transports::store::UnixStore;
 use tensorwire::{Algorithm, Communicator, Deadline, Error, Options, ReduceOp, Result, Tuning};
 
+use super::network;
 use super::sample::{CHUNKED, CHUNKS, SIZES, Sample, built_in_chunk};
 use crate::bench::{Buffer, Case, Collective, batch};
 use crate::failure::{Failure, print};
@@ -25,8 +27,18 @@ const PASSES: usize = 3;
 const MOST_GATHERED: usize = 8;
 
 pub(crate) fn main() -> Result<(), Failure> {
-    let samples = measure().map_err(Failure::run)?;
-    for sample in samples.into_iter().flatten() {
+    match Transport::from_env().map_err(Failure::run)? {
+        Transport::Shm => tell(measure().map_err(Failure::run)?.unwrap_or_default()),
+        _ => {
+            let comm = Communicator::from_env().map_err(Failure::run)?;
+            let samples = network::measure(&comm).map_err(Failure::run)?;
+            tell(if comm.rank() == 0 { samples } else { Vec::new() })
+        }
+    }
+}
+
+fn tell(samples: Vec<impl Serialize>) -> Result<(), Failure> {
+    for sample in samples {
         let json = serde_json::to_string(&sample).map_err(Failure::run)?;
         print(format_args!("{json}\n"))?;
     }

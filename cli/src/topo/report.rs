@@ -4,11 +4,14 @@ use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use tensorwire::collectives::network::{LinkClass, LinksInForce, NetworkOptions, Source};
 use tensorwire::topology::discover::{Fingerprint, Machine, as_list};
-use tensorwire::topology::table::{Absent, Table};
-use tensorwire::{Algorithm, Tuning};
+use tensorwire::topology::table::{Absent, Measured, Table};
+use tensorwire::{Algorithm, Link, Tuning};
 
+use super::network::{self, Fitted};
 use super::sample::{CHUNKS, SIZES, Samples};
+use crate::failure::Failure;
 
 /// The machine, a line or more for each of its parts.
 pub(super) fn machine(m: &Machine) -> String {
@@ -108,6 +111,100 @@ fn compared(ratio: f64, than: &str) -> String {
     } else {
         format!("{:.2} x slower than {than}", 1.0 / ratio)
     }
+}
+
+/// The links that follow from measurements, and how well.
+pub(super) fn fitted(
+    transport: &str,
+    class: LinkClass,
+    fitted: &Fitted,
+    samples: &[network::Sample],
+) -> String {
+    let (place, sizes) = (place(class), samples.iter().filter(|s| s.link == class.name()).count() - 1);
+    format!(
+        "\nmeasured over {transport} {place}\n  {}, within {:.0} % of what messages of {sizes} sizes took\n",
+        link_text(&fitted.link),
+        (fitted.misses - 1.0) * 100.0
+    )
+}
+
+fn place(class: LinkClass) -> &'static str {
+    match class {
+        LinkClass::Intra => "on a host",
+        LinkClass::Inter => "between hosts",
+    }
+}
+
+fn link_text(link: &Link) -> String {
+    let Link { alpha_us, gbps, overhead_us } = link;
+    format!("{alpha_us} us, {gbps} GB/s, {overhead_us} us a message at each end")
+}
+
+/// A link by which this machine's rank 0 would have all choose, and where it is from.
+pub(super) struct LinkRow {
+    transport: &'static str,
+    class: LinkClass,
+    link: Link,
+    source: Source,
+    measured_at: Option<u64>,
+}
+
+/// The links in force.
+pub(super) fn links(table: &Result<Table, Absent>) -> Result<Vec<LinkRow>, Failure> {
+    let options = NetworkOptions::from_env().map_err(Failure::usage)?;
+    let of = |transport| {
+        let LinksInForce { links, intra, inter } = LinksInForce::new(&options, transport);
+        let measured = table.as_ref().ok().and_then(|table| table.network(transport));
+        let row = |class, link, source, measured: Option<Measured>| LinkRow {
+            transport,
+            class,
+            link,
+            source,
+            measured_at: measured.filter(|_| source == Source::Table).map(|m| m.measured_at),
+        };
+        [
+            row(LinkClass::Intra, links.intra, intra, measured.and_then(|n| n.intra)),
+            row(LinkClass::Inter, links.inter, inter, measured.and_then(|n| n.inter)),
+        ]
+    };
+    Ok(["tcp", "tls"].into_iter().flat_map(of).collect())
+}
+
+pub(super) fn links_text(rows: &[LinkRow]) -> String {
+    let mut text = "\nlinks       by which all-reduces over a network are chosen\n".to_owned();
+    for row in rows {
+        let source = match (row.source, row.measured_at) {
+            (Source::Table, Some(then)) => format!("measured {} ago", age(seconds_since(then))),
+            (Source::Given, _) => match row.class {
+                LinkClass::Intra => "TENSORWIRE_INTRA".to_owned(),
+                LinkClass::Inter => "TENSORWIRE_INTER".to_owned(),
+            },
+            _ => "built-in constants".to_owned(),
+        };
+        let _ = writeln!(
+            text,
+            "{:>10}  {:<15}{} ({source})",
+            row.transport,
+            place(row.class),
+            link_text(&row.link)
+        );
+    }
+    text
+}
+
+pub(super) fn links_json(rows: &[LinkRow]) -> Value {
+    let row = |row: &LinkRow| {
+        json!({
+            "transport": row.transport,
+            "link": row.class.name(),
+            "alpha_us": row.link.alpha_us,
+            "gbps": row.link.gbps,
+            "overhead_us": row.link.overhead_us,
+            "source": row.source.name(),
+            "measured_at": row.measured_at,
+        })
+    };
+    rows.iter().map(row).collect()
 }
 
 /// The table in force: where it is, how old, and what it says.

@@ -174,7 +174,8 @@ impl Communicator {
         deadline: Deadline,
         sharing: Option<Options>,
     ) -> Result<Either> {
-        let network = network::agree(group.rank(), group.world(), store, network, deadline)?;
+        let network =
+            network::agree(group.rank(), group.world(), store, network, group.transport(), deadline)?;
         NetEngine::sharing(group, network, sharing).share().map_err(|failure| *failure)
     }
 
@@ -325,6 +326,10 @@ impl Communicator {
     pub fn set_algorithm(&self, algorithm: Option<Algorithm>) -> Result<()> {
         let mut state = self.state()?;
         state.algorithm = algorithm;
+        #[cfg(feature = "tcp")]
+        if let Either::Tcp(engine) = &mut state.engine {
+            engine.force(algorithm.is_some());
+        }
         Ok(())
     }
 
@@ -418,6 +423,21 @@ impl State {
                 Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"))
             }
             Some(forced) => self.forced(forced, bytes),
+        }
+    }
+
+    /// The algorithm of a call for which `prepared` was chosen before.
+    #[inline]
+    #[cfg_attr(
+        not(feature = "tcp"),
+        expect(unused_variables, reason = "only a network's choice depends on it")
+    )]
+    fn prepared(&self, prepared: Algorithm, bytes: usize, r: &Reduction) -> Result<Algorithm> {
+        match &self.engine {
+            Either::Shm(_) => Ok(prepared),
+            // Others may make the same call without having prepared it.
+            #[cfg(feature = "tcp")]
+            Either::Tcp(_) => self.choose(bytes, r),
         }
     }
 

@@ -21,7 +21,8 @@ pub struct AllReducePlan<'a, T> {
 
 impl Communicator {
     /// Prepares an all-reduce of `len` elements. It talks to nobody; running it counts as an
-    /// [`all_reduce`](Communicator::all_reduce), also for peers that call that.
+    /// [`all_reduce`](Communicator::all_reduce), also for peers that call that. Over a network the algorithm is chosen
+    /// when it runs, as for those: the links may have changed.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the operation isn't defined for the type, or the algorithm that was set
@@ -56,8 +57,9 @@ impl<T: Element> AllReducePlan<'_, T> {
             return Ok(());
         }
         self.comm.run(|state| {
+            let algorithm = state.prepared(self.algorithm, data.len(), &self.reduction)?;
             with_engine!(state.engine, |engine| engine
-                .run(self.call, |engine| { engine.all_reduce(data, &self.reduction, self.algorithm, None) }))
+                .run(self.call, |engine| { engine.all_reduce(data, &self.reduction, algorithm, None) }))
         })
     }
 }

@@ -60,7 +60,7 @@ pub(super) struct Local {
     host: usize,
     place: usize,
     /// The network of one rank a host.
-    across: Network,
+    pub(super) across: Network,
     timeout: Duration,
     /// What the ranks contribute to this rank's slice, in words, so that it is aligned for any type.
     contributions: Vec<u64>,
@@ -91,6 +91,11 @@ impl Local {
             let slice = part(len, size, slices, place);
             slice.start * size..slice.end * size
         }
+    }
+
+    /// The most bytes of `bytes` that a rank has in its slice.
+    pub(super) fn largest_slice(&self, bytes: usize) -> usize {
+        bytes.div_ceil(self.hosts.slices())
     }
 
     /// The algorithm for an all-reduce of `bytes`, if it is one that uses the hosts' memory.
@@ -449,13 +454,16 @@ impl Store for Meeting<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Rules;
     use tensorwire_core::{DType, ReduceOp};
+
+    const RULES: Rules = Rules { any_order: false, adapt_percent: 0.0 };
 
     #[test]
     fn sums_keep_the_rank_order_and_the_rest_cross_least() {
         let local = |names: &str| {
             let hosts = Hosts::new(names.as_bytes());
-            let across = Network::new(&(0..hosts.count()).collect::<Vec<_>>(), &Default::default());
+            let across = Network::new(&(0..hosts.count()).collect::<Vec<_>>(), Default::default(), RULES);
             let (timeout, contributions) = (Duration::ZERO, Vec::new());
             Local { engine: None, hosts, host: 0, place: 0, across, timeout, contributions }
         };
@@ -475,7 +483,7 @@ mod tests {
     #[test]
     fn slices_are_as_many_as_the_smallest_host_has_ranks() {
         let hosts = Hosts::new(b"aaabb");
-        let across = Network::new(&[0, 1], &Default::default());
+        let across = Network::new(&[0, 1], Default::default(), RULES);
         let (timeout, contributions) = (Duration::ZERO, Vec::new());
         let mut local = Local { engine: None, hosts, host: 0, place: 1, across, timeout, contributions };
         let slice = local.slice(100, 4);

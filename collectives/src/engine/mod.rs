@@ -9,6 +9,8 @@ mod copy;
 mod either;
 mod fused;
 #[cfg(feature = "tcp")]
+mod links;
+#[cfg(feature = "tcp")]
 mod mixed;
 #[cfg(feature = "tcp")]
 mod net;
@@ -36,7 +38,7 @@ pub(crate) use fused::Epilogue;
 #[cfg(feature = "tcp")]
 pub(crate) use net::NetEngine;
 #[cfg(feature = "tcp")]
-pub(crate) use network::Network;
+pub(crate) use network::{Network, Rules};
 #[cfg(feature = "tcp")]
 pub(crate) use pipeline::{Owned, Progress, Request};
 

@@ -11,6 +11,8 @@ use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
 use super::mixed::Local;
 use super::pipeline::Pipeline;
 use super::{Buffers, Epilogue, Network, Reduction, Sources};
+use crate::adapt::Adaptation;
+use crate::network::NetworkInUse;
 use crate::reduce::Codec;
 use crate::schedule::steps::{Rank, Step, Steps};
 use crate::schedule::{self, PIECE, direct, tree};
@@ -34,6 +36,7 @@ pub(crate) struct NetEngine {
     pub(super) steps: Steps,
     /// Scratch memory, in words, so that it is aligned for any type.
     scratch: Vec<u64>,
+    pub(super) adaptation: Adaptation,
     /// This rank's buffer in fewer bits.
     encoded: Vec<u64>,
     pub(super) sources: Sources,
@@ -45,8 +48,10 @@ impl NetEngine {
     /// With options for the memory that ranks of one host are to [share](NetEngine::share).
     pub(crate) fn sharing(group: TcpGroup, network: Network, sharing: Option<shm::Options>) -> NetEngine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
+        let adaptation = Adaptation::new(network.adapt_percent());
         NetEngine {
             group,
+            adaptation,
             network,
             local: None,
             sharing,
@@ -76,7 +81,7 @@ impl NetEngine {
             local.abort("a rank shrinks the group");
         }
         let (group, ranks) = self.group.shrink()?;
-        Ok(NetEngine::sharing(group, self.network.part(&ranks), self.sharing.clone()))
+        Ok(NetEngine::sharing(group, self.network.survivors(&ranks), self.sharing.clone()))
     }
 
     /// Forms groups of the ranks that give the same color, in the order of their keys.
@@ -86,6 +91,12 @@ impl NetEngine {
             NetEngine::sharing(group, self.network.part(&ranks), self.sharing.clone())
         };
         Ok(part.map(engine))
+    }
+
+    /// Begins or ends to choose by what was set, of which links are no matter.
+    pub(crate) fn force(&mut self, forced: bool) {
+        let percent = if forced { 0.0 } else { self.network.adapt_percent() };
+        self.adaptation = Adaptation::new(percent);
     }
 
     fn me(&self) -> Rank {
@@ -105,7 +116,10 @@ impl NetEngine {
         call: Call,
         body: impl FnOnce(&mut NetEngine) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let done = self.begin(call).and_then(|()| body(self));
+        let mut done = self.begin(call).and_then(|()| body(self));
+        if done.is_ok() && self.adaptation.is_due() {
+            done = self.adapt();
+        }
         done.map_err(|failure| self.end_both(failure))?;
         self.end_locally();
         self.group.end();
@@ -134,13 +148,22 @@ impl NetEngine {
         format!("{local}{}", self.group.describe())
     }
 
+    /// The network, for a person.
+    pub(crate) fn network(&self) -> NetworkInUse {
+        self.network.in_use(self.group.transport())
+    }
+
     /// What other threads may do with the memory that ranks share.
     pub(crate) fn local_handle(&self) -> Option<shm::Handle> {
         self.local.as_ref().and_then(|local| local.handle())
     }
 
     /// Runs the steps that were made.
-    fn execute(&mut self, data: Buffers<'_>, reduction: Option<&Reduction>) -> Result<(), Failure> {
+    pub(super) fn execute(
+        &mut self,
+        data: Buffers<'_>,
+        reduction: Option<&Reduction>,
+    ) -> Result<(), Failure> {
         self.execute_among(None, data, reduction)
     }
 
@@ -159,11 +182,15 @@ impl NetEngine {
         }
         let scratch = bytemuck::cast_slice_mut(scratch.as_mut_slice());
         let mut memory = Memory { input: data.input, output: data.output, scratch, calls: None };
+        // A call may run several lists.
+        let before = group.asked();
         for step in steps.list() {
             match *step {
                 Step::Send { to, span } => group.send(rank(to), span, &mut memory)?,
                 Step::Receive { from, span } => group.receive(rank(from), span),
-                Step::Wait { received, sent } => group.wait(received, sent, &mut memory)?,
+                Step::Wait { received, sent } => {
+                    group.wait(before.0 + received, before.1 + sent, &mut memory)?;
+                }
                 Step::Reduce { own, at, count, into, theirs, stride } => {
                     let reduction = reduction.expect("a schedule that reduces belongs to a call that does");
                     let theirs = |k| theirs + k * stride;
@@ -177,6 +204,20 @@ impl NetEngine {
 
     /// Reduces every rank's input into every rank's output, or into `root`'s alone.
     pub(crate) fn all_reduce(
+        &mut self,
+        data: Buffers<'_>,
+        r: &Reduction,
+        algorithm: Algorithm,
+        root: Option<usize>,
+    ) -> Result<(), Failure> {
+        if root.is_none() {
+            self.note(data.len(), r, algorithm);
+        }
+        self.all_reduce_by(data, r, algorithm, root)
+    }
+
+    /// The same, of which no account is kept.
+    pub(super) fn all_reduce_by(
         &mut self,
         data: Buffers<'_>,
         r: &Reduction,
@@ -239,7 +280,7 @@ impl NetEngine {
         words.resize(bytes.div_ceil(8).max(words.len()), 0);
         let units = &mut bytemuck::cast_slice_mut(&mut words)[..bytes];
         codec.encode(data.input(), units);
-        let done = self.all_reduce(Buffers::in_place(units), r, algorithm, None);
+        let done = self.all_reduce_by(Buffers::in_place(units), r, algorithm, None);
         if done.is_ok() {
             codec.decode(units, data.output);
         }

@@ -2,32 +2,73 @@
 
 use std::fmt::Write;
 
-use crate::network::{Links, NetworkOptions};
+use crate::network::{LinkClass, Links, LinksInForce, NetworkInUse, Source};
 use crate::schedule::cost::Costs;
 use crate::schedule::hierarchy::Hosts;
 use crate::select::Algorithm;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Network {
-    links: Links,
-    any_order: bool,
+    /// What the ranks agreed on when they formed the group.
+    agreed: LinksInForce,
+    links: LinksInForce,
+    changes: u64,
+    rules: Rules,
     /// Each rank's host, by a number.
     numbers: Vec<usize>,
     hosts: Hosts,
     costs: Costs,
 }
 
+/// What rank 0 has said about how all choose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Rules {
+    /// Whether an algorithm may be chosen that doesn't keep the order.
+    pub(crate) any_order: bool,
+    /// See [`NetworkOptions::adapt_percent`](crate::network::NetworkOptions::adapt_percent).
+    pub(crate) adapt_percent: f64,
+}
+
 impl Network {
     /// Of ranks on these hosts, by any numbers.
-    pub(crate) fn new(numbers: &[usize], options: &NetworkOptions) -> Network {
+    pub(crate) fn new(numbers: &[usize], links: LinksInForce, rules: Rules) -> Network {
         let hosts = Hosts::new(numbers);
-        let costs = Costs::new(&hosts, &options.links);
+        let costs = Costs::new(&hosts, &links.links);
+        Network { agreed: links, links, changes: 0, rules, numbers: numbers.to_vec(), hosts, costs }
+    }
+
+    /// What it is, over `transport`.
+    pub(crate) fn in_use(&self, transport: &'static str) -> NetworkInUse {
+        let Network { links, changes, .. } = *self;
+        NetworkInUse { transport, hosts: self.numbers.clone(), links, changes, any_order: self.any_order() }
+    }
+
+    /// The links by which it chooses.
+    pub(crate) fn links(&self) -> &LinksInForce {
+        &self.links
+    }
+
+    /// What the algorithms cost by them.
+    pub(crate) fn costs(&self) -> &Costs {
+        &self.costs
+    }
+
+    pub(crate) fn adapt_percent(&self) -> f64 {
+        self.rules.adapt_percent
+    }
+
+    /// The same network, by links of which these classes were measured.
+    pub(crate) fn adapted(&self, links: Links, measured: &[LinkClass]) -> Network {
+        let source = |class| match measured.contains(&class) {
+            true => Source::Adapted,
+            false => self.links.source(class),
+        };
+        let (intra, inter) = (source(LinkClass::Intra), source(LinkClass::Inter));
         Network {
-            links: options.links,
-            any_order: options.any_order,
-            numbers: numbers.to_vec(),
-            hosts,
-            costs,
+            links: LinksInForce { links, intra, inter },
+            changes: self.changes + 1,
+            costs: Costs::new(&self.hosts, &links),
+            ..self.clone()
         }
     }
 
@@ -46,26 +87,33 @@ impl Network {
 
     /// The network of one rank on each of `hosts` hosts.
     pub(crate) fn between(&self, hosts: usize) -> Network {
-        let options = NetworkOptions { links: self.links, any_order: self.any_order, host: None };
-        Network::new(&(0..hosts).collect::<Vec<_>>(), &options)
+        Network::new(&(0..hosts).collect::<Vec<_>>(), self.links, self.rules)
     }
 
     /// Whether an algorithm may be chosen that doesn't keep the order.
     pub(crate) fn any_order(&self) -> bool {
-        self.any_order
+        self.rules.any_order
     }
 
     /// The network of some of the ranks.
     pub(crate) fn part(&self, ranks: &[usize]) -> Network {
+        self.part_by(ranks, self.links)
+    }
+
+    /// The network of those that are left, who may have failed before all of them knew of a change.
+    pub(crate) fn survivors(&self, ranks: &[usize]) -> Network {
+        self.part_by(ranks, self.agreed)
+    }
+
+    fn part_by(&self, ranks: &[usize], links: LinksInForce) -> Network {
         let numbers: Vec<usize> = ranks.iter().map(|r| self.numbers[*r]).collect();
-        let options = NetworkOptions { links: self.links, any_order: self.any_order, host: None };
-        Network::new(&numbers, &options)
+        Network::new(&numbers, links, self.rules)
     }
 
     /// The algorithm for an all-reduce of `bytes`; `keeps_order` says which ones give the bits of the rank order.
     #[inline]
     pub(crate) fn choose(&self, bytes: usize, keeps_order: impl Fn(Algorithm) -> bool) -> Algorithm {
-        self.costs.choose(bytes, |a| self.any_order || keeps_order(a))
+        self.costs.choose(bytes, |a| self.any_order() || keeps_order(a))
     }
 
     /// The algorithm for a reduction of `bytes` to one rank, which is a direct exchange.
@@ -75,7 +123,10 @@ impl Network {
 
     /// For the other ranks.
     pub(crate) fn to_text(&self) -> String {
-        let mut text = format!("{} {} {}", self.links.intra, self.links.inter, u8::from(self.any_order));
+        let LinksInForce { links, intra, inter } = &self.links;
+        let Rules { any_order, adapt_percent } = self.rules;
+        let any_order = u8::from(any_order);
+        let mut text = format!("{} {intra} {} {inter} {any_order} {adapt_percent}", links.intra, links.inter);
         for host in &self.numbers {
             let _ = write!(text, " {host}");
         }
@@ -85,14 +136,17 @@ impl Network {
     /// What [`to_text`](Network::to_text) wrote.
     pub(crate) fn from_text(text: &str) -> Option<Network> {
         let mut words = text.split(' ');
-        let links = Links { intra: words.next()?.parse().ok()?, inter: words.next()?.parse().ok()? };
+        let mut link = || Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?));
+        let ((intra, intra_from), (inter, inter_from)) = (link()?, link()?);
+        let links = LinksInForce { links: Links { intra, inter }, intra: intra_from, inter: inter_from };
         let any_order = match words.next()? {
             "0" => false,
             "1" => true,
             _ => return None,
         };
+        let adapt_percent = words.next()?.parse().ok()?;
         let numbers: Option<Vec<usize>> = words.map(|w| w.parse().ok()).collect();
-        Some(Network::new(&numbers?, &NetworkOptions { links, any_order, host: None }))
+        Some(Network::new(&numbers?, links, Rules { any_order, adapt_percent }))
     }
 }
 
@@ -103,16 +157,30 @@ mod tests {
     #[test]
     fn every_rank_reads_what_rank_0_wrote() {
         let links = Links { intra: "1,2,0.1".parse().unwrap(), inter: "33.3,0.125".parse().unwrap() };
-        let options = NetworkOptions { links, any_order: true, host: Some("unused".into()) };
-        let network = Network::new(&[0, 0, 2, 0, 2], &options);
+        let links = LinksInForce { links, intra: Source::Table, inter: Source::Given };
+        let rules = Rules { any_order: true, adapt_percent: 2.5 };
+        let network = Network::new(&[0, 0, 2, 0, 2], links, rules);
         let read = Network::from_text(&network.to_text()).unwrap();
-        assert_eq!((read.links, read.any_order, &read.hosts), (links, true, &network.hosts));
+        assert_eq!((read.links, read.rules, &read.hosts), (links, rules, &network.hosts));
         for bytes in [0, 1 << 10, 1 << 20, 1 << 30] {
             assert_eq!(read.choose(bytes, |_| false), network.choose(bytes, |_| false));
         }
+        let faster = Links { intra: "1,20,0.1".parse().unwrap(), ..links.links };
+        let adapted = network.adapted(faster, &[LinkClass::Intra]);
+        assert_eq!((adapted.links.links, adapted.links.intra), (faster, Source::Adapted));
+        assert_eq!((adapted.links.inter, adapted.changes), (Source::Given, 1));
+        assert_eq!(adapted.part(&[0, 1]).links, adapted.links);
+        assert_eq!(adapted.survivors(&[0, 1]).links, links);
         let part = network.part(&[4, 1, 2]);
         assert_eq!(part.hosts, Hosts::new(&["b", "a", "b"]));
-        for text in ["", "1,2 3,4", "1,2 3,4 2 0", "1,2 3,4 0 x", "1 3,4 0 0"] {
+        for text in [
+            "",
+            "1,2 given 3,4 given",
+            "1,2 given 3,4 given 2 0 0",
+            "1,2 x 3,4 table 0 0 0",
+            "1 given 3,4 given 0 0 0",
+            "1,2 given 3,4 given 0 x 0",
+        ] {
             assert!(Network::from_text(text).is_none(), "{text}");
         }
     }

@@ -122,7 +122,9 @@ impl NetEngine {
                 calls.len() < UNDER_WAY && calls.back().is_none_or(UnderWay::has_asked)
             };
             let mut begun = false;
-            while room(&self.pipeline.calls)
+            // Links are measured when the call that says so is complete, before the next one.
+            while !self.adaptation.is_due()
+                && room(&self.pipeline.calls)
                 && let Some((request, algorithm)) = more(self)
             {
                 self.begin_behind(request, algorithm)?;
@@ -143,6 +145,9 @@ impl NetEngine {
                 first.at += 1;
                 continue;
             }
+            if self.adaptation.is_due() && self.pipeline.calls.len() == 1 {
+                self.adapt()?;
+            }
             self.group.end_first();
             return Ok(Progress::Done(self.finish_first()));
         }
@@ -162,6 +167,7 @@ impl NetEngine {
         let Request { call, reduction, mut buffer } = request;
         let (mut steps, mut scratch) = self.pipeline.spare.pop().unwrap_or_default();
         let len = buffer.bytes().len() / call.dtype.map_or(1, |dtype| dtype.size());
+        self.note(buffer.bytes().len(), &reduction, algorithm);
         let partial = self.all_reduce_steps(&mut steps, len, &reduction, algorithm, None);
         if partial {
             reduction.alone(Buffers::in_place(buffer.bytes_mut()));

@@ -229,6 +229,17 @@ impl Costs {
         self.0.iter().map(move |(a, cost)| (*a, cost.us(bytes)))
     }
 
+    /// What an algorithm takes with so many bytes, in microseconds.
+    pub(crate) fn us(&self, algorithm: Algorithm, bytes: usize) -> f64 {
+        // What shared memory knows by another name is the same over a network.
+        let known = match algorithm {
+            Algorithm::Inline => Algorithm::OneShot,
+            Algorithm::Symmetric => Algorithm::TwoShot,
+            other => other,
+        };
+        self.predicted(bytes).find(|(a, _)| *a == known).map_or(0.0, |(_, us)| us)
+    }
+
     /// The fastest of those that are allowed.
     pub(crate) fn choose(&self, bytes: usize, allowed: impl Fn(Algorithm) -> bool) -> Algorithm {
         let fastest = self.predicted(bytes).filter(|(a, _)| allowed(*a)).min_by(|a, b| a.1.total_cmp(&b.1));

@@ -1,6 +1,8 @@
 //! Who handles which part of a buffer, when. Pure arithmetic on element counts.
 
 #[cfg(feature = "tcp")]
+pub(crate) mod around;
+#[cfg(feature = "tcp")]
 pub(crate) mod cost;
 #[cfg(feature = "tcp")]
 pub(crate) mod direct;

@@ -110,7 +110,7 @@ impl Simulation {
         let (messages, bytes_sent) = (most(|r| r.sends as u64) as usize, most(|r| r.bytes));
         let mut run = Run::new(self, ranks);
         let simulated_us = run.finish();
-        let formula_us = self.costs.predicted(bytes).find(|(a, _)| *a == algorithm).map_or(0.0, |(_, us)| us);
+        let formula_us = self.costs.us(algorithm, bytes);
         let host_bytes_sent = run.host_bytes.iter().copied().max().unwrap_or(0);
         Prediction { algorithm, simulated_us, formula_us, messages, bytes_sent, host_bytes_sent }
     }

@@ -5,9 +5,9 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use tensorwire_core::Tuning;
+use tensorwire_core::{Link, Tuning};
 
-use super::{Absent, MOST, SCHEMA, Table};
+use super::{Absent, MOST, MOST_NETWORKS, Measured, Network, SCHEMA, Table};
 use crate::discover::Fingerprint;
 use crate::{Error, Result};
 
@@ -30,6 +30,39 @@ struct File {
     machine: Fingerprint,
     measured_at: u64,
     worlds: Vec<World>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    networks: Vec<Transport>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Transport {
+    transport: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    intra: Option<Figures>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    inter: Option<Figures>,
+}
+
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Figures {
+    alpha_us: f64,
+    gbps: f64,
+    overhead_us: f64,
+    measured_at: u64,
+}
+
+impl From<Measured> for Figures {
+    fn from(measured: Measured) -> Figures {
+        let Measured { link: Link { alpha_us, gbps, overhead_us }, measured_at } = measured;
+        Figures { alpha_us, gbps, overhead_us, measured_at }
+    }
+}
+
+impl From<Figures> for Measured {
+    fn from(figures: Figures) -> Measured {
+        let Figures { alpha_us, gbps, overhead_us, measured_at } = figures;
+        Measured { link: Link { alpha_us, gbps, overhead_us }, measured_at }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -94,12 +127,18 @@ impl Table {
             symmetric_one_shot: t.symmetric_one_shot,
             chunk: t.chunk,
         };
+        let network = |n: &Network| Transport {
+            transport: n.transport.clone(),
+            intra: n.intra.map(Figures::from),
+            inter: n.inter.map(Figures::from),
+        };
         let file = File {
             schema: SCHEMA.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             machine: self.machine.clone(),
             measured_at: self.measured_at,
             worlds: self.tunings.iter().map(world).collect(),
+            networks: self.networks.iter().map(network).collect(),
         };
         // Numbers and strings: nothing that JSON can't hold.
         let json = serde_json::to_string_pretty(&file);
@@ -136,8 +175,23 @@ impl Table {
             chunk: w.chunk,
         };
         let tunings: Vec<Tuning> = file.worlds.iter().map(tuning).collect();
-        if tunings.is_empty() || tunings.len() > MOST {
-            return Err(format!("it has {} worlds, not 1 to {MOST}: {AGAIN}", tunings.len()));
+        let measured = |figures: Option<Figures>| figures.map(Measured::from);
+        let network = |n: Transport| Network {
+            transport: n.transport,
+            intra: measured(n.intra),
+            inter: measured(n.inter),
+        };
+        let networks: Vec<Network> = file.networks.into_iter().map(network).collect();
+        let least = usize::from(networks.is_empty());
+        if tunings.len() < least || tunings.len() > MOST {
+            return Err(format!("it has {} worlds, not {least} to {MOST}: {AGAIN}", tunings.len()));
+        }
+        if networks.len() > MOST_NETWORKS {
+            return Err(format!("it has {} networks, at most {MOST_NETWORKS}: {AGAIN}", networks.len()));
+        }
+        let sound = |n: &Network| [n.intra, n.inter].iter().flatten().all(|m| m.link.is_sound());
+        if let Some(n) = networks.iter().find(|n| !sound(n)) {
+            return Err(format!("its numbers for {:?} make no sense: {AGAIN}", n.transport));
         }
         if let Some(t) = tunings.iter().find(|t| !t.is_sound()) {
             return Err(format!("its numbers for {} ranks make no sense: {AGAIN}", t.world));
@@ -145,7 +199,7 @@ impl Table {
         if !tunings.is_sorted_by(|a, b| a.world < b.world) {
             return Err(format!("its worlds aren't in ascending order: {AGAIN}"));
         }
-        Ok(Table { machine: file.machine, measured_at: file.measured_at, tunings })
+        Ok(Table { machine: file.machine, measured_at: file.measured_at, tunings, networks })
     }
 }
 
@@ -198,11 +252,20 @@ mod tests {
         Fingerprint { processor: "Some CPU".into(), processors: 2, caches: vec!["L1 Data 32K for 1".into()] }
     }
 
+    fn network(transport: &str, intra: Option<f64>, inter: Option<f64>) -> Network {
+        let measured = |alpha_us: f64| Measured {
+            link: Link { alpha_us, gbps: 1.25, overhead_us: 2.0 },
+            measured_at: 1_795_000_000,
+        };
+        Network { transport: transport.into(), intra: intra.map(measured), inter: inter.map(measured) }
+    }
+
     fn table() -> Table {
         Table {
             machine: machine(),
             measured_at: 1_795_000_000,
             tunings: vec![Tuning::built_in(2), Tuning::built_in(4)],
+            networks: vec![network("tcp", Some(9.5), None), network("tls", Some(12.0), Some(50.25))],
         }
     }
 
@@ -248,6 +311,9 @@ mod tests {
             ("\"ranks\": 2", "\"ranks\": 1", "make no sense"),
             ("\"ranks\": 2", "\"ranks\": 4", "ascending"),
             ("\"one_shot\": 4194304,", "", "no table"),
+            ("\"gbps\": 1.25", "\"gbps\": 0.0", "make no sense"),
+            ("\"alpha_us\": 9.5", "\"alpha_us\": -9.5", "make no sense"),
+            ("\"alpha_us\": 9.5", "\"alpha_us\": null", "no table"),
             ("}\n", "", "no table"),
         ] {
             let bad = json.replacen(from, to, 1);
@@ -258,8 +324,23 @@ mod tests {
         for bad in ["", "[]", "null", "{}", "\u{0}"] {
             assert!(Table::parse(bad, &machine()).is_err(), "{bad}");
         }
-        let empty = Table { tunings: vec![], ..table() };
-        assert!(Table::parse(&empty.to_json(), &machine()).unwrap_err().contains("0 worlds"));
+        assert!(
+            Table::parse(&Table::empty(machine()).to_json(), &machine()).unwrap_err().contains("0 worlds")
+        );
+        let many = Table { networks: vec![network("tcp", None, None); 17], ..table() };
+        assert!(Table::parse(&many.to_json(), &machine()).unwrap_err().contains("17 networks"));
+    }
+
+    #[test]
+    fn each_measurement_leaves_the_others_as_they_are() {
+        let mut table = Table { tunings: vec![], ..table() };
+        table.set_network(network("tcp", None, Some(33.0)));
+        table.set_network(network("tls", Some(1.0), None));
+        table.set_network(network("other", None, None));
+        assert_eq!(table.network("tcp"), Some(&network("tcp", Some(9.5), Some(33.0))));
+        assert_eq!(table.network("tls"), Some(&network("tls", Some(1.0), Some(50.25))));
+        assert_eq!(table.networks.len(), 3);
+        assert_eq!(Table::parse(&table.to_json(), &machine()), Ok(table), "links alone are a table too");
     }
 
     #[test]

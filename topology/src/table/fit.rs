@@ -41,6 +41,34 @@ pub fn fastest(times: &[Vec<f64>], built_in: usize) -> usize {
     if cost(best) < cost(built_in) - WORTH { best } else { built_in }
 }
 
+/// The latency and the time a byte of a link, by what messages of some bytes took: of the lines through two of the points
+/// `(bytes, time)`, the one that all of them are nearest to. Nothing if no two points have a line that grows from a time
+/// that isn't negative.
+///
+/// Nearest is, as above, where the factors by which the points miss it have the least product: small messages count as
+/// large ones do, and up to half of the points may be measured wrongly.
+///
+/// ```
+/// use tensorwire_topology::table::fit::line;
+///
+/// // 10 us and 2 ns a byte, with one message that something came between.
+/// let points = [(8.0, 10.016), (1e3, 12.0), (1e4, 95.0), (1e5, 210.0), (1e6, 2010.0)];
+/// let (fixed, a_byte) = line(&points).unwrap();
+/// assert!((fixed - 10.0).abs() < 1e-3 && (a_byte - 2e-3).abs() < 1e-6);
+/// ```
+pub fn line(points: &[(f64, f64)]) -> Option<(f64, f64)> {
+    let misses = |(fixed, slope): &(f64, f64)| -> f64 {
+        points.iter().map(|(bytes, time)| ((fixed + slope * bytes) / time).ln().abs()).sum()
+    };
+    let pairs = points.iter().enumerate().flat_map(|(i, a)| points[..i].iter().map(move |b| (a, b)));
+    let lines = pairs.map(|(a, b)| {
+        let slope = (a.1 - b.1) / (a.0 - b.0);
+        (a.1 - slope * a.0, slope)
+    });
+    let possible = lines.filter(|(fixed, slope)| *fixed >= 0.0 && *slope > 0.0 && slope.is_finite());
+    possible.min_by(|a, b| misses(a).total_cmp(&misses(b)))
+}
+
 /// The middle of some numbers: of an even count, the upper of the two.
 pub fn median(numbers: &mut [f64]) -> Option<f64> {
     numbers.sort_by(f64::total_cmp);
@@ -82,7 +110,36 @@ mod tests {
         assert_eq!(median(&mut []), None);
     }
 
+    #[test]
+    fn what_is_no_line_has_none() {
+        assert_eq!(line(&[]), None);
+        assert_eq!(line(&[(8.0, 1.0)]), None);
+        assert_eq!(line(&[(8.0, 1.0), (8.0, 2.0)]), None);
+        assert_eq!(line(&[(8.0, 2.0), (100.0, 1.0)]), None);
+    }
+
     proptest! {
+        /// Something came between at one of eight sizes, and the rest are within 5 %: what follows for those is within 20 %.
+        #[test]
+        fn a_line_is_found_through_noise(
+            alpha in 1f64..100.0,
+            gbps in 0.001f64..2.0,
+            noise in proptest::collection::vec(0.95f64..1.05, 8),
+            wrong in 0usize..8,
+            factor in 1f64..20.0,
+        ) {
+            let time = |bytes: f64| alpha + bytes * 1e-3 / gbps;
+            let sizes = (0..8).map(|i| 8.0 * 6.5f64.powi(i));
+            let mut points: Vec<(f64, f64)> = sizes.zip(noise).map(|(b, noise)| (b, time(b) * noise)).collect();
+            points[wrong].1 *= factor;
+            let (fixed, a_byte) = line(&points).unwrap();
+            points.remove(wrong);
+            for (bytes, _) in points {
+                let ratio = (fixed + a_byte * bytes) / time(bytes);
+                prop_assert!((0.8..1.25).contains(&ratio), "{bytes}: {ratio}, {fixed} {a_byte}");
+            }
+        }
+
         /// Times that follow the alpha-beta model, within 10 % of it, with one size measured as three times what
         /// it is: the choice costs no more than the noise anywhere.
         #[test]

@@ -1,5 +1,5 @@
-//! Where the collectives change their algorithm on this machine: what `tensorwire topo --probe` measured, kept in a
-//! file.
+//! Where the collectives change their algorithm on this machine, and what messages to other ranks cost from it: what
+//! `tensorwire topo --probe` measured, kept in a file.
 //!
 //! The file is JSON, [`SCHEMA`]:
 //!
@@ -7,8 +7,14 @@
 //! {"schema": "tensorwire.table/v1", "version": "0.1.0",
 //!  "machine": {"processor": "AMD EPYC", "processors": 2, "caches": ["L1 Data 32K for 1"]},
 //!  "measured_at": 1795000000,
-//!  "worlds": [{"ranks": 2, "one_shot": 131072, "symmetric_one_shot": 65536, "chunk": 262144}]}
+//!  "worlds": [{"ranks": 2, "one_shot": 131072, "symmetric_one_shot": 65536, "chunk": 262144}],
+//!  "networks": [{"transport": "tcp",
+//!    "intra": {"alpha_us": 9.5, "gbps": 2.6, "overhead_us": 1.9, "measured_at": 1795000000},
+//!    "inter": {"alpha_us": 31.0, "gbps": 1.2, "overhead_us": 2.1, "measured_at": 1795000000}}]}
 //! ```
+//!
+//! Shared memory and each transport are measured apart, and each measurement leaves the others as they are; of a network,
+//! also the links on a host and those between hosts.
 //!
 //! It is `$TENSORWIRE_TABLE`, or a file named after the machine's [`Fingerprint`] in `$XDG_CACHE_HOME/tensorwire` or
 //! `~/.cache/tensorwire`: machines that share a home have a file each. `TENSORWIRE_TABLE=off` is for the
@@ -21,7 +27,7 @@ pub mod fit;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use tensorwire_core::Tuning;
+use tensorwire_core::{Link, Tuning};
 
 use crate::discover::Fingerprint;
 
@@ -31,15 +37,40 @@ pub const SCHEMA: &str = "tensorwire.table/v1";
 /// The most worlds that a table may hold.
 const MOST: usize = 256;
 
+/// The most transports that a table may hold.
+const MOST_NETWORKS: usize = 16;
+
 /// What was measured on a machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Table {
     /// The machine.
     pub machine: Fingerprint,
+    /// When shared memory was measured, in seconds since 1970.
+    pub measured_at: u64,
+    /// What is fastest over shared memory, by number of ranks.
+    pub tunings: Vec<Tuning>,
+    /// What messages cost over each transport that was measured.
+    pub networks: Vec<Network>,
+}
+
+/// What messages over a transport were found to cost, from this machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Network {
+    /// Such as `tcp`.
+    pub transport: String,
+    /// Between ranks of one host.
+    pub intra: Option<Measured>,
+    /// Between ranks of different hosts.
+    pub inter: Option<Measured>,
+}
+
+/// A link that was measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measured {
+    /// What a message costs.
+    pub link: Link,
     /// When, in seconds since 1970.
     pub measured_at: u64,
-    /// What is fastest, by number of ranks.
-    pub tunings: Vec<Tuning>,
 }
 
 /// Why there is no table, so that the built-in constants hold.
@@ -105,6 +136,27 @@ impl Place {
 }
 
 impl Table {
+    /// A table of this machine in which nothing is measured yet.
+    pub fn empty(machine: Fingerprint) -> Table {
+        Table { machine, measured_at: 0, tunings: Vec::new(), networks: Vec::new() }
+    }
+
+    /// What was measured over a transport, such as `tcp`.
+    pub fn network(&self, transport: &str) -> Option<&Network> {
+        self.networks.iter().find(|network| network.transport == transport)
+    }
+
+    /// Takes over what was measured over a transport, and leaves a link that wasn't as it is.
+    pub fn set_network(&mut self, measured: Network) {
+        match self.networks.iter_mut().find(|network| network.transport == measured.transport) {
+            Some(known) => {
+                known.intra = measured.intra.or(known.intra);
+                known.inter = measured.inter.or(known.inter);
+            }
+            None => self.networks.push(measured),
+        }
+    }
+
     /// The file of this machine's table, whether it exists or not.
     ///
     /// # Errors
@@ -131,6 +183,11 @@ impl Table {
     /// What was measured on this machine; nothing if there is no table.
     pub fn tunings_in_force() -> Vec<Tuning> {
         Table::in_force().map(|table| table.tunings).unwrap_or_default()
+    }
+
+    /// What was measured from this machine over a transport, such as `tcp`; nothing if there is no table.
+    pub fn links_in_force(transport: &str) -> Option<Network> {
+        Table::in_force().ok()?.network(transport).cloned()
     }
 }
 

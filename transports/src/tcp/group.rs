@@ -105,10 +105,14 @@ impl TcpGroup {
         self.shared.set_waits(waits.map(Deadline::after));
     }
 
-    /// What carries the group's data: `tcp` or `tls`; where this rank listens, and why there, for a person.
+    /// What carries the group's data: `tcp` or `tls`.
+    pub fn transport(&self) -> &'static str {
+        if self.endpoint.secret().tls().is_some() { "tls" } else { "tcp" }
+    }
+
+    /// What carries the group's data; where this rank listens, and why there, for a person.
     pub fn describe(&self) -> String {
-        let name = if self.endpoint.secret().tls().is_some() { "tls" } else { "tcp" };
-        format!("{name} {}", self.endpoint.describe())
+        format!("{} {}", self.transport(), self.endpoint.describe())
     }
 
     /// Begins a call: what it sends and receives is compared with the peers' calls.
@@ -237,6 +241,13 @@ impl TcpGroup {
         self.mesh.as_mut().expect("inside a call").receive(from, span);
     }
 
+    /// How many receives and sends this call has asked for.
+    #[inline]
+    pub fn asked(&self) -> (usize, usize) {
+        let mesh = self.mesh.as_ref().expect("inside a call");
+        (mesh.asked(), mesh.sends)
+    }
+
     /// Waits until the first `received` receives of this call, and the first `sent` sends, are complete.
     ///
     /// # Errors
@@ -282,8 +293,7 @@ impl TcpGroup {
     /// See [`wait`](TcpGroup::wait).
     #[inline]
     pub fn finish(&mut self, memory: &mut Memory<'_>) -> Result<(), Failure> {
-        let mesh = self.mesh.as_ref().expect("inside a call");
-        let (received, sent) = (mesh.asked(), mesh.sends);
+        let (received, sent) = self.asked();
         self.wait(received, sent, memory)
     }
 
