@@ -117,7 +117,7 @@ fn rank_0_says_how_all_choose() {
         let own = (rank == 0).then(|| (link(5.0, 10.0), link(50.0, 0.01)));
         let (intra, inter) = own.unzip();
         let host = Some((rank / 3).to_string());
-        NetworkOptions { intra, inter, any_order: any_order == (rank == 0), host }
+        NetworkOptions { intra, inter, any_order: any_order == (rank == 0), host, ..Default::default() }
     };
     for any_order in [false, true] {
         ranks(
