@@ -15,7 +15,7 @@ hosts. Ranks are on the hosts one after the other, as evenly as they go. Waiting
 
 `order` says whether the result has the bits of the reduction in rank order. `auto` marks the algorithm that ranks with
 such links choose, and `any order` the one if TENSORWIRE_ANY_ORDER is 1: both by a formula, `formula us`, which a rank
-can afford. Ranks read their links from TENSORWIRE_INTRA and TENSORWIRE_INTER, on rank 0.
+can afford. Ranks have their links from rank 0: `tensorwire topo` shows them, and `tensorwire bench --explain` what follows.
 
 Examples:
   tensorwire simulate --ranks 1024 --hosts 128 --bytes 4K,1M,64M

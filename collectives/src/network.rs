@@ -160,7 +160,9 @@ pub struct NetworkInUse {
     pub hosts: Vec<usize>,
     /// The links by which all-reduces are chosen.
     pub links: LinksInForce,
-    /// How often they have changed since the group was formed.
+    /// How often they have been measured since the group was formed, or an algorithm was set last.
+    pub measured: u64,
+    /// How often they have changed.
     pub changes: u64,
     /// Whether they may be done in any order: see [`NetworkOptions::any_order`].
     pub any_order: bool,

@@ -2,6 +2,7 @@
 //! go. Nothing tells either side; the links stay up.
 
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tensorwire::transports::tcp::Secret;
@@ -39,20 +40,28 @@ pub(crate) fn cut() {
 }
 
 /// Network namespaces with an address each, on a switch; gone when dropped.
-struct Hosts {
+pub(crate) struct Hosts {
     switch: String,
-    hosts: Vec<String>,
+    pub(crate) hosts: Vec<String>,
 }
 
 fn ip(args: &str) -> bool {
-    let run = Command::new("ip").args(args.split(' ')).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    run("ip", args)
+}
+
+fn run(program: &str, args: &str) -> bool {
+    let run =
+        Command::new(program).args(args.split(' ')).stdout(Stdio::null()).stderr(Stdio::null()).status();
     run.is_ok_and(|status| status.success())
 }
 
 impl Hosts {
     /// `None` where this system lets the test make none.
-    fn new(count: usize) -> Option<Hosts> {
-        let name = |what: &str| format!("tensorwire-{}-{what}", std::process::id());
+    pub(crate) fn new(count: usize) -> Option<Hosts> {
+        // Relaxed: a number of its own for each test of this process.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let nth = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = |what: &str| format!("tensorwire-{}-{nth}-{what}", std::process::id());
         let hosts = (0..count).map(|i| name(&i.to_string())).collect();
         let net = Hosts { switch: name("switch"), hosts };
         let switch = &net.switch;
@@ -70,8 +79,20 @@ impl Hosts {
         made.then_some(net)
     }
 
-    fn address(i: usize) -> String {
+    pub(crate) fn address(i: usize) -> String {
         format!("10.77.0.{}", i + 1)
+    }
+
+    /// Lets every host send no more than `mbit` a second, or as much as it can. `false` where this system can't.
+    pub(crate) fn limit(&self, mbit: Option<u32>) -> bool {
+        let limit = |host: &String| match mbit {
+            Some(mbit) => {
+                let rate = format!("tbf rate {mbit}mbit burst 16kb latency 500ms");
+                run("tc", &format!("-n {host} qdisc replace dev eth0 root {rate}"))
+            }
+            None => run("tc", &format!("-n {host} qdisc del dev eth0 root")),
+        };
+        self.hosts.iter().all(limit)
     }
 
     fn cut(&self, i: usize) {

@@ -4,7 +4,7 @@ use half::bf16;
 use tensorwire::collectives::network::{Link, NetworkOptions};
 use tensorwire::transports::store::{StoreServer, UnixStore};
 use tensorwire::transports::tcp::{Secret, TcpOptions};
-use tensorwire::{Algorithm, Communicator, Deadline, Element, Options, ReduceOp, Wire};
+use tensorwire::{Algorithm, Communicator, DType, Deadline, Element, Options, ReduceOp, Wire};
 
 use crate::common::{assert_same, buffer, reduced, threads};
 
@@ -117,7 +117,7 @@ fn rank_0_says_how_all_choose() {
         let own = (rank == 0).then(|| (link(5.0, 10.0), link(50.0, 0.01)));
         let (intra, inter) = own.unzip();
         let host = Some((rank / 3).to_string());
-        NetworkOptions { intra, inter, any_order: any_order == (rank == 0), host }
+        NetworkOptions { intra, inter, any_order: any_order == (rank == 0), host, ..Default::default() }
     };
     for any_order in [false, true] {
         ranks(
@@ -131,6 +131,10 @@ fn rank_0_says_how_all_choose() {
                     false => [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Chain],
                 };
                 assert_eq!(chosen, expected);
+                let why = comm.explain(4 << 20, DType::F32, ReduceOp::Sum).unwrap();
+                assert!(why.starts_with(&format!("{}: expected are {} ", expected[2], expected[2])), "{why}");
+                assert!(why.contains("; intra links 5,10,1 (given); inter links 50,0.01,1 (given)"), "{why}");
+                assert_eq!(why.contains("were any order allowed, hierarchical "), !any_order, "{why}");
                 let mut x = buffer::<f32>(comm.rank(), 1 << 20);
                 comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
                 let right = reduced::<f32>(ReduceOp::Sum, 6, 1 << 20);

@@ -24,6 +24,8 @@ fn rank_process() {
         #[cfg(feature = "tcp")]
         ("where it is", crate::mixed::where_it_is),
         #[cfg(feature = "tcp")]
+        ("adapts", crate::links::adapts),
+        #[cfg(feature = "tcp")]
         ("linked", crate::links::linked),
         ("endless", endless),
         ("leave", leave),

@@ -88,6 +88,11 @@ pub(crate) struct Args {
     #[arg(long, default_value = "auto", value_parser = algorithm)]
     algorithm: Choice,
 
+    /// Say why all_reduce takes its algorithm: over tcp, what each is expected to take, by which links, and where those
+    /// are from
+    #[arg(long)]
+    explain: bool,
+
     /// How all_reduce sends its elements: f32, as they are; over tcp also bf16, or q8, scaled bytes
     #[arg(long, default_value = "f32", value_parser = wire)]
     wire: Form,
@@ -206,6 +211,13 @@ impl Args {
             if collective != Collective::AllReduce {
                 return refuse(format!("{algorithm} is an algorithm of all_reduce, not of {collective}"));
             }
+        }
+        if self.explain
+            && (collective != Collective::AllReduce
+                || self.buffer == Buffer::Symmetric
+                || self.wire.0.is_some())
+        {
+            return refuse("--explain is for all_reduce of ordinary memory, sent as it is".into());
         }
         if let Some(wire) = self.wire.0 {
             let sums = matches!(op, ReduceOp::Sum | ReduceOp::Average);
@@ -366,6 +378,7 @@ mod tests {
             "--algorithm ring",
             "--algorithm ring --transport tcp --collective reduce",
             "--wire q8",
+            "--explain --collective all_gather",
             "--wire q8 --transport tcp --collective all_gather",
             "--wire q8 --transport tcp --op max",
             "--wire bf16 --transport tcp --dtype bf16",

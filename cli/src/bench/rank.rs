@@ -61,16 +61,8 @@ fn measure<T: Element>(
     args: &Args,
     bytes: usize,
 ) -> tensorwire::Result<Result<Row, String>> {
-    let algorithm = match args.collective {
-        _ if comm.world() == 1 => "none",
-        Collective::AllReduce if args.buffer == Buffer::Symmetric => comm.algorithm_symmetric(bytes)?.name(),
-        // What is sent in fewer bits, or to one rank, is a direct exchange.
-        Collective::AllReduce | Collective::Reduce => match comm.algorithm_for(bytes, args.dtype, args.op)? {
-            a if !a.is_shm() && (args.wire.0.is_some() || args.collective == Collective::Reduce) => "direct",
-            a => a.name(),
-        },
-        _ => "direct",
-    };
+    // What it can't carry is refused before anything is measured.
+    algorithm(comm, args, bytes)?;
     let mut case = Case::<T>::new(comm, args.collective, args.op, args.buffer, bytes)?.sent_as(args.wire.0);
     for round in 1..=2 {
         if let Some(i) = case.first_wrong(round)? {
@@ -99,7 +91,12 @@ fn measure<T: Element>(
         dtype: args.dtype.to_string(),
         op: if args.collective.reduces() { args.op.to_string() } else { "none".into() },
         bytes,
-        algorithm: algorithm.into(),
+        // As it is now: links may have been measured meanwhile.
+        algorithm: algorithm(comm, args, bytes)?.into(),
+        why: match args.explain && comm.world() > 1 {
+            true => Some(comm.explain(bytes, args.dtype, args.op)?),
+            false => None,
+        },
         buffer: match args.buffer {
             Buffer::User => "user".into(),
             Buffer::Symmetric => "symmetric".into(),
@@ -115,6 +112,20 @@ fn measure<T: Element>(
         correct: true,
         floor_us: None,
     }))
+}
+
+/// What a collective of `bytes` is done by.
+fn algorithm(comm: &Communicator, args: &Args, bytes: usize) -> tensorwire::Result<&'static str> {
+    Ok(match args.collective {
+        _ if comm.world() == 1 => "none",
+        Collective::AllReduce if args.buffer == Buffer::Symmetric => comm.algorithm_symmetric(bytes)?.name(),
+        // What is sent in fewer bits, or to one rank, is a direct exchange.
+        Collective::AllReduce | Collective::Reduce => match comm.algorithm_for(bytes, args.dtype, args.op)? {
+            a if !a.is_shm() && (args.wire.0.is_some() || args.collective == Collective::Reduce) => "direct",
+            a => a.name(),
+        },
+        _ => "direct",
+    })
 }
 
 /// The slowest rank's mean seconds a call.

@@ -19,6 +19,9 @@ pub(super) struct Row {
     pub(super) op: String,
     pub(super) bytes: usize,
     pub(super) algorithm: String,
+    /// Why that one, if it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(super) why: Option<String>,
     pub(super) buffer: String,
     /// In how few bits elements are sent, where it isn't as they are.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -146,6 +149,9 @@ fn line(row: &Row, floor: bool) -> String {
         None if floor => text += &format!("{:>12}", "-"),
         None => {}
     }
+    if let Some(why) = &row.why {
+        text += &format!("\n{:>14}{why}", "");
+    }
     text
 }
 
@@ -159,6 +165,7 @@ pub(super) fn example(bytes: usize, median_us: f64) -> Row {
         op: "sum".into(),
         bytes,
         algorithm: "two_shot".into(),
+        why: None,
         buffer: "user".into(),
         wire: None,
         touch: false,

@@ -354,6 +354,34 @@ impl Communicator {
         state.choose(bytes, &Reduction::new(dtype, op)?)
     }
 
+    /// Why an all-reduce of `bytes` of a type takes its algorithm, in a line for a log: over a network, what each is expected
+    /// to take, by which links, and where those are from.
+    ///
+    /// ```
+    /// # use tensorwire_collectives::Communicator;
+    /// # use tensorwire_core::{DType, ReduceOp};
+    /// let comm = Communicator::in_process(2)?.remove(0);
+    /// let why = comm.explain(64 << 20, DType::F32, ReduceOp::Sum)?;
+    /// assert!(why.starts_with("two_shot: "), "{why}");
+    /// # Ok::<(), tensorwire_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`algorithm_for`](Communicator::algorithm_for).
+    pub fn explain(&self, bytes: usize, dtype: DType, op: ReduceOp) -> Result<String> {
+        let rank = self.rank;
+        let state = self.inner.state.try_lock().map_err(|_| Error::ConcurrentUse { rank })?;
+        let reduction = Reduction::new(dtype, op)?;
+        let algorithm = state.choose(bytes, &reduction)?;
+        let why = match &state.engine {
+            _ if state.algorithm.is_some() => "it was set".to_owned(),
+            Either::Shm(_) => "by its size, and where rank 0's table or constants change over".to_owned(),
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) => engine.explain(bytes, &reduction, algorithm),
+        };
+        Ok(format!("{algorithm}: {why}"))
+    }
+
     /// The algorithm that an all-reduce of `bytes` in a [`Symmetric`] buffer takes.
     ///
     /// # Errors

@@ -70,6 +70,22 @@ impl NetEngine {
         mixed.unwrap_or_else(|| self.network.choose(bytes, |a| r.keeps_order(a)))
     }
 
+    /// Why [`choose`](NetEngine::choose) has chosen this algorithm, for a person.
+    pub(crate) fn explain(&self, bytes: usize, r: &Reduction, algorithm: Algorithm) -> String {
+        match (&self.local, algorithm) {
+            (Some(local), Algorithm::Hierarchical) => {
+                let (across, slice) = (&local.across, local.largest_slice(bytes));
+                let (between, why) = (across.choose(slice, |_| true), across.explain(slice, |_| true));
+                format!("ranks of a host share memory, and hosts exchange slices by {between}: {why}")
+            }
+            (Some(_), Algorithm::OneShot) => {
+                "ranks of a host share memory, and hosts exchange all contributions, to keep their order"
+                    .into()
+            }
+            _ => self.network.explain(bytes, |a| r.keeps_order(a)),
+        }
+    }
+
     /// The algorithm for a reduction of `bytes` to one rank.
     pub(crate) fn choose_rooted(&self, bytes: usize) -> Algorithm {
         self.network.choose_rooted(bytes)
@@ -150,7 +166,7 @@ impl NetEngine {
 
     /// The network, for a person.
     pub(crate) fn network(&self) -> NetworkInUse {
-        self.network.in_use(self.group.transport())
+        self.network.in_use(self.group.transport(), self.adaptation.measured())
     }
 
     /// What other threads may do with the memory that ranks share.

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::network::{LinkClass, Links, LinksInForce, NetworkInUse, Source};
+use crate::schedule::around::Rings;
 use crate::schedule::cost::Costs;
 use crate::schedule::hierarchy::Hosts;
 use crate::select::Algorithm;
@@ -37,10 +38,10 @@ impl Network {
         Network { agreed: links, links, changes: 0, rules, numbers: numbers.to_vec(), hosts, costs }
     }
 
-    /// What it is, over `transport`.
-    pub(crate) fn in_use(&self, transport: &'static str) -> NetworkInUse {
-        let Network { links, changes, .. } = *self;
-        NetworkInUse { transport, hosts: self.numbers.clone(), links, changes, any_order: self.any_order() }
+    /// What it is, over `transport`, its links `measured` so often.
+    pub(crate) fn in_use(&self, transport: &'static str, measured: u64) -> NetworkInUse {
+        let (links, changes, any_order) = (self.links, self.changes, self.any_order());
+        NetworkInUse { transport, hosts: self.numbers.clone(), links, measured, changes, any_order }
     }
 
     /// The links by which it chooses.
@@ -114,6 +115,29 @@ impl Network {
     #[inline]
     pub(crate) fn choose(&self, bytes: usize, keeps_order: impl Fn(Algorithm) -> bool) -> Algorithm {
         self.costs.choose(bytes, |a| self.any_order() || keeps_order(a))
+    }
+
+    /// Why it chooses as it does, for a person: what each algorithm is expected to take, and by which links.
+    pub(crate) fn explain(&self, bytes: usize, keeps_order: impl Fn(Algorithm) -> bool) -> String {
+        let mut all: Vec<(Algorithm, f64)> = self.costs.predicted(bytes).collect();
+        all.sort_by(|a, b| a.1.total_cmp(&b.1));
+        let (allowed, other): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|(a, _)| self.any_order() || keeps_order(*a));
+        let list = |all: Vec<(Algorithm, f64)>| {
+            let each = all.into_iter().map(|(a, us)| format!("{a} {us:.1} us"));
+            each.collect::<Vec<_>>().join(", ")
+        };
+        let mut text = format!("expected are {}", list(allowed));
+        if !other.is_empty() {
+            let _ = write!(text, "; were any order allowed, {}", list(other));
+        }
+        for class in LinkClass::ALL {
+            if Rings::new(&self.hosts, class).is_some() {
+                let (link, source) = (self.links.links.of(class), self.links.source(class));
+                let _ = write!(text, "; {} links {link} ({source})", class.name());
+            }
+        }
+        text
     }
 
     /// The algorithm for a reduction of `bytes` to one rank, which is a direct exchange.
