@@ -89,9 +89,13 @@ impl TcpGroup {
         self.shared.set_waits(waits);
     }
 
-    /// What carries the group's data: `tcp` or `tls`; where this rank listens, and why there, for a person.
+    /// What carries the group's data: `tcp`, `tls` or `quic`; where this rank listens, and why there, for a person.
     pub fn describe(&self) -> String {
-        let name = if self.endpoint.secret().tls().is_some() { "tls" } else { "tcp" };
+        let name = match self.endpoint.secret().tls() {
+            _ if self.options.quic.is_some() => "quic",
+            Some(_) => "tls",
+            None => "tcp",
+        };
         format!("{name} {}", self.endpoint.describe())
     }
 

@@ -22,6 +22,7 @@ mod group;
 mod hello;
 mod interface;
 mod link;
+mod listener;
 mod memory;
 mod mesh;
 mod negotiate;
@@ -33,6 +34,8 @@ mod stream;
 mod survivors;
 #[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
 mod tls;
+#[cfg_attr(not(feature = "quic"), path = "no_quic.rs")]
+mod quic;
 
 use std::net::SocketAddr;
 
@@ -45,7 +48,7 @@ pub use form::join;
 pub use group::{TcpGroup, TcpHandle};
 pub use interface::{Interface, address_towards};
 pub use memory::{Memory, Place, Span};
-pub use options::TcpOptions;
+pub use options::{Congestion, TcpOptions};
 pub use secret::{SECRET_FILE_VAR, SECRET_VAR, Secret};
 #[cfg(feature = "tls")]
 pub use tls::{Authority, Certificate, TLS_CA_VAR, TLS_CERT_VAR, TLS_KEY_VAR, Tls};
