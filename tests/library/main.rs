@@ -22,6 +22,8 @@ mod strangers;
 mod survivors;
 #[cfg(feature = "tcp")]
 mod tcp;
+#[cfg(feature = "quic")]
+mod quic;
 #[cfg(feature = "tls")]
 mod tls;
 mod tuning;
