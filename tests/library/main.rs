@@ -17,13 +17,13 @@ mod mixed;
 #[cfg(feature = "tcp")]
 mod network;
 mod processes;
+#[cfg(feature = "quic")]
+mod quic;
 #[cfg(feature = "tcp")]
 mod strangers;
 mod survivors;
 #[cfg(feature = "tcp")]
 mod tcp;
-#[cfg(feature = "quic")]
-mod quic;
 #[cfg(feature = "tls")]
 mod tls;
 mod tuning;

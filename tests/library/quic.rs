@@ -32,7 +32,8 @@ fn both_certificate_and_secret_are_needed() {
     assert_both_named(barrier(secured(&theirs, 1, secret.clone())), &["authority"]);
     // One that trusts both: only its own certificate is foreign, and rank 0 is the one that refuses.
     let mut foreign = theirs.rank(1).unwrap();
-    let both = tensorwire::transports::tcp::Tls::from_pem(&(ours.ca() + &theirs.ca()), &foreign.cert, &foreign.key);
+    let both =
+        tensorwire::transports::tcp::Tls::from_pem(&(ours.ca() + &theirs.ca()), &foreign.cert, &foreign.key);
     assert_both_named(barrier(secret.clone().with_tls(both.unwrap())), &["authority"]);
     assert_both_named(barrier(secured(&ours, 1, other)), &["secret"]);
     foreign = ours.rank(1).unwrap();
@@ -87,7 +88,10 @@ fn a_stopped_rank_is_silent_and_named() {
     job.signal(2, Signal::STOP);
     for rank in 0..2 {
         let (status, text) = job.join_within(rank, SOON);
-        assert!(status.success() && text.contains(&format!("rank {rank}: lost rank 2 in all_reduce")), "{text}");
+        assert!(
+            status.success() && text.contains(&format!("rank {rank}: lost rank 2 in all_reduce")),
+            "{text}"
+        );
         assert!(text.contains("its host has stopped answering"), "{text}");
     }
 }
@@ -272,7 +276,11 @@ fn a_job_goes_on_when_a_peers_address_changes() {
                     Communicator::join_tcp(rank, 2, &store, None, &secret, &over(Congestion::Cubic)).unwrap();
                 for n in 0..60 {
                     if n == 20 && rank == 0 {
-                        relays.lock().unwrap().values().for_each(|r: &Relay| r.moves.store(true, Ordering::Relaxed));
+                        relays
+                            .lock()
+                            .unwrap()
+                            .values()
+                            .for_each(|r: &Relay| r.moves.store(true, Ordering::Relaxed));
                     }
                     let mut x = vec![n as f32 + rank as f32; 1 + n * 1000];
                     comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();

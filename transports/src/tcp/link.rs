@@ -397,7 +397,7 @@ impl Link {
 /// How a connection ended, for a person.
 fn ended(e: &io::Error) -> String {
     match e.kind() {
-        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => format!("its process ended ({e})"),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionRefused => format!("its process ended ({e})"),
         io::ErrorKind::UnexpectedEof => {
             "its process ended, or somebody cut the connection: it ends without TLS's last word (close_notify)".to_owned()
         }

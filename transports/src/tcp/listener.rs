@@ -24,10 +24,16 @@ pub(crate) enum Listener {
 
 impl Listener {
     /// Listens as the options say; the inner result is the system's.
-    pub(super) fn open(chosen: &Chosen, secret: &Secret, options: &TcpOptions) -> Result<io::Result<Listener>> {
+    pub(super) fn open(
+        chosen: &Chosen,
+        secret: &Secret,
+        options: &TcpOptions,
+    ) -> Result<io::Result<Listener>> {
         Ok(match options.quic {
             None => socket::listen(chosen.ip, options.ports.clone(), options).map(Listener::from),
-            Some(congestion) => Port::open(chosen.ip, secret, congestion, options)?.map(|p| Listener::Quic(p.into())),
+            Some(congestion) => {
+                Port::open(chosen.ip, secret, congestion, options)?.map(|p| Listener::Quic(p.into()))
+            }
         })
     }
 
@@ -68,7 +74,9 @@ impl Listener {
                 let (socket, _) = listener.accept()?;
                 Stream::accepted(socket, secret).map_err(|_| io::ErrorKind::ConnectionAborted.into())
             }
-            Listener::Quic(port) => port.accept().map(Stream::Quic).ok_or_else(|| io::ErrorKind::WouldBlock.into()),
+            Listener::Quic(port) => {
+                port.accept().map(Stream::Quic).ok_or_else(|| io::ErrorKind::WouldBlock.into())
+            }
         }
     }
 

@@ -27,6 +27,8 @@ mod memory;
 mod mesh;
 mod negotiate;
 mod options;
+#[cfg_attr(not(feature = "quic"), path = "no_quic.rs")]
+mod quic;
 mod secret;
 mod shared;
 mod socket;
@@ -34,8 +36,6 @@ mod stream;
 mod survivors;
 #[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
 mod tls;
-#[cfg_attr(not(feature = "quic"), path = "no_quic.rs")]
-mod quic;
 
 use std::net::SocketAddr;
 

@@ -32,7 +32,9 @@ impl FromStr for Congestion {
             "cubic" => Ok(Congestion::Cubic),
             "newreno" => Ok(Congestion::NewReno),
             "bbr" => Ok(Congestion::Bbr),
-            _ => Err(Error::invalid(format!("unknown congestion control '{text}': use cubic, newreno or bbr"))),
+            _ => {
+                Err(Error::invalid(format!("unknown congestion control '{text}': use cubic, newreno or bbr")))
+            }
         }
     }
 }
@@ -113,7 +115,8 @@ impl TcpOptions {
         options.receive_buffer = bytes("TENSORWIRE_RECEIVE_BUFFER", options.receive_buffer)?;
         if lookup(TRANSPORT_VAR).is_some_and(|text| text.trim() == Transport::Quic.name()) {
             let congestion = lookup(CONGESTION_VAR).map(|text| text.parse());
-            let congestion = congestion.transpose().map_err(|e| Error::Config(format!("{CONGESTION_VAR}: {e}")))?;
+            let congestion =
+                congestion.transpose().map_err(|e| Error::Config(format!("{CONGESTION_VAR}: {e}")))?;
             options.quic = Some(congestion.unwrap_or_default());
         }
         options.interface = lookup("TENSORWIRE_INTERFACE").map(|text| text.parse()).transpose()?;

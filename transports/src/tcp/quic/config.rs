@@ -15,7 +15,7 @@ use rustix::net::sockopt;
 use tensorwire_core::{Error, Result};
 
 use crate::tcp::options::Congestion;
-use crate::tcp::{Tls, TcpOptions};
+use crate::tcp::{TcpOptions, Tls};
 
 /// What the two ends say that they speak: nobody else's QUIC.
 const PROTOCOL: &[u8] = b"tensorwire";
@@ -146,8 +146,7 @@ impl Path {
 
 /// Whether nobody listens at the other end, as far as is known: who does drops what this sends.
 pub(super) fn deserted(probe: &UdpSocket) -> bool {
-    let refused =
-        |came: io::Result<usize>| came.is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+    let refused = |came: io::Result<usize>| came.is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
     // The answer to an earlier one may come with either.
     refused(probe.send(&[0])) || refused(probe.recv(&mut [0]))
 }

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use quinn_proto::{
-    ConnectionHandle, DatagramEvent, Dir, Endpoint, EndpointEvent, Event, Incoming, StreamEvent, StreamId, Transmit,
+    ConnectionHandle, DatagramEvent, Dir, Endpoint, EndpointEvent, Event, Incoming, StreamEvent, StreamId,
+    Transmit,
 };
 use quinn_udp::{EcnCodepoint, RecvMeta, UdpSocketState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -28,11 +29,11 @@ use tensorwire_core::{Error, Result};
 use super::config::{Configs, MAX_DATAGRAM, Path, deserted, probe};
 use super::connection::{Connection, Key};
 use super::lane::{Lane, News};
+use crate::tcp::TcpOptions;
 use crate::tcp::options::Congestion;
 use crate::tcp::secret::Secret;
 use crate::tcp::socket::Wake;
 use crate::tcp::stream::Identity;
-use crate::tcp::TcpOptions;
 
 /// How soon the thread that makes connections sees to what callers have left behind.
 const TICK: Duration = Duration::from_millis(2);
@@ -116,7 +117,9 @@ impl Port {
         options: &TcpOptions,
     ) -> Result<io::Result<Port>> {
         let tls = secret.tls().ok_or_else(|| {
-            Error::Config("ranks over QUIC show certificates, and this one has none: see Secret::with_tls".into())
+            Error::Config(
+                "ranks over QUIC show certificates, and this one has none: see Secret::with_tls".into(),
+            )
         })?;
         let configs = Configs::new(tls, congestion, options)?;
         let config = configs.endpoint()?;
@@ -245,7 +248,9 @@ impl Port {
                 self.udp.recv((&self.socket).into(), &mut rooms, &mut metas)
             };
             for (meta, room) in metas.iter().zip(inbox.chunks(TRAIN)).take(*came.as_ref().unwrap_or(&0)) {
-                room[..meta.len].chunks(meta.stride.max(1)).for_each(|bytes| self.take(state, meta, bytes, now));
+                room[..meta.len]
+                    .chunks(meta.stride.max(1))
+                    .for_each(|bytes| self.take(state, meta, bytes, now));
             }
             state.inbox = inbox;
             match came {
@@ -333,7 +338,10 @@ impl Port {
                 state.touched.push(*key);
             }
             let serves_nothing = connection.lanes.is_empty();
-            if serves_nothing && (connection.drained || !connection.connected) && connection.quiet + PATIENCE <= now {
+            if serves_nothing
+                && (connection.drained || !connection.connected)
+                && connection.quiet + PATIENCE <= now
+            {
                 over.push(*key);
                 continue;
             }
@@ -341,7 +349,8 @@ impl Port {
                 connection.close(now);
                 state.touched.push(*key);
             }
-            let patience = (serves_nothing && connection.quiet + PATIENCE > now).then_some(connection.quiet + PATIENCE);
+            let patience =
+                (serves_nothing && connection.quiet + PATIENCE > now).then_some(connection.quiet + PATIENCE);
             due = [due, connection.quic.poll_timeout(), patience].into_iter().flatten().min();
         }
         over.into_iter().for_each(|key| state.forget(key));

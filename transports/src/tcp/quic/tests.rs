@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::tcp::TcpOptions;
 use crate::tcp::endpoint::Endpoint;
 use crate::tcp::hello::Channel;
 use crate::tcp::listener::Listener;
@@ -12,7 +13,6 @@ use crate::tcp::shared::{Arrived, Shared};
 use crate::tcp::stream::{Identity, Stream};
 use crate::tcp::tls::Authority;
 use crate::tcp::tls::tests::secured;
-use crate::tcp::TcpOptions;
 
 /// Long enough for a busy machine.
 const SOON: Duration = Duration::from_secs(20);

@@ -133,9 +133,7 @@ impl Session {
 
     /// A number that this connection has and no other: what is proved together with it holds for this connection alone.
     pub(in crate::tcp) fn binding(&self) -> io::Result<[u8; 32]> {
-        self.connection
-            .export_keying_material([0; 32], BINDING, Some(&[]))
-            .map_err(broken)
+        self.connection.export_keying_material([0; 32], BINDING, Some(&[])).map_err(broken)
     }
 
     /// Whether the other side's certificate, which has been checked, says that it is `who`.
