@@ -92,7 +92,8 @@ fn a_stopped_rank_is_silent_and_named() {
             status.success() && text.contains(&format!("rank {rank}: lost rank 2 in all_reduce")),
             "{text}"
         );
-        assert!(text.contains("its host has stopped answering"), "{text}");
+        // Or did not answer, if it was stopped before they were connected.
+        assert!(text.contains("its host") && text.contains("answer"), "{text}");
     }
 }
 
