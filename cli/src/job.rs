@@ -25,7 +25,7 @@ pub(crate) struct Job {
 /// What lets ranks into the job.
 struct Keys {
     secret: Secret,
-    /// Over TLS: the certificates' authority, and each rank's. None where certificates were given.
+    /// Over TLS and QUIC: the certificates' authority, and each rank's. None where certificates were given.
     certificates: Option<(String, Vec<Certificate>)>,
 }
 
@@ -46,13 +46,13 @@ impl Job {
                 let server = StoreServer::start().map_err(Failure::run)?;
                 Ok(Job { ranks, transport, address: server.address(), keys, _server: Server::Unix(server) })
             }
-            Transport::Tcp | Transport::Tls | Transport::Auto => {
+            Transport::Tcp | Transport::Tls | Transport::Quic | Transport::Auto => {
                 Job::served_at(LOOPBACK, ranks, transport, keys)
             }
         }
     }
 
-    /// A job on these hosts, over TCP or TLS, or also over shared memory on each. Its ranks meet at `store`, or at an
+    /// A job on these hosts, over TCP, TLS or QUIC, or also over shared memory on each. Its ranks meet at `store`, or at an
     /// address of this host that leads to the others.
     pub(crate) fn on_hosts(
         ranks: usize,
@@ -110,7 +110,7 @@ impl Keys {
             true => Secret::from_env().map_err(Failure::usage)?,
             false => Secret::generate().map_err(Failure::run)?,
         };
-        if transport != Transport::Tls {
+        if !transport.has_certificates() {
             return Ok(Keys { secret, certificates: None });
         }
         if [TLS_CA_VAR, TLS_CERT_VAR, TLS_KEY_VAR].iter().any(is_set) {

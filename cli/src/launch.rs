@@ -26,11 +26,11 @@ const MAX_HOSTFILE: u64 = 1 << 20;
 const EXAMPLES: &str = "\
 Each rank finds its place in TENSORWIRE_RANK, TENSORWIRE_WORLD, TENSORWIRE_LOCAL_RANK, TENSORWIRE_LOCAL_WORLD and
 TENSORWIRE_STORE, and what carries the bytes in TENSORWIRE_TRANSPORT and, a secret of this job, TENSORWIRE_SECRET;
-over tls, its own certificate for this job is in TENSORWIRE_TLS_CERT, unless that is set already; its output is printed line by line behind `[rank N]`. SIGINT, SIGTERM and SIGHUP are passed on; a second
+over tls and quic, its own certificate for this job is in TENSORWIRE_TLS_CERT, unless that is set already; its output is printed line by line behind `[rank N]`. SIGINT, SIGTERM and SIGHUP are passed on; a second
 SIGINT kills. When a rank fails, the others are ended within a second, and the exit status is that rank's
 (128 and the signal's number, if a signal killed it).
 
-A host file has one host a line, `HOST slots=N`, and `#` before comments. Its ranks run over tcp or tls, in this working
+A host file has one host a line, `HOST slots=N`, and `#` before comments. Its ranks run over tcp, tls or quic, in this working
 directory and with this environment, which must be there on every host, as must this program.
 
 Examples:
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     #[arg(long, short = 'n', value_name = "N", value_parser = ranks)]
     ranks: usize,
 
-    /// What carries the bytes between the ranks: shm, tcp, tls or auto [default: what TENSORWIRE_TRANSPORT says, or shm]
+    /// What carries the bytes between the ranks: shm, tcp, tls, quic or auto [default: what TENSORWIRE_TRANSPORT says, or shm]
     #[arg(long, value_parser = str::parse::<Transport>)]
     transport: Option<Transport>,
 

@@ -48,12 +48,19 @@ fn ranks_over_tcp_get_a_store_and_a_secret_that_nobody_else_sees() {
 }
 
 #[test]
-fn ranks_over_tls_get_certificates_of_their_own_that_nobody_else_sees() {
+fn ranks_over_tls_and_quic_get_certificates_of_their_own_that_nobody_else_sees() {
     let show = "for v in CA CERT KEY; do eval echo $v \\$TENSORWIRE_TLS_$v | tr '\\n' ' '; echo; done; \
                 cat /proc/$PPID/cmdline /proc/$$/cmdline | tr '\\0' ' '; echo";
-    let mut args = script(2, show);
-    args.insert(1, "--transport=tls".to_owned());
-    let text = stdout(&run(args));
+    for over in ["tls", "quic"] {
+        let mut args = script(2, show);
+        args.insert(1, format!("--transport={over}"));
+        assert_certified(&stdout(&run(args)));
+    }
+}
+
+/// Fails unless two ranks have each shown an authority, a certificate and a key, and nobody else has them.
+#[track_caller]
+fn assert_certified(text: &str) {
     let of = |rank: usize, what: &str| {
         let start = format!("[rank {rank}] {what} -----BEGIN ");
         text.lines()

@@ -1,6 +1,8 @@
 //! What the tests share: values whose reduction is known, and ranks as threads.
 
 use tensorwire::collectives::reduce::Kernels;
+#[cfg(feature = "tcp")]
+use tensorwire::transports::tcp::TcpOptions;
 use tensorwire::{Communicator, DType, Element, Options, ReduceOp};
 
 /// Rank `rank`'s element `i`: any integer, or a number of magnitude 1 to 4 of either sign, with all mantissa
@@ -89,6 +91,8 @@ pub(crate) enum Over {
     Tcp,
     #[cfg(feature = "tls")]
     Tls,
+    #[cfg(feature = "quic")]
+    Quic,
     /// Shared memory on each of several hosts, TCP between them.
     #[cfg(feature = "tcp")]
     Mixed(Layout),
@@ -124,6 +128,8 @@ impl Over {
         Over::Tcp,
         #[cfg(feature = "tls")]
         Over::Tls,
+        #[cfg(feature = "quic")]
+        Over::Quic,
         #[cfg(feature = "tcp")]
         Over::Mixed(Layout::Halves),
         #[cfg(feature = "tcp")]
@@ -139,10 +145,11 @@ impl Over {
             #[cfg(feature = "tcp")]
             Over::Tcp => tcp_threads(world, &tcp_options(options), |_, comm| body(comm)),
             #[cfg(feature = "tls")]
-            Over::Tls => {
-                let authority = tensorwire::transports::tcp::Authority::generate().unwrap();
-                let secured = |rank, secret| crate::tls::secured(&authority, rank, secret);
-                network_threads(world, &tcp_options(options), secured, |_, comm| body(comm));
+            Over::Tls => secured_threads(world, &tcp_options(options), body),
+            #[cfg(feature = "quic")]
+            Over::Quic => {
+                let quic = Some(tensorwire::transports::tcp::Congestion::default());
+                secured_threads(world, &TcpOptions { quic, ..tcp_options(options) }, body);
             }
             #[cfg(feature = "tcp")]
             Over::Mixed(layout) => mixed_threads(|rank| layout.host(rank, world), world, options, body),
@@ -151,8 +158,16 @@ impl Over {
 }
 
 #[cfg(feature = "tcp")]
-pub(crate) fn tcp_options(options: &Options) -> tensorwire::transports::tcp::TcpOptions {
-    tensorwire::transports::tcp::TcpOptions { timeout: options.timeout, ..Default::default() }
+pub(crate) fn tcp_options(options: &Options) -> TcpOptions {
+    TcpOptions { timeout: options.timeout, ..Default::default() }
+}
+
+/// As [`tcp_threads`], where each rank has a certificate.
+#[cfg(feature = "tls")]
+fn secured_threads(world: usize, options: &TcpOptions, body: impl Fn(Communicator) + Sync) {
+    let authority = tensorwire::transports::tcp::Authority::generate().unwrap();
+    let secured = |rank, secret| crate::tls::secured(&authority, rank, secret);
+    network_threads(world, options, secured, |_, comm| body(comm));
 }
 
 /// Runs `body` once a rank, each in a thread of its own, over TCP on the loopback interface; `body` is given the job's
@@ -160,7 +175,7 @@ pub(crate) fn tcp_options(options: &Options) -> tensorwire::transports::tcp::Tcp
 #[cfg(feature = "tcp")]
 pub(crate) fn tcp_threads(
     world: usize,
-    options: &tensorwire::transports::tcp::TcpOptions,
+    options: &TcpOptions,
     body: impl Fn(&tensorwire::transports::tcp::Secret, Communicator) + Sync,
 ) {
     network_threads(world, options, |_, secret| secret, body);
@@ -170,7 +185,7 @@ pub(crate) fn tcp_threads(
 #[cfg(feature = "tcp")]
 fn network_threads(
     world: usize,
-    options: &tensorwire::transports::tcp::TcpOptions,
+    options: &TcpOptions,
     own: impl Fn(usize, tensorwire::transports::tcp::Secret) -> tensorwire::transports::tcp::Secret + Sync,
     body: impl Fn(&tensorwire::transports::tcp::Secret, Communicator) + Sync,
 ) {

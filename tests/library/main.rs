@@ -19,6 +19,8 @@ mod mixed;
 #[cfg(feature = "tcp")]
 mod network;
 mod processes;
+#[cfg(feature = "quic")]
+mod quic;
 mod started;
 #[cfg(feature = "tcp")]
 mod strangers;

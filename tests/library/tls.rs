@@ -14,7 +14,7 @@ use crate::tcp::{hello, random_bytes, say, start, unharmed_with};
 /// Long enough for a busy machine.
 const SOON: Duration = Duration::from_secs(20);
 
-fn tls(authority: &Authority, Certificate { cert, key }: &Certificate) -> Tls {
+pub(crate) fn tls(authority: &Authority, Certificate { cert, key }: &Certificate) -> Tls {
     Tls::from_pem(&authority.ca(), cert, key).unwrap()
 }
 
@@ -25,8 +25,13 @@ pub(crate) fn secured(authority: &Authority, rank: usize, secret: Secret) -> Sec
 
 /// What rank 0 and rank 1 of a job come to know of each other with these secrets and certificates.
 fn barrier_of(secrets: [Secret; 2]) -> [Result<()>; 2] {
+    barrier_with(secrets, &TcpOptions::default())
+}
+
+/// As [`barrier_of`], with these options.
+pub(crate) fn barrier_with(secrets: [Secret; 2], options: &TcpOptions) -> [Result<()>; 2] {
     let server = StoreServer::start().unwrap();
-    let options = TcpOptions { timeout: Duration::from_secs(5), ..TcpOptions::default() };
+    let options = TcpOptions { timeout: Duration::from_secs(5), ..options.clone() };
     std::thread::scope(|s| {
         let (server, options) = (&server, &options);
         let mut rank = 0..2;
@@ -46,7 +51,7 @@ fn barrier_of(secrets: [Secret; 2]) -> [Result<()>; 2] {
 
 /// Fails unless both have named the other, for a reason that has one of `words` in it.
 #[track_caller]
-fn assert_both_named(results: [Result<()>; 2], words: &[&str]) {
+pub(crate) fn assert_both_named(results: [Result<()>; 2], words: &[&str]) {
     for (rank, result) in results.into_iter().enumerate() {
         let error = result.unwrap_err();
         assert!(matches!(error, Error::PeerLost { peer, .. } if peer == 1 - rank), "{error}");
@@ -137,8 +142,13 @@ fn the_store_lets_ranks_in_by_their_certificates() {
     assert!(error.to_string().contains("DNS:store.tensorwire.internal"), "{error}");
 }
 
-/// Variables for a job in which each rank has a certificate of its own, over a store that is served over TLS.
+/// A job over TLS.
 pub(crate) fn job(body: &str, world: usize) -> (Job, TcpStoreServer) {
+    secured_job("tls", body, world)
+}
+
+/// A job over `transport` in which each rank has a certificate of its own, with a store that is served over TLS.
+pub(crate) fn secured_job(transport: &str, body: &str, world: usize) -> (Job, TcpStoreServer) {
     let (secret, authority) = (Secret::generate().unwrap(), Authority::generate().unwrap());
     let launcher = secret.clone().with_tls(authority.store().unwrap());
     let server = TcpStoreServer::start(LOOPBACK, world, &launcher).unwrap();
@@ -149,7 +159,7 @@ pub(crate) fn job(body: &str, world: usize) -> (Job, TcpStoreServer) {
     let envs: Vec<_> = (0..world)
         .map(|rank| {
             vec![
-                ("TENSORWIRE_TRANSPORT", "tls"),
+                ("TENSORWIRE_TRANSPORT", transport),
                 ("TENSORWIRE_SECRET", &*hex),
                 ("TENSORWIRE_STORE", &store),
                 ("TENSORWIRE_RANK", &numbers[rank]),

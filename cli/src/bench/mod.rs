@@ -55,7 +55,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "all_reduce")]
     collective: Collective,
 
-    /// What carries the bytes: shm, or tcp or tls over this host's loopback
+    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback
     #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
     transport: Transport,
 

@@ -56,7 +56,7 @@ pub(crate) struct Args {
     #[arg(long, short = 'n', value_name = "N", default_value = "2", value_parser = ranks)]
     ranks: usize,
 
-    /// What carries the bytes between the ranks: shm, or tcp or tls over this host's loopback
+    /// What carries the bytes between the ranks: shm, or tcp, tls or quic over this host's loopback
     #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
     transport: Transport,
 

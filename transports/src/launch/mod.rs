@@ -24,5 +24,7 @@ pub use env::{Env, Master, Rendezvous};
 pub use hostfile::{Host, parse_hostfile};
 pub use hosts::RemoteShell;
 pub use spawn::{Failure, LOST_PEER_STATUS, Launcher, Line, Outcome, Stream};
+#[cfg(feature = "tcp")]
+pub(crate) use transport::TRANSPORT_VAR;
 pub use transport::Transport;
 pub(crate) use wire::fuzz_frames;

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use tensorwire_core::{Error, Result};
 
 /// The variable that says what carries a job's data.
-const TRANSPORT_VAR: &str = "TENSORWIRE_TRANSPORT";
+pub(crate) const TRANSPORT_VAR: &str = "TENSORWIRE_TRANSPORT";
 
 /// What carries the data of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +17,23 @@ pub enum Transport {
     Tcp,
     /// The same, encrypted, with a certificate a rank.
     Tls,
+    /// QUIC, between ranks on any hosts: encrypted too, over UDP.
+    Quic,
     /// Shared memory between the ranks that share a host, TCP between hosts. In a job without a secret, which can't use
     /// TCP, shared memory.
     Auto,
 }
 
 impl Transport {
-    /// What `TENSORWIRE_TRANSPORT` says: `shm`, `tcp`, `tls` or `auto`; shared memory if it isn't set.
+    const ALL: [Transport; 5] =
+        [Transport::Shm, Transport::Tcp, Transport::Tls, Transport::Quic, Transport::Auto];
+
+    /// Whether each rank shows a certificate.
+    pub const fn has_certificates(self) -> bool {
+        matches!(self, Transport::Tls | Transport::Quic)
+    }
+
+    /// What `TENSORWIRE_TRANSPORT` says: `shm`, `tcp`, `tls`, `quic` or `auto`; shared memory if it isn't set.
     ///
     /// # Errors
     /// [`Error::Config`] if it says something else.
@@ -42,6 +52,7 @@ impl Transport {
             Transport::Shm => "shm",
             Transport::Tcp => "tcp",
             Transport::Tls => "tls",
+            Transport::Quic => "quic",
             Transport::Auto => "auto",
         }
     }
@@ -57,10 +68,9 @@ impl FromStr for Transport {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Transport> {
-        [Transport::Shm, Transport::Tcp, Transport::Tls, Transport::Auto]
-            .into_iter()
-            .find(|t| t.name() == text)
-            .ok_or_else(|| Error::invalid(format!("unknown transport '{text}': use shm, tcp, tls or auto")))
+        Transport::ALL.into_iter().find(|t| t.name() == text).ok_or_else(|| {
+            Error::invalid(format!("unknown transport '{text}': use shm, tcp, tls, quic or auto"))
+        })
     }
 }
 
@@ -70,9 +80,10 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        for t in [Transport::Shm, Transport::Tcp, Transport::Tls, Transport::Auto] {
+        for t in Transport::ALL {
             assert_eq!(t.to_string().parse::<Transport>().unwrap(), t);
         }
-        assert!("quic".parse::<Transport>().unwrap_err().to_string().contains("shm, tcp, tls or auto"));
+        let error = "udp".parse::<Transport>().unwrap_err().to_string();
+        assert!(error.contains("shm, tcp, tls, quic or auto"), "{error}");
     }
 }

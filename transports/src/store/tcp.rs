@@ -85,7 +85,7 @@ fn admit(hello: &Hello, arrival: Arrival, secret: &Secret, table: &Arc<Table>) {
     let own = table.clone();
     let work = move || {
         // This thread has nothing else to do than to wait. A client whose host is cut off is let go of in the end.
-        if rustix::net::sockopt::set_socket_keepalive(stream.socket(), true).is_ok() {
+        if stream.socket().is_some_and(|s| rustix::net::sockopt::set_socket_keepalive(s, true).is_ok()) {
             serve(Waiting::new(stream), &own);
         }
         own.leave(rank);
@@ -335,7 +335,7 @@ impl Who<'_> {
             }
         }
         let stream = dial.into_stream();
-        stream.socket().set_nodelay(true).map_err(unreachable)?;
+        stream.socket().map_or(Ok(()), |s| s.set_nodelay(true)).map_err(unreachable)?;
         Ok(stream)
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -16,11 +16,12 @@ use tensorwire_core::{Error, Result};
 use super::TcpOptions;
 use super::hello::{Channel, GroupId, Hello, Status};
 use super::interface::Chosen;
+use super::listener::Listener;
 use super::negotiate::{Arrival, Dial, Refusal};
 use super::secret::{Secret, random};
 use super::shared::{Answer, Shared};
-use super::socket::{self, Wake};
-use super::stream::Identity;
+use super::socket::Wake;
+use super::stream::{Identity, Stream};
 
 /// Handshakes that others may have under way here. Beyond that, the oldest goes: a rank's takes no longer than a
 /// round trip, and is tried again.
@@ -51,7 +52,7 @@ pub(crate) struct Endpoint {
 struct Inner {
     secret: Secret,
     options: TcpOptions,
-    wake: Wake,
+    wake: Arc<Wake>,
     stop: AtomicBool,
     groups: Mutex<HashMap<GroupId, Weak<Shared>>>,
     /// Groups that are left, from which this process has gone on with others.
@@ -93,7 +94,7 @@ impl Endpoint {
     /// Listens, and admits to the groups that are entered here.
     pub(super) fn start(chosen: Chosen, secret: Secret, options: &TcpOptions) -> Result<Endpoint> {
         let ports = options.ports.clone();
-        let listener = socket::listen(chosen.ip, ports.clone(), options).map_err(|e| {
+        let listener = Listener::open(&chosen, &secret, options)?.map_err(|e| {
             let ports = if ports.start() == ports.end() {
                 format!("port {}", ports.start())
             } else {
@@ -106,18 +107,18 @@ impl Endpoint {
 
     /// Serves `listener`; `admit` decides on what isn't a group's.
     pub(crate) fn serve(
-        listener: TcpListener,
+        listener: impl Into<Listener>,
         why: String,
         secret: Secret,
         options: &TcpOptions,
         admit: Option<Box<Admit>>,
     ) -> Result<Endpoint> {
-        let address =
-            listener.local_addr().map_err(|e| Error::os("asking for the address listened on", e))?;
+        let listener = listener.into();
+        let address = listener.address().map_err(|e| Error::os("asking for the address listened on", e))?;
         let inner = Arc::new(Inner {
             secret,
             options: options.clone(),
-            wake: Wake::new().map_err(|e| Error::os("making an eventfd", e))?,
+            wake: listener.wake().map_err(|e| Error::os("making an eventfd", e))?,
             stop: AtomicBool::new(false),
             groups: Mutex::default(),
             past: Mutex::default(),
@@ -127,7 +128,10 @@ impl Endpoint {
             .name("tensorwire-tcp".into())
             .spawn({
                 let inner = inner.clone();
-                move || inner.run(&listener, admit.as_deref())
+                move || {
+                    inner.run(&listener, admit.as_deref());
+                    listener.close();
+                }
             })
             .map_err(|e| Error::os("starting the thread that makes connections", e))?;
         Ok(Endpoint { inner, thread: Some(thread), address, why })
@@ -203,18 +207,24 @@ impl Drop for Endpoint {
 }
 
 impl Inner {
-    fn run(&self, listener: &TcpListener, admit: Option<&Admit>) {
+    fn run(&self, listener: &Listener, admit: Option<&Admit>) {
         let mut arrivals: Vec<Arrival> = Vec::new();
         let mut dials: Vec<(Request, Dial)> = Vec::new();
         let mut later: Vec<Request> = Vec::new();
         let mut accepting_from = Instant::now();
+        let mut seen = 0;
         loop {
             let now = Instant::now();
             let next = arrivals.iter().map(Arrival::until).chain(later.iter().map(|r| r.at));
             let next = next.chain(dials.iter().filter(|d| d.1.is_connecting()).map(|d| d.0.until));
-            let next = next.chain((accepting_from > now).then_some(accepting_from)).min();
+            let next = next.chain((accepting_from > now).then_some(accepting_from));
+            // Over QUIC, the kernel tells of no stream.
+            let streams = arrivals.iter().map(Arrival::stream).chain(dials.iter().map(|(_, d)| d.stream()));
+            let at_hand: Vec<bool> = streams.map(Stream::has_more).collect();
+            let (flags, at) = listener.watch(&mut seen);
+            let next = next.chain(at).chain(at_hand.contains(&true).then_some(now)).min();
             let (heard, mut ready) = {
-                let accept = if accepting_from > now { PollFlags::empty() } else { PollFlags::IN };
+                let accept = if accepting_from > now { PollFlags::empty() } else { flags };
                 let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN), PollFd::new(listener, accept)];
                 fds.extend(arrivals.iter().map(|a| PollFd::new(a.stream(), a.stream().interest())));
                 fds.extend(dials.iter().map(|(_, d)| PollFd::new(d.stream(), d.interest())));
@@ -232,7 +242,8 @@ impl Inner {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            let listening = ready.next() == Some(true);
+            listener.turn();
+            let listening = ready.next() == Some(true) || matches!(listener, Listener::Quic(_));
 
             let now = Instant::now();
             arrivals = self.go_on(arrivals, &mut ready, now, admit);
@@ -251,8 +262,14 @@ impl Inner {
                 if !request.group.upgrade().is_some_and(|g| asks || g.is_dialing(request.place)) {
                     continue;
                 }
-                match Dial::begin(request.to, request.peer, &request.hello, &self.secret, &self.options) {
-                    Ok(dial) => dials.push((request, dial)),
+                match listener.dial(request.to, request.peer, &self.secret, &self.options) {
+                    Ok(stream) => {
+                        let dial = Dial::over(stream, &request.hello);
+                        dials.push((request, dial));
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                        self.refused(&request, &Refusal::Nobody);
+                    }
                     Err(e) => self.refused(&request, &Refusal::Unreachable(e)),
                 }
             }
@@ -263,15 +280,15 @@ impl Inner {
     }
 
     /// Takes what has come to the port; until when to leave it alone.
-    fn accept(&self, listener: &TcpListener, arrivals: &mut Vec<Arrival>, now: Instant) -> Instant {
+    fn accept(&self, listener: &Listener, arrivals: &mut Vec<Arrival>, now: Instant) -> Instant {
         // Some at a time, so that a flood of strangers doesn't keep the others waiting.
         for _ in 0..32 {
-            match listener.accept() {
-                Ok((stream, _)) => {
+            match listener.accept(&self.secret) {
+                Ok(stream) => {
                     if arrivals.len() == MAX_ARRIVALS {
                         arrivals.remove(0);
                     }
-                    arrivals.extend(Arrival::new(stream, &self.secret));
+                    arrivals.push(Arrival::new(stream));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e)
@@ -293,7 +310,7 @@ impl Inner {
     ) -> Vec<Arrival> {
         let mut left = Vec::with_capacity(arrivals.len());
         for mut arrival in arrivals {
-            if ready.next() == Some(true) {
+            if ready.next() == Some(true) || arrival.stream().has_more() {
                 match arrival.advance(&self.secret) {
                     Ok(None) => {}
                     Ok(Some(hello)) => {
@@ -323,7 +340,7 @@ impl Inner {
             return;
         }
         match group {
-            Some(group) if socket::tune(arrival.stream().socket(), &self.options).is_ok() => {
+            Some(group) if arrival.stream().tune(&self.options).is_ok() => {
                 group.offer(hello, arrival, &self.secret);
             }
             _ => {
@@ -337,7 +354,7 @@ impl Inner {
     /// Goes on with a dial.
     fn dial_on(&self, mut request: Request, mut dial: Dial, ready: bool, now: Instant) -> Dialled {
         let Some(group) = request.group.upgrade() else { return Dialled::Done };
-        if !ready {
+        if !ready && !matches!(dial.stream(), Stream::Quic(_)) {
             if dial.is_connecting() && request.until <= now {
                 self.refused(&request, &Refusal::Unreachable(io::ErrorKind::TimedOut.into()));
                 return Dialled::Done;
@@ -348,7 +365,7 @@ impl Inner {
             Ok(false) => return Dialled::UnderWay(request, dial),
             Ok(true) => {
                 let stream = dial.into_stream();
-                let tuned = socket::tune(stream.socket(), &self.options).map(|()| stream);
+                let tuned = stream.tune(&self.options).map(|()| stream);
                 group.dialled(request.place, tuned.map_err(|e| format!("setting up the connection: {e}")));
             }
             // The peer's own dial comes in its place, unless the peer ends before: then this one will find nobody there.
@@ -416,7 +433,7 @@ impl Inner {
 
 fn timespec(d: Duration) -> Timespec {
     // Rounded up, so that what is due then is due when the poll ends.
-    let d = d + Duration::from_millis(1);
+    let d = if d.is_zero() { d } else { d + Duration::from_millis(1) };
     Timespec { tv_sec: d.as_secs() as i64, tv_nsec: d.subsec_nanos().into() }
 }
 
@@ -424,6 +441,7 @@ fn timespec(d: Duration) -> Timespec {
 mod tests {
     use super::*;
     use crate::tcp::shared::Arrived;
+    use crate::tcp::socket;
 
     #[test]
     fn a_peer_that_refuses_for_its_own_dial_and_ends_before_it_is_found_gone() {
@@ -443,7 +461,7 @@ mod tests {
                 break stream;
             }
         };
-        let mut arrival = Arrival::new(stream, &secret).unwrap();
+        let mut arrival = Arrival::new(Stream::accepted(stream, &secret).unwrap());
         while arrival.advance(&secret).unwrap().is_none() {}
         drop(zero);
         arrival.settle(&secret, Status::Crossed);

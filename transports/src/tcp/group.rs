@@ -105,9 +105,13 @@ impl TcpGroup {
         self.shared.set_waits(waits.map(Deadline::after));
     }
 
-    /// What carries the group's data: `tcp` or `tls`.
+    /// What carries the group's data: `tcp`, `tls` or `quic`.
     pub fn transport(&self) -> &'static str {
-        if self.endpoint.secret().tls().is_some() { "tls" } else { "tcp" }
+        match self.endpoint.secret().tls() {
+            _ if self.options.quic.is_some() => "quic",
+            Some(_) => "tls",
+            None => "tcp",
+        }
     }
 
     /// What carries the group's data; where this rank listens, and why there, for a person.

@@ -9,7 +9,6 @@ use tensorwire_core::Call;
 
 use super::frame::{HEADER, Header, Kind};
 use super::memory::{Memory, Span};
-use super::socket;
 use super::stream::Stream;
 use crate::shm::verdict::Verdict;
 
@@ -130,6 +129,12 @@ impl Link {
             || self.stream.as_ref().is_some_and(Stream::has_more)
     }
 
+    /// Whether a read or a write can go on at once, though the kernel doesn't tell.
+    pub(super) fn may_go_on(&self) -> bool {
+        let Some(stream) = &self.stream else { return false };
+        self.is_receiving() && self.may_read() && stream.has_more() || self.is_sending() && stream.has_room()
+    }
+
     /// The frame that waits for this rank, if one does.
     pub(super) fn waiting_frame(&self) -> Option<&Header> {
         self.header.as_ref().filter(|_| self.got == 0)
@@ -137,7 +142,7 @@ impl Link {
 
     /// For how long the peer's host has been silent.
     pub(super) fn silent(&self) -> Duration {
-        self.stream.as_ref().map_or(Duration::ZERO, |stream| socket::silent(stream.socket()))
+        self.stream.as_ref().map_or(Duration::ZERO, Stream::silent)
     }
 
     #[inline]
@@ -392,7 +397,7 @@ impl Link {
 /// How a connection ended, for a person.
 fn ended(e: &io::Error) -> String {
     match e.kind() {
-        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => format!("its process ended ({e})"),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionRefused => format!("its process ended ({e})"),
         io::ErrorKind::UnexpectedEof => {
             "its process ended, or somebody cut the connection: it ends without TLS's last word (close_notify)".to_owned()
         }

@@ -389,6 +389,9 @@ impl Mesh {
                 self.listen(place, message, memory)?;
             }
         }
+        if self.live.iter().any(|place| self.links[*place].as_ref().is_some_and(|l| l.may_go_on())) {
+            return Ok(());
+        }
         let mut wait = match self.asked_at {
             Some(_) => Duration::from_millis(20),
             None => LOOK.min(deadline.remaining() + Duration::from_millis(1)),
@@ -409,7 +412,8 @@ impl Mesh {
                 flags.set(PollFlags::OUT, link.is_sending());
                 if let Some(stream) = link.stream().filter(|_| !flags.is_empty()) {
                     asked.push(*place);
-                    fds.push(PollFd::new(stream, flags));
+                    wait = wait.min(stream.patience());
+                    fds.push(PollFd::new(stream, stream.awaits(flags)));
                 }
             }
             let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
@@ -565,7 +569,8 @@ impl Mesh {
                 break;
             }
             let streams = left.iter().filter_map(|place| self.links[*place].as_ref()?.stream());
-            let mut fds: Vec<_> = streams.map(|s| PollFd::new(s, PollFlags::OUT | PollFlags::IN)).collect();
+            let mut fds: Vec<_> =
+                streams.map(|s| PollFd::new(s, s.awaits(PollFlags::OUT | PollFlags::IN))).collect();
             fds.push(PollFd::new(&shared.wake, PollFlags::IN));
             let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 }));
             shared.wake.hush();

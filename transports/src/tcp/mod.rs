@@ -22,10 +22,13 @@ mod group;
 mod hello;
 mod interface;
 mod link;
+mod listener;
 mod memory;
 mod mesh;
 mod negotiate;
 mod options;
+#[cfg_attr(not(feature = "quic"), path = "no_quic.rs")]
+mod quic;
 mod secret;
 mod shared;
 mod socket;
@@ -45,7 +48,7 @@ pub use form::join;
 pub use group::{TcpGroup, TcpHandle, UNDER_WAY};
 pub use interface::{Interface, address_towards};
 pub use memory::{Calls, Memory, Place, Span};
-pub use options::TcpOptions;
+pub use options::{Congestion, TcpOptions};
 pub use secret::{SECRET_FILE_VAR, SECRET_VAR, Secret};
 #[cfg(feature = "tls")]
 pub use tls::{Authority, Certificate, TLS_CA_VAR, TLS_CERT_VAR, TLS_KEY_VAR, Tls};

@@ -1,7 +1,7 @@
 //! Connections whose handshake is under way, on either side: state machines that do what the socket allows now.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -60,11 +60,9 @@ pub(crate) struct Arrival {
 }
 
 impl Arrival {
-    pub(crate) fn new(socket: TcpStream, secret: &Secret) -> io::Result<Arrival> {
-        socket.set_nonblocking(true)?;
-        let stream = Stream::accepted(socket, secret)?;
+    pub(crate) fn new(stream: Stream) -> Arrival {
         let until = Instant::now() + PATIENCE;
-        Ok(Arrival { stream, until, inbox: Inbox::EMPTY, hello: None, challenge: Vec::new() })
+        Arrival { stream, until, inbox: Inbox::EMPTY, hello: None, challenge: Vec::new() }
     }
 
     pub(crate) fn stream(&self) -> &Stream {
@@ -198,7 +196,7 @@ enum Stage {
 }
 
 impl Dial {
-    /// Begins to connect to `peer` at `to`.
+    /// Begins to connect to `peer` at `to`, over TCP or TLS.
     pub(crate) fn begin(
         to: SocketAddr,
         peer: Identity,
@@ -207,7 +205,12 @@ impl Dial {
         options: &TcpOptions,
     ) -> io::Result<Dial> {
         let stream = Stream::dialled(socket::begin_connect(to, options)?, secret, peer)?;
-        Ok(Dial { stream, hello: hello.bytes(), inbox: Inbox::EMPTY, stage: Stage::Connecting })
+        Ok(Dial::over(stream, hello))
+    }
+
+    /// Goes on over a stream that was begun.
+    pub(super) fn over(stream: Stream, hello: &Hello) -> Dial {
+        Dial { stream, hello: hello.bytes(), inbox: Inbox::EMPTY, stage: Stage::Connecting }
     }
 
     pub(crate) fn stream(&self) -> &Stream {
@@ -221,7 +224,10 @@ impl Dial {
 
     /// What to poll for.
     pub(crate) fn interest(&self) -> PollFlags {
-        if self.is_connecting() { PollFlags::OUT } else { self.stream.interest() }
+        match &self.stream {
+            Stream::Tcp(_) | Stream::Tls(..) if self.is_connecting() => PollFlags::OUT,
+            stream => stream.interest(),
+        }
     }
 
     /// Goes on after the socket was ready: whether the connection is made.
@@ -231,11 +237,14 @@ impl Dial {
         loop {
             match &self.stage {
                 Stage::Connecting => {
-                    socket::connected(self.stream.socket()).map_err(|e| match e.kind() {
+                    let connected = self.stream.connected().map_err(|e| match e.kind() {
                         io::ErrorKind::ConnectionRefused => Refusal::Nobody,
                         io::ErrorKind::ConnectionReset => Refusal::Cut,
-                        _ => Refusal::Unreachable(e),
+                        _ => tls::complaint(&e).map_or(Refusal::Unreachable(e), Refusal::Stranger),
                     })?;
+                    if !connected {
+                        return Ok(false);
+                    }
                     self.stage = Stage::Securing;
                 }
                 Stage::Securing => {
@@ -252,12 +261,12 @@ impl Dial {
                     let bytes = match come {
                         Ok(Some(bytes)) => bytes,
                         Ok(None) => return Ok(false),
-                        Err(_) if !self.stream.is_tls() && self.inbox.is_tls() => {
+                        Err(_) if !self.stream.is_encrypted() && self.inbox.is_tls() => {
                             return Err(stranger(
                                 "it speaks TLS: give all ranks of a job the same TENSORWIRE_TRANSPORT",
                             ));
                         }
-                        Err(e) if self.stream.is_tls() => {
+                        Err(e) if self.stream.is_encrypted() => {
                             return Err(tls::complaint(&e).map_or(Refusal::Untrusted, Refusal::Stranger));
                         }
                         Err(_) => return Err(Refusal::Cut),

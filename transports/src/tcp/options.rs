@@ -1,13 +1,45 @@
 //! What can be set about groups over TCP.
 
 use std::ops::RangeInclusive;
+use std::str::FromStr;
 use std::time::Duration;
 
 use tensorwire_core::{DEFAULT_TIMEOUT, Error, Result};
 
 use super::interface::Interface;
+use crate::launch::{TRANSPORT_VAR, Transport};
 
-/// What can be set about a group over TCP.
+/// The variable that says how a connection over QUIC finds out how fast it may send.
+const CONGESTION_VAR: &str = "TENSORWIRE_QUIC_CONGESTION";
+
+/// How a connection over QUIC finds out how fast it may send.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Congestion {
+    /// CUBIC (RFC 9438): slows down when something is lost.
+    #[default]
+    Cubic,
+    /// NewReno (RFC 9002): the same, more simply.
+    NewReno,
+    /// BBR: by what arrives, and how long that takes. Experimental in quinn.
+    Bbr,
+}
+
+impl FromStr for Congestion {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Congestion> {
+        match text {
+            "cubic" => Ok(Congestion::Cubic),
+            "newreno" => Ok(Congestion::NewReno),
+            "bbr" => Ok(Congestion::Bbr),
+            _ => {
+                Err(Error::invalid(format!("unknown congestion control '{text}': use cubic, newreno or bbr")))
+            }
+        }
+    }
+}
+
+/// What can be set about a group over TCP, TLS or QUIC.
 #[derive(Clone, Debug)]
 pub struct TcpOptions {
     /// How long a call, or joining the group, waits for peers. `TENSORWIRE_TIMEOUT`, in seconds.
@@ -29,6 +61,10 @@ pub struct TcpOptions {
     /// Bytes that it is asked to hold until this rank reads them. `TENSORWIRE_RECEIVE_BUFFER`. Well above what the peer
     /// holds back for sending: a window that closes stops the peer, and costs more to open again than the bytes take.
     pub receive_buffer: usize,
+    /// Over QUIC rather than TCP, and with which congestion control: needs the feature `quic`, and a secret with
+    /// certificates. `TENSORWIRE_TRANSPORT`, if that is `quic`, and `TENSORWIRE_QUIC_CONGESTION`: `cubic`, `newreno` or
+    /// `bbr`.
+    pub quic: Option<Congestion>,
 }
 
 impl Default for TcpOptions {
@@ -40,6 +76,7 @@ impl Default for TcpOptions {
             ports: 0..=0,
             send_buffer: 56 << 10,
             receive_buffer: 320 << 10,
+            quic: None,
         }
     }
 }
@@ -76,6 +113,12 @@ impl TcpOptions {
         };
         options.send_buffer = bytes("TENSORWIRE_SEND_BUFFER", options.send_buffer)?;
         options.receive_buffer = bytes("TENSORWIRE_RECEIVE_BUFFER", options.receive_buffer)?;
+        if lookup(TRANSPORT_VAR).is_some_and(|text| text.trim() == Transport::Quic.name()) {
+            let congestion = lookup(CONGESTION_VAR).map(|text| text.parse());
+            let congestion =
+                congestion.transpose().map_err(|e| Error::Config(format!("{CONGESTION_VAR}: {e}")))?;
+            options.quic = Some(congestion.unwrap_or_default());
+        }
         options.interface = lookup("TENSORWIRE_INTERFACE").map(|text| text.parse()).transpose()?;
         if let Some(text) = lookup("TENSORWIRE_PORT") {
             options.ports = ports(&text).ok_or_else(|| {

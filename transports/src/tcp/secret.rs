@@ -21,7 +21,7 @@ pub const SECRET_VAR: &str = "TENSORWIRE_SECRET";
 pub const SECRET_FILE_VAR: &str = "TENSORWIRE_SECRET_FILE";
 
 /// 32 random bytes that the ranks of a job share, and nobody else. It is never sent, printed or logged: each side
-/// proves that it knows it. Connections of ranks that also have certificates are over TLS.
+/// proves that it knows it. Connections of ranks that also have certificates are over TLS, or QUIC.
 #[derive(Clone)]
 pub struct Secret {
     bytes: [u8; 32],
@@ -62,21 +62,23 @@ impl Secret {
         Ok(Secret::new(random()?))
     }
 
-    /// What the environment gives a rank over this transport: as [`from_env`](Secret::from_env), and for TLS the
-    /// certificates as well.
+    /// What the environment gives a rank over this transport: as [`from_env`](Secret::from_env), and for TLS and QUIC
+    /// the certificates as well.
     ///
     /// # Errors
-    /// [`Error::Config`] if anything of it is missing or makes no sense, or this program was built without the feature `tls`
-    /// and needs it.
+    /// [`Error::Config`] if anything of it is missing or makes no sense, or this program was built without the feature
+    /// that it needs.
     pub fn for_transport(transport: Transport) -> Result<Secret> {
         let secret = Secret::from_env()?;
         match transport {
             #[cfg(feature = "tls")]
             Transport::Tls => Ok(secret.with_tls(Tls::from_env()?)),
-            #[cfg(not(feature = "tls"))]
-            Transport::Tls => Err(Error::Config(
-                "TENSORWIRE_TRANSPORT is 'tls', but this program was built without the feature tls".into(),
-            )),
+            #[cfg(feature = "quic")]
+            Transport::Quic => Ok(secret.with_tls(Tls::from_env()?)),
+            #[allow(unreachable_patterns, reason = "where neither feature is missing")]
+            Transport::Tls | Transport::Quic => Err(Error::Config(format!(
+                "TENSORWIRE_TRANSPORT is '{transport}', but this program was built without the feature {transport}"
+            ))),
             Transport::Tcp | Transport::Shm | Transport::Auto => Ok(secret),
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tensorwire_core::{Call, Deadline, Error, Result};
@@ -99,7 +99,7 @@ pub(super) struct Shared {
     pub(super) addresses: OnceLock<Vec<SocketAddr>>,
     /// Each rank's number in the job, which certificates name; unset where it is the same.
     pub(super) job_ranks: OnceLock<Vec<usize>>,
-    pub(super) wake: Wake,
+    pub(super) wake: Arc<Wake>,
     slots: Mutex<Vec<Slot>>,
     /// Set, Release, after a slot or the verdict has changed; the caller's thread clears it, Acquire, before it looks.
     stirred: AtomicBool,
@@ -131,7 +131,7 @@ impl Shared {
             id,
             addresses: OnceLock::new(),
             job_ranks: OnceLock::new(),
-            wake: Wake::new().map_err(|e| Error::os("making an eventfd", e))?,
+            wake: Arc::new(Wake::new().map_err(|e| Error::os("making an eventfd", e))?),
             slots: Mutex::new((0..CHANNELS * world).map(|_| Slot::Idle).collect()),
             stirred: AtomicBool::new(false),
             failed: AtomicBool::new(false),
@@ -361,6 +361,7 @@ impl Shared {
     /// may be waiting in one, is told here then. It takes what is here when it learns of the end, so that no connection
     /// falls between the two.
     fn ready(&self, place: usize, mut stream: Stream) -> Slot {
+        stream.belongs_to(&self.wake);
         if let Some(verdict) = self.verdict().filter(|_| !self.is_for_survivors(place)) {
             // A fresh connection has room. Where it has ended already, there is nobody to tell.
             let _ = stream.say(&frame::parting(&verdict));

@@ -1,14 +1,19 @@
-//! A connection's bytes, as they are or over TLS. Nothing here blocks.
+//! A connection's bytes, as they are, over TLS or over QUIC. Nothing here blocks.
 
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
+use super::TcpOptions;
+use super::quic::Lane;
 use super::secret::Secret;
+use super::socket::{self, Wake};
 use super::tls::Session;
 
 /// Who a certificate says that its holder is.
@@ -24,63 +29,108 @@ pub(crate) enum Identity {
 }
 
 #[derive(Debug)]
-pub(crate) struct Stream {
-    socket: TcpStream,
-    tls: Option<Box<Session>>,
+pub(crate) enum Stream {
+    Tcp(TcpStream),
+    Tls(TcpStream, Box<Session>),
+    Quic(Lane),
 }
 
 impl Stream {
     /// The side that dials, of a job whose secret is `secret`; over TLS, the other side must be `to`.
     pub(crate) fn dialled(socket: TcpStream, secret: &Secret, to: Identity) -> io::Result<Stream> {
-        let tls = secret.tls().map(|tls| Session::client(tls, to)).transpose()?.map(Box::new);
-        Ok(Stream { socket, tls })
+        Stream::new(socket, secret.tls().map(|tls| Session::client(tls, to)))
     }
 
     /// The side that is dialled.
     pub(crate) fn accepted(socket: TcpStream, secret: &Secret) -> io::Result<Stream> {
-        let tls = secret.tls().map(Session::server).transpose()?.map(Box::new);
-        Ok(Stream { socket, tls })
+        socket.set_nonblocking(true)?;
+        Stream::new(socket, secret.tls().map(Session::server))
     }
 
-    pub(crate) fn socket(&self) -> &TcpStream {
-        &self.socket
+    fn new(socket: TcpStream, tls: Option<io::Result<Session>>) -> io::Result<Stream> {
+        Ok(match tls {
+            None => Stream::Tcp(socket),
+            Some(tls) => Stream::Tls(socket, Box::new(tls?)),
+        })
     }
 
-    pub(crate) fn is_tls(&self) -> bool {
-        self.tls.is_some()
+    /// The socket that is this stream's alone, if one is.
+    pub(crate) fn socket(&self) -> Option<&TcpStream> {
+        match self {
+            Stream::Tcp(socket) | Stream::Tls(socket, _) => Some(socket),
+            Stream::Quic(_) => None,
+        }
+    }
+
+    pub(crate) fn is_encrypted(&self) -> bool {
+        !matches!(self, Stream::Tcp(_))
+    }
+
+    /// Whether a connection that was begun has come about: asked once it is ready.
+    pub(super) fn connected(&mut self) -> io::Result<bool> {
+        match self {
+            Stream::Tcp(socket) | Stream::Tls(socket, _) => socket::connected(socket).map(|()| true),
+            Stream::Quic(lane) => lane.connected(),
+        }
+    }
+
+    /// Sets what a connection between ranks needs.
+    pub(super) fn tune(&self, options: &TcpOptions) -> io::Result<()> {
+        self.socket().map_or(Ok(()), |socket| socket::tune(socket, options))
     }
 
     /// Goes on with the TLS handshake: whether there is none, or it is done.
     pub(crate) fn handshake(&mut self) -> io::Result<bool> {
-        match &mut self.tls {
-            None => Ok(true),
-            Some(tls) => tls.handshake(&self.socket),
+        match self {
+            Stream::Tls(socket, tls) => tls.handshake(socket),
+            Stream::Tcp(_) | Stream::Quic(_) => Ok(true),
         }
     }
 
     /// What to poll for during the handshake.
     pub(crate) fn interest(&self) -> PollFlags {
-        let writes = self.tls.as_ref().is_some_and(|tls| tls.wants_write());
-        if writes { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN }
+        match self {
+            Stream::Tls(_, tls) if tls.wants_write() => PollFlags::IN | PollFlags::OUT,
+            Stream::Tcp(_) | Stream::Tls(..) => PollFlags::IN,
+            // Its port is polled.
+            Stream::Quic(_) => PollFlags::empty(),
+        }
+    }
+
+    /// What to poll for by who waits for what `flags` say: over QUIC, the peer's datagrams make room for one's own too.
+    pub(super) fn awaits(&self, flags: PollFlags) -> PollFlags {
+        match self {
+            Stream::Quic(_) if !flags.is_empty() => PollFlags::IN,
+            _ => flags,
+        }
     }
 
     /// What both ends of this connection know and nobody else: nothing without TLS.
     pub(crate) fn binding(&self) -> io::Result<Vec<u8>> {
-        self.tls.as_ref().map_or(Ok(Vec::new()), |tls| tls.binding().map(Vec::from))
+        match self {
+            Stream::Tcp(_) => Ok(Vec::new()),
+            Stream::Tls(_, tls) => tls.binding().map(Vec::from),
+            Stream::Quic(lane) => lane.binding().map(Vec::from),
+        }
     }
 
     /// Whether the other side's certificate says that it is `who`; without TLS there is none that could.
     pub(crate) fn is_from(&self, who: Identity) -> bool {
-        self.tls.as_ref().is_none_or(|tls| tls.is_from(who))
+        match self {
+            Stream::Tcp(_) => true,
+            Stream::Tls(_, tls) => tls.is_from(who),
+            Stream::Quic(lane) => lane.is_from(who),
+        }
     }
 
     /// How many bytes are out; `None` where the socket takes nothing now. The next call must give the same bytes again
     /// then: over TLS, some of them may be half out.
     #[inline]
     pub(crate) fn send(&mut self, parts: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
-        match &mut self.tls {
-            None => send(&self.socket, parts),
-            Some(tls) => tls.send(&self.socket, parts),
+        match self {
+            Stream::Tcp(socket) => send(socket, parts),
+            Stream::Tls(socket, tls) => tls.send(socket, parts),
+            Stream::Quic(lane) => lane.send(parts),
         }
     }
 
@@ -95,34 +145,74 @@ impl Stream {
     /// How many bytes have come, 0 if no more will; `None` where nothing has come.
     #[inline]
     pub(crate) fn receive(&mut self, into: &mut [u8]) -> io::Result<Option<usize>> {
-        match &mut self.tls {
-            None => receive(&self.socket, into),
-            Some(tls) => tls.receive(&self.socket, into),
+        match self {
+            Stream::Tcp(socket) => receive(socket, into),
+            Stream::Tls(socket, tls) => tls.receive(socket, into),
+            Stream::Quic(lane) => lane.receive(into),
         }
     }
 
     /// Whether something is here already, of which the kernel doesn't tell any more.
     #[inline]
     pub(crate) fn has_more(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.has_more())
+        match self {
+            Stream::Tcp(_) => false,
+            Stream::Tls(_, tls) => tls.has_more(),
+            Stream::Quic(lane) => lane.is_readable(),
+        }
+    }
+
+    /// Whether it takes something, of which the kernel doesn't tell.
+    pub(super) fn has_room(&self) -> bool {
+        matches!(self, Stream::Quic(lane) if lane.is_writable())
     }
 
     /// Whether bytes that [`send`](Stream::send) has not reported are half out.
     pub(crate) fn is_midway(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.is_midway())
+        matches!(self, Stream::Tls(_, tls) if tls.is_midway())
+    }
+
+    /// For how long the peer's host has answered nothing although it was asked to; over QUIC, its silence ends the
+    /// connection.
+    pub(super) fn silent(&self) -> Duration {
+        match self {
+            Stream::Tcp(socket) | Stream::Tls(socket, _) => socket::silent(socket),
+            Stream::Quic(lane) => {
+                lane.look();
+                Duration::ZERO
+            }
+        }
+    }
+
+    /// How long a thread that waits for this stream may sleep before it looks again.
+    pub(super) fn patience(&self) -> Duration {
+        match self {
+            Stream::Tcp(_) | Stream::Tls(..) => Duration::MAX,
+            Stream::Quic(lane) => lane.patience(),
+        }
+    }
+
+    /// Whose wake is rung where another thread finds something for this stream.
+    pub(super) fn belongs_to(&self, wake: &Arc<Wake>) {
+        if let Stream::Quic(lane) = self {
+            lane.belongs_to(wake);
+        }
     }
 }
 
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        match self {
+            Stream::Tcp(socket) | Stream::Tls(socket, _) => socket.as_fd(),
+            Stream::Quic(lane) => lane.as_fd(),
+        }
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Some(tls) = &mut self.tls {
-            tls.close(&self.socket);
+        if let Stream::Tls(socket, tls) = self {
+            tls.close(socket);
         }
     }
 }
@@ -130,7 +220,7 @@ impl Drop for Stream {
 #[cfg(test)]
 impl From<TcpStream> for Stream {
     fn from(socket: TcpStream) -> Stream {
-        Stream { socket, tls: None }
+        Stream::Tcp(socket)
     }
 }
 

@@ -365,7 +365,7 @@ impl<'a> Talk<'a> {
         for (link, lost) in self.links.iter().zip(&self.agreement.lost) {
             if let Some(stream) = link.stream().filter(|_| !lost) {
                 let out = if link.is_sending() { PollFlags::OUT } else { PollFlags::empty() };
-                fds.push(PollFd::new(stream, PollFlags::IN | out));
+                fds.push(PollFd::new(stream, stream.awaits(PollFlags::IN | out)));
             }
         }
         let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };

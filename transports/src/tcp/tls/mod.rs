@@ -49,7 +49,11 @@ impl fmt::Debug for Tls {
     }
 }
 
-fn name(who: Identity) -> String {
+/// What a connection's own number is made of: RFC 9266.
+pub(super) const BINDING: &[u8] = b"EXPORTER-Channel-Binding";
+
+/// The name that a certificate has for `who`.
+pub(super) fn name(who: Identity) -> String {
     match who {
         Identity::Rank(rank) => format!("rank-{rank}.tensorwire.internal"),
         Identity::Store => "store.tensorwire.internal".to_owned(),
@@ -59,6 +63,12 @@ fn name(who: Identity) -> String {
 
 fn server_name(who: Identity) -> ServerName<'static> {
     ServerName::try_from(name(who)).expect("a DNS name")
+}
+
+/// Whether a certificate says that its holder is `who`.
+pub(super) fn names(certificate: &CertificateDer<'_>, who: Identity) -> bool {
+    ParsedCertificate::try_from(certificate)
+        .is_ok_and(|certificate| verify_server_name(&certificate, &server_name(who)).is_ok())
 }
 
 impl Tls {
@@ -134,6 +144,12 @@ impl Tls {
         Ok(Tls { client: Arc::new(client), server: Arc::new(server), own })
     }
 
+    /// What a side that dials, and one that is dialled, ask and show.
+    #[cfg(feature = "quic")]
+    pub(super) fn configs(&self) -> (ClientConfig, ServerConfig) {
+        ((*self.client).clone(), (*self.server).clone())
+    }
+
     /// Fails unless one's own certificate says that it is `who`'s: peers would refuse it.
     pub(super) fn check(&self, who: Identity) -> Result<()> {
         let parsed = ParsedCertificate::try_from(&self.own)
@@ -158,4 +174,4 @@ fn read(path: &str) -> Result<String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

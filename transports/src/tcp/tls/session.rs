@@ -5,11 +5,9 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::ops::Range;
 
-use rustls::client::verify_server_name;
-use rustls::server::ParsedCertificate;
 use rustls::{AlertDescription, ClientConnection, Connection, ServerConnection};
 
-use super::{Tls, server_name};
+use super::{BINDING, Tls, names, server_name};
 use crate::tcp::stream::{self, Identity};
 
 /// Bytes that are read at once: a system call brings several of TLS's records of 16 KiB.
@@ -135,16 +133,13 @@ impl Session {
 
     /// A number that this connection has and no other: what is proved together with it holds for this connection alone.
     pub(in crate::tcp) fn binding(&self) -> io::Result<[u8; 32]> {
-        self.connection
-            .export_keying_material([0; 32], b"EXPORTER-Channel-Binding", Some(&[]))
-            .map_err(broken)
+        self.connection.export_keying_material([0; 32], BINDING, Some(&[])).map_err(broken)
     }
 
     /// Whether the other side's certificate, which has been checked, says that it is `who`.
     pub(in crate::tcp) fn is_from(&self, who: Identity) -> bool {
         let Some([certificate, ..]) = self.connection.peer_certificates() else { return false };
-        ParsedCertificate::try_from(certificate)
-            .is_ok_and(|certificate| verify_server_name(&certificate, &server_name(who)).is_ok())
+        names(certificate, who)
     }
 
     /// Writes what is encrypted: whether all of it is out.

@@ -12,7 +12,7 @@ use crate::tcp::shared::{Arrived, Shared};
 use crate::tcp::socket;
 use crate::tcp::stream::Stream;
 
-fn secured(authority: &Authority, rank: usize) -> Secret {
+pub(in crate::tcp) fn secured(authority: &Authority, rank: usize) -> Secret {
     let Certificate { cert, key } = authority.rank(rank).unwrap();
     Secret::fixed().with_tls(Tls::from_pem(&authority.ca(), &cert, &key).unwrap())
 }
