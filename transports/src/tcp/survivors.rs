@@ -244,39 +244,41 @@ impl<'a> Talk<'a> {
             }
             let has_said = |p: usize| self.agreement.said[p].is_some();
             let unheard: Vec<usize> = awaited.iter().copied().filter(|p| !has_said(*p)).collect();
-            let time_is_up = match asked {
+            let overdue: Vec<usize> = match asked {
                 Asked::NotYet if deadline.passed() && !unheard.is_empty() => {
                     endpoint.ask(shared, &unheard);
                     (deadline, asked) = (Deadline::after(options.peer_timeout), Asked::Now);
-                    false
+                    Vec::new()
                 }
                 Asked::Now => {
                     let mut answers = shared.answers();
-                    answers.retain(|(peer, _)| awaited.contains(peer));
+                    answers.retain(|(peer, _)| unheard.contains(peer));
                     let is_open = answers.iter().any(|(_, answer)| *answer == Answer::Awaited);
                     let waits = |answer| if let Answer::Waits(left) = answer { left } else { Duration::ZERO };
                     let left = answers.iter().map(|(_, a)| waits(*a)).max().unwrap_or_default();
                     if is_open && !deadline.passed() {
-                        false
+                        Vec::new()
                     } else {
-                        asked = Asked::Before;
-                        deadline = Deadline::after(left.saturating_add(options.timeout));
-                        left.is_zero()
+                        (deadline, asked) =
+                            (Deadline::after(left.saturating_add(options.timeout)), Asked::Before);
+                        let idle = answers.iter().filter(|_| left.is_zero());
+                        idle.map(|(peer, _)| *peer).collect()
                     }
                 }
-                _ => deadline.passed(),
+                _ if deadline.passed() => {
+                    deadline = Deadline::after(options.timeout);
+                    awaited.clone()
+                }
+                _ => Vec::new(),
             };
             shared.set_waits(Some(deadline));
             let late = |p: usize| {
                 let silent = self.links[p].silent() > options.peer_timeout;
                 // Who has said something was only waiting for another.
                 let mute = named.contains(&p) && !has_said(p);
-                silent || (mute && start.elapsed() > options.peer_timeout) || time_is_up
+                silent || (mute && start.elapsed() > options.peer_timeout) || overdue.contains(&p)
             };
             let late: Vec<usize> = awaited.into_iter().filter(|p| late(*p)).collect();
-            if deadline.passed() {
-                deadline = Deadline::after(options.timeout);
-            }
             if late.is_empty() {
                 self.sleep(LOOK.min(deadline.remaining() + Duration::from_millis(1)));
             }
