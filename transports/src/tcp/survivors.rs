@@ -167,8 +167,13 @@ enum Broken {
     Error(Error),
 }
 
-/// Whether the peers that are late, and have said nothing, were asked whether they wait elsewhere: once.
-#[derive(Clone, Copy)]
+/// Until when a rank waits for its peers. Those that have said nothing by then are asked, once, whether they wait in a
+/// call of another group.
+struct Patience {
+    deadline: Deadline,
+    asked: Asked,
+}
+
 enum Asked {
     NotYet,
     Now,
@@ -212,14 +217,15 @@ impl<'a> Talk<'a> {
 
     /// Talks until all who go on are known to know it.
     fn agree(&mut self) -> Result<(), Broken> {
-        let TcpGroup { shared, endpoint, options, .. } = self.group;
+        let TcpGroup { shared, options, .. } = self.group;
         let named = shared.verdict().map_or(Vec::new(), |v| v.lost());
         let start = Instant::now();
-        let (mut deadline, mut asked) = (Deadline::after(options.timeout), Asked::NotYet);
+        let mut patience = Patience { deadline: Deadline::after(options.timeout), asked: Asked::NotYet };
         self.call_all();
         loop {
             self.welcome();
-            if shared.is_left_behind() {
+            // Who has decided is among those who go on: a second dial of its own may have found that a peer has, since.
+            if shared.is_left_behind() && self.agreement.decision.is_none() {
                 return Err(Broken::LeftBehind(None));
             }
             self.listen().map_err(|LeftBehind(set)| Broken::LeftBehind(Some(set)))?;
@@ -242,45 +248,51 @@ impl<'a> Talk<'a> {
             if self.next.is_some() && awaited.is_empty() && !unsaid {
                 return Ok(());
             }
-            let has_said = |p: usize| self.agreement.said[p].is_some();
-            let unheard: Vec<usize> = awaited.iter().copied().filter(|p| !has_said(*p)).collect();
-            let time_is_up = match asked {
-                Asked::NotYet if deadline.passed() && !unheard.is_empty() => {
-                    endpoint.ask(shared, &unheard);
-                    (deadline, asked) = (Deadline::after(options.peer_timeout), Asked::Now);
-                    false
-                }
-                Asked::Now => {
-                    let mut answers = shared.answers();
-                    answers.retain(|(peer, _)| awaited.contains(peer));
-                    let is_open = answers.iter().any(|(_, answer)| *answer == Answer::Awaited);
-                    let waits = |answer| if let Answer::Waits(left) = answer { left } else { Duration::ZERO };
-                    let left = answers.iter().map(|(_, a)| waits(*a)).max().unwrap_or_default();
-                    if is_open && !deadline.passed() {
-                        false
-                    } else {
-                        asked = Asked::Before;
-                        deadline = Deadline::after(left.saturating_add(options.timeout));
-                        left.is_zero()
-                    }
-                }
-                _ => deadline.passed(),
-            };
-            shared.set_waits(Some(deadline));
+            let overdue = self.overdue(&mut patience, &awaited);
+            shared.set_waits(Some(patience.deadline));
             let late = |p: usize| {
                 let silent = self.links[p].silent() > options.peer_timeout;
                 // Who has said something was only waiting for another.
-                let mute = named.contains(&p) && !has_said(p);
-                silent || (mute && start.elapsed() > options.peer_timeout) || time_is_up
+                let mute = named.contains(&p) && self.agreement.said[p].is_none();
+                silent || (mute && start.elapsed() > options.peer_timeout) || overdue.contains(&p)
             };
             let late: Vec<usize> = awaited.into_iter().filter(|p| late(*p)).collect();
-            if deadline.passed() {
-                deadline = Deadline::after(options.timeout);
-            }
             if late.is_empty() {
-                self.sleep(LOOK.min(deadline.remaining() + Duration::from_millis(1)));
+                self.sleep(LOOK.min(patience.deadline.remaining() + Duration::from_millis(1)));
             }
             late.into_iter().for_each(|p| self.agreement.lose(p));
+        }
+    }
+
+    /// Who of those awaited is too late, now that the deadline has passed, if it has.
+    fn overdue(&self, patience: &mut Patience, awaited: &[usize]) -> Vec<usize> {
+        let TcpGroup { shared, endpoint, options, .. } = self.group;
+        let unheard: Vec<usize> =
+            awaited.iter().copied().filter(|p| self.agreement.said[*p].is_none()).collect();
+        let has_passed = patience.deadline.passed();
+        match patience.asked {
+            Asked::NotYet if has_passed && !unheard.is_empty() => {
+                endpoint.ask(shared, &unheard);
+                *patience = Patience { deadline: Deadline::after(options.peer_timeout), asked: Asked::Now };
+                Vec::new()
+            }
+            Asked::Now => {
+                let mut answers = shared.answers();
+                answers.retain(|(peer, _)| unheard.contains(peer));
+                if !has_passed && answers.iter().any(|(_, answer)| *answer == Answer::Awaited) {
+                    return Vec::new();
+                }
+                let waits = |answer| if let Answer::Waits(left) = answer { left } else { Duration::ZERO };
+                let left = answers.iter().map(|(_, answer)| waits(*answer)).max().unwrap_or_default();
+                let deadline = Deadline::after(left.saturating_add(options.timeout));
+                *patience = Patience { deadline, asked: Asked::Before };
+                if left.is_zero() { answers.into_iter().map(|(peer, _)| peer).collect() } else { Vec::new() }
+            }
+            _ if has_passed => {
+                patience.deadline = Deadline::after(options.timeout);
+                awaited.to_vec()
+            }
+            _ => Vec::new(),
         }
     }
 
