@@ -87,7 +87,9 @@ fn a_row_has_the_fields_of_the_contract() {
 #[test]
 fn every_collective_runs_over_networks() {
     let collectives = ["all_reduce", "all_to_all", "broadcast", "send_recv", "barrier"];
-    for (over, collective) in ["tcp", "tls", "quic"].into_iter().flat_map(|over| collectives.map(|c| (over, c))) {
+    for (over, collective) in
+        ["tcp", "tls", "quic"].into_iter().flat_map(|over| collectives.map(|c| (over, c)))
+    {
         let line =
             format!("--json --batches 1 --transport {over} --ranks 2 --bytes 8,1M --collective {collective}");
         let output = bench(&line);
