@@ -108,6 +108,23 @@ impl Drop for Hosts {
     }
 }
 
+/// The variables that are a transport's own.
+fn all_transports() -> Vec<Vec<(&'static str, String)>> {
+    let mut all = vec![vec![("TENSORWIRE_TRANSPORT", "tcp".to_owned())]];
+    #[cfg(feature = "quic")]
+    {
+        let authority = tensorwire::transports::tcp::Authority::generate().unwrap();
+        let any = authority.any_rank().unwrap();
+        all.push(vec![
+            ("TENSORWIRE_TRANSPORT", "quic".to_owned()),
+            ("TENSORWIRE_TLS_CA", authority.ca()),
+            ("TENSORWIRE_TLS_CERT", any.cert),
+            ("TENSORWIRE_TLS_KEY", any.key),
+        ]);
+    }
+    all
+}
+
 #[test]
 fn a_host_that_is_cut_off_is_named_within_seconds() {
     let Some(hosts) = Hosts::new(3) else {
@@ -115,20 +132,22 @@ fn a_host_that_is_cut_off_is_named_within_seconds() {
         return;
     };
     let (secret, store) = (Secret::generate().unwrap().to_hex(), format!("tcp:{}:29600", Hosts::address(0)));
-    for mode in ["busy", "waiting", "unconnected"] {
+    let modes = ["busy", "waiting", "unconnected"];
+    for (own, mode) in all_transports().iter().flat_map(|own| modes.map(|mode| (own, mode))) {
         let place = tempfile::tempdir().unwrap();
         let is_cut = place.path().join("cut");
         let env = |rank: &'static str| {
-            vec![
+            let mut env = vec![
                 ("TENSORWIRE_RANK", rank),
                 ("TENSORWIRE_WORLD", "3"),
                 ("TENSORWIRE_STORE", &*store),
-                ("TENSORWIRE_TRANSPORT", "tcp"),
                 ("TENSORWIRE_SECRET", &*secret),
                 ("TENSORWIRE_PEER_TIMEOUT", "2"),
                 ("TENSORWIRE_TEST_MODE", mode),
                 ("TENSORWIRE_TEST_CUT", is_cut.to_str().unwrap()),
-            ]
+            ];
+            env.extend(own.iter().map(|(name, value)| (*name, &**value)));
+            env
         };
         let places: Vec<_> = hosts.hosts.iter().cloned().zip(["0", "1", "2"].map(env)).collect();
         let mut job = Job::start_within("cut", &places);

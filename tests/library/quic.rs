@@ -47,6 +47,26 @@ fn both_certificate_and_secret_are_needed() {
 }
 
 #[test]
+fn a_rank_over_tls_is_told_that_the_others_are_not() {
+    let (secret, authority) = (Secret::generate().unwrap(), Authority::generate().unwrap());
+    let server = StoreServer::start().unwrap();
+    std::thread::scope(|s| {
+        let join = |rank, options: TcpOptions| {
+            let (server, secret) = (&server, secured(&authority, rank, secret.clone()));
+            s.spawn(move || {
+                let store = UnixStore::connect(&server.address(), Deadline::after(SOON)).unwrap();
+                Communicator::join_tcp(rank, 2, &store, None, &secret, &options).unwrap_err().to_string()
+            })
+        };
+        let soon = Duration::from_secs(2);
+        let zero = join(0, TcpOptions { timeout: soon, ..over(Congestion::Cubic) });
+        let one = join(1, TcpOptions { timeout: soon, ..TcpOptions::default() });
+        assert!(one.join().unwrap().contains("TENSORWIRE_TRANSPORT"));
+        assert!(zero.join().unwrap().contains("rank(s) [1] did not come"));
+    });
+}
+
+#[test]
 fn every_congestion_control_carries_large_messages() {
     for congestion in [Congestion::Cubic, Congestion::NewReno, Congestion::Bbr] {
         let (secret, authority) = (Secret::generate().unwrap(), Authority::generate().unwrap());

@@ -52,6 +52,7 @@ pub fn join(
             let id: [u8; 16] = random()?;
             let mut head = (world as u64).to_le_bytes().to_vec();
             head.extend_from_slice(&id);
+            head.push(u8::from(options.quic.is_some()));
             store.set(&key("head"), &head, deadline)?;
             id
         }
@@ -66,7 +67,15 @@ pub fn join(
                     "rank {rank} was started for a world of {world}, rank 0 for {theirs}"
                 )));
             }
-            id.try_into().map_err(|_| failed("the store holds no group".into()))?
+            let fits: Option<(&[u8; 16], &[u8])> = id.split_first_chunk();
+            let (id, quic) = fits.ok_or_else(|| failed("the store holds no group".into()))?;
+            if quic != [u8::from(options.quic.is_some())] {
+                return Err(failed(format!(
+                    "either rank {rank} or rank 0 is to talk over quic, and the other isn't: give all ranks of a job the \
+                     same TENSORWIRE_TRANSPORT"
+                )));
+            }
+            *id
         }
     };
     let shared = Arc::new(Shared::new(rank, world, id)?);

@@ -63,7 +63,7 @@ impl AsFd for Port {
 pub(crate) struct Lane(Infallible);
 
 impl Lane {
-    pub(super) fn belongs_to(&self, _: &Arc<Wake>) {
+    pub(super) fn belongs_to(&mut self, _: &Arc<Wake>) {
         match self.0 {}
     }
 

@@ -193,7 +193,7 @@ impl Stream {
     }
 
     /// Whose wake is rung where another thread finds something for this stream.
-    pub(super) fn belongs_to(&self, wake: &Arc<Wake>) {
+    pub(super) fn belongs_to(&mut self, wake: &Arc<Wake>) {
         if let Stream::Quic(lane) = self {
             lane.belongs_to(wake);
         }

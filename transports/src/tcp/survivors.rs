@@ -373,6 +373,9 @@ impl<'a> Talk<'a> {
     }
 
     fn sleep(&self, wait: Duration) {
+        if self.links.iter().zip(&self.agreement.lost).any(|(link, lost)| !lost && link.may_go_on()) {
+            return;
+        }
         let mut fds = vec![PollFd::new(&self.group.shared.wake, PollFlags::IN)];
         for (link, lost) in self.links.iter().zip(&self.agreement.lost) {
             if let Some(stream) = link.stream().filter(|_| !lost) {

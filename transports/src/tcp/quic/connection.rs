@@ -114,12 +114,15 @@ impl Connection {
         if self.lost.is_some() || now - self.heard.max(self.looked) < UNHEARD {
             return;
         }
+        let unanswered = self.looked > self.heard;
         self.looked = now;
         self.quic.ping();
         if self.probe.is_none() {
             self.probe = config::probe(from, self.quic.remote_address()).ok();
         }
-        self.deserted |= self.probe.as_ref().is_some_and(config::deserted);
+        // A router between may refuse what its own peer would not: who is asked and answers is there.
+        let refused = self.probe.as_ref().is_some_and(config::deserted);
+        self.deserted |= refused && unanswered;
     }
 
     /// Something has come.

@@ -37,14 +37,10 @@ impl News {
     pub(super) fn raise(&self, own: &Arc<Wake>) {
         self.readable.store(true, Ordering::Relaxed);
         self.writable.store(true, Ordering::Relaxed);
-        let wake = self.wake();
+        let wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);
         if !Arc::ptr_eq(&wake, own) {
             wake.ring();
         }
-    }
-
-    fn wake(&self) -> Arc<Wake> {
-        self.wake.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -54,6 +50,8 @@ pub(crate) struct Lane {
     /// Given when the connection is made.
     id: Option<StreamId>,
     news: Arc<News>,
+    /// Of the thread that this lane belongs to.
+    own: Arc<Wake>,
 }
 
 impl fmt::Debug for Lane {
@@ -64,12 +62,13 @@ impl fmt::Debug for Lane {
 
 impl Lane {
     pub(super) fn new(port: Arc<Port>, key: Key, id: Option<StreamId>, news: Arc<News>) -> Lane {
-        Lane { port, key, id, news }
+        let own = port.wake().clone();
+        Lane { port, key, id, news, own }
     }
 
     /// Whose the lane is from now on.
-    pub(in crate::tcp) fn belongs_to(&self, wake: &Arc<Wake>) {
-        let _state = self.port.lock();
+    pub(in crate::tcp) fn belongs_to(&mut self, wake: &Arc<Wake>) {
+        self.own = wake.clone();
         *self.news.wake.lock().unwrap_or_else(PoisonError::into_inner) = wake.clone();
     }
 
@@ -121,16 +120,15 @@ impl Lane {
     /// See [`Stream::send`](crate::tcp::stream::Stream::send).
     pub(in crate::tcp) fn send(&mut self, parts: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
         let mut state = self.port.lock();
-        let own = self.news.wake();
-        let mut sent = self.write(&mut state, parts, &own)?;
+        let mut sent = self.write(&mut state, parts)?;
         if sent == 0 {
-            self.port.drive(&mut state, &own);
-            sent = self.write(&mut state, parts, &own)?;
+            self.port.drive(&mut state, &self.own);
+            sent = self.write(&mut state, parts)?;
         }
         Ok((sent > 0).then_some(sent))
     }
 
-    fn write(&self, state: &mut State, parts: &[IoSlice<'_>], own: &Arc<Wake>) -> io::Result<usize> {
+    fn write(&self, state: &mut State, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         let gone = || io::Error::from(io::ErrorKind::NotConnected);
         let id = self.id.ok_or_else(gone)?;
         let mut sent = 0;
@@ -157,11 +155,11 @@ impl Lane {
             }
             // Of a short message, one datagram.
             if piece.len() == PIECE {
-                self.port.serve(state, self.key, own, Instant::now());
+                self.port.serve(state, self.key, &self.own, Instant::now());
             }
         }
         if sent > 0 {
-            self.port.serve(state, self.key, own, Instant::now());
+            self.port.serve(state, self.key, &self.own, Instant::now());
         }
         Ok(sent)
     }
@@ -169,17 +167,16 @@ impl Lane {
     /// How many bytes have come, 0 if no more will; `None` where nothing has come.
     pub(in crate::tcp) fn receive(&mut self, into: &mut [u8]) -> io::Result<Option<usize>> {
         let mut state = self.port.lock();
-        let own = self.news.wake();
         if self.is_readable()
-            && let Some(n) = self.read(&mut state, into, &own)?
+            && let Some(n) = self.read(&mut state, into)?
         {
             return Ok(Some(n));
         }
-        self.port.drive(&mut state, &own);
-        if self.is_readable() { self.read(&mut state, into, &own) } else { Ok(None) }
+        self.port.drive(&mut state, &self.own);
+        if self.is_readable() { self.read(&mut state, into) } else { Ok(None) }
     }
 
-    fn read(&self, state: &mut State, into: &mut [u8], own: &Arc<Wake>) -> io::Result<Option<usize>> {
+    fn read(&self, state: &mut State, into: &mut [u8]) -> io::Result<Option<usize>> {
         let gone = || io::Error::from(io::ErrorKind::NotConnected);
         let id = self.id.ok_or_else(gone)?;
         let connection = state.connections.get_mut(&self.key).ok_or_else(gone)?;
@@ -206,7 +203,7 @@ impl Lane {
         let more_room = chunks.finalize().should_transmit();
         if got > 0 {
             if more_room {
-                self.port.serve(state, self.key, own, Instant::now());
+                self.port.serve(state, self.key, &self.own, Instant::now());
             }
             return Ok(Some(got));
         }
@@ -229,9 +226,9 @@ impl Lane {
         let Some(connection) = state.connections.get_mut(&self.key) else { return };
         connection.look(self.port.address(), now);
         if connection.ended().is_some() {
-            connection.tell_all(&self.news.wake());
+            connection.tell_all(&self.own);
         }
-        self.port.serve(&mut state, self.key, &self.news.wake(), now);
+        self.port.serve(&mut state, self.key, &self.own, now);
     }
 
     /// How long a thread that waits for this lane may sleep.
@@ -258,6 +255,6 @@ impl Drop for Lane {
             let _ = connection.quic.send_stream(id).finish();
             let _ = connection.quic.recv_stream(id).stop(VarInt::from_u32(0));
         }
-        self.port.serve(&mut state, self.key, &self.news.wake(), now);
+        self.port.serve(&mut state, self.key, &self.own, now);
     }
 }
