@@ -183,7 +183,7 @@ pub struct NetworkOptions {
     pub any_order: bool,
     /// How much of the time of all-reduces may go into measuring the links again while the group runs, from 0, never, to 50:
     /// where they have become slower or faster, the ranks change their choice, all at the same call. Links that are given
-    /// are never measured. `TENSORWIRE_ADAPT`; without it, 2.
+    /// are never measured. `TENSORWIRE_ADAPT`; without it, 1.
     ///
     /// Without `any_order` it changes no result. With it, sums of floating-point numbers may differ from run to run in how
     /// they are rounded, since times do: 0 keeps to one choice, which follows from the links that the group begins with.
@@ -195,7 +195,7 @@ pub struct NetworkOptions {
 
 impl Default for NetworkOptions {
     fn default() -> NetworkOptions {
-        NetworkOptions { intra: None, inter: None, any_order: false, adapt_percent: 2.0, host: None }
+        NetworkOptions { intra: None, inter: None, any_order: false, adapt_percent: 1.0, host: None }
     }
 }
 

@@ -42,7 +42,7 @@ impl NetEngine {
     }
 
     /// Exchanges `messages` of `bytes` with this rank's neighbours over a class of links, one time after the other: the
-    /// nanoseconds of each; no time is noticed where there is no such link, or none of this rank.
+    /// nanoseconds of each. A rank without such a neighbour has nothing to wait for.
     pub(super) fn time_exchanges(
         &mut self,
         class: LinkClass,
@@ -105,9 +105,8 @@ impl NetEngine {
             return;
         }
         let (hosts, links) = (self.network.hosts(), &self.network.links().links);
-        let agreeing = classes.len() * 2 * size_of::<u64>();
-        let agreeing = self.network.choose(agreeing, |_| true);
-        let agreeing_us = self.network.costs().us(agreeing, classes.len() * 2 * size_of::<u64>());
+        let (costs, bytes) = (self.network.costs(), classes.len() * 2 * size_of::<u64>());
+        let agreeing_us = costs.us(costs.choose(bytes, |_| true), bytes);
         let us = adapt::measuring_us(hosts, links, &classes, self.adaptation.large(), agreeing_us);
         self.adaptation.begin(us);
     }
