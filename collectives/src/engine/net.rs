@@ -12,7 +12,7 @@ use super::mixed::Local;
 use super::{Buffers, Epilogue, Network, Reduction, Sources};
 use crate::reduce::Codec;
 use crate::schedule::steps::{Rank, Step, Steps};
-use crate::schedule::{self, PIECE, direct, tree};
+use crate::schedule::{self, PIECE, direct, direct_piece, tree};
 use crate::select::Algorithm;
 
 /// Bytes that are passed on in a broadcast, while the next are on their way.
@@ -183,11 +183,11 @@ impl NetEngine {
             }
             // A small message travels in one segment with its header whatever it is called.
             Algorithm::Inline | Algorithm::OneShot => {
-                direct::one_shot(&mut self.steps, me, len, size, PIECE, root);
+                direct::one_shot(&mut self.steps, me, len, size, direct_piece(me.world), root);
                 self.execute(data, Some(r))
             }
             Algorithm::TwoShot | Algorithm::Symmetric => {
-                direct::two_shot(&mut self.steps, me, len, size, PIECE, root);
+                direct::two_shot(&mut self.steps, me, len, size, direct_piece(me.world), root);
                 self.execute(data, Some(r))
             }
             _ => {
@@ -251,7 +251,7 @@ impl NetEngine {
         }
         let me = self.me();
         let input = input.map_or_else(|| Cow::Owned(output[block(me.rank)].to_vec()), Cow::Borrowed);
-        direct::all_gather(&mut self.steps, me, block, root);
+        direct::all_gather(&mut self.steps, me, block, direct_piece(me.world), root);
         self.execute(Buffers { input: Some(&input), output }, None)
     }
 
@@ -321,7 +321,7 @@ impl NetEngine {
     ) -> Result<(), Failure> {
         let me = self.me();
         let own = block(me.rank);
-        direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), PIECE);
+        direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), direct_piece(me.world));
         match input {
             Some(_) => self.execute(Buffers { input, output }, Some(r)),
             None => {
@@ -348,7 +348,9 @@ impl NetEngine {
         if self.local.is_some() {
             return self.broadcast_mixed(output, root);
         }
-        tree::broadcast(&mut self.steps, me, output.len(), BROADCAST_PIECE, root);
+        // Between two ranks nothing is passed on.
+        let piece = if me.world == 2 { output.len().max(1) } else { BROADCAST_PIECE };
+        tree::broadcast(&mut self.steps, me, output.len(), piece, root);
         self.execute(Buffers::in_place(output), None)
     }
 
