@@ -15,7 +15,7 @@ use crate::adapt::Adaptation;
 use crate::network::NetworkInUse;
 use crate::reduce::Codec;
 use crate::schedule::steps::{Rank, Step, Steps};
-use crate::schedule::{self, PIECE, direct, tree};
+use crate::schedule::{self, PIECE, direct, direct_piece, tree};
 use crate::select::Algorithm;
 
 /// Bytes that are passed on in a broadcast, while the next are on their way.
@@ -268,9 +268,11 @@ impl NetEngine {
         let me = self.me();
         match algorithm {
             // A small message travels in one segment with its header whatever it is called.
-            Algorithm::Inline | Algorithm::OneShot => direct::one_shot(steps, me, len, r.size, PIECE, root),
+            Algorithm::Inline | Algorithm::OneShot => {
+                direct::one_shot(steps, me, len, r.size, direct_piece(me.world), root);
+            }
             Algorithm::TwoShot | Algorithm::Symmetric => {
-                direct::two_shot(steps, me, len, r.size, PIECE, root);
+                direct::two_shot(steps, me, len, r.size, direct_piece(me.world), root);
             }
             _ => {
                 assert!(root.is_none(), "a reduction to one rank is a direct exchange");
@@ -331,7 +333,7 @@ impl NetEngine {
         }
         let me = self.me();
         let input = input.map_or_else(|| Cow::Owned(output[block(me.rank)].to_vec()), Cow::Borrowed);
-        direct::all_gather(&mut self.steps, me, block, root);
+        direct::all_gather(&mut self.steps, me, block, direct_piece(me.world), root);
         self.execute(Buffers { input: Some(&input), output }, None)
     }
 
@@ -401,7 +403,7 @@ impl NetEngine {
     ) -> Result<(), Failure> {
         let me = self.me();
         let own = block(me.rank);
-        direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), PIECE);
+        direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), direct_piece(me.world));
         match input {
             Some(_) => self.execute(Buffers { input, output }, Some(r)),
             None => {
@@ -428,7 +430,9 @@ impl NetEngine {
         if self.local.is_some() {
             return self.broadcast_mixed(output, root);
         }
-        tree::broadcast(&mut self.steps, me, output.len(), BROADCAST_PIECE, root);
+        // Between two ranks nothing is passed on.
+        let piece = if me.world == 2 { output.len().max(1) } else { BROADCAST_PIECE };
+        tree::broadcast(&mut self.steps, me, output.len(), piece, root);
         self.execute(Buffers::in_place(output), None)
     }
 

@@ -10,8 +10,8 @@ use super::hierarchy::Hosts;
 use crate::network::{Link, Links};
 use crate::select::Algorithm;
 
-/// Microseconds for each byte of a contribution that is reduced.
-pub(super) const REDUCE_US: f64 = 1e-3 / 8.0;
+/// Microseconds for each byte of a contribution that is reduced, while it is in the caches.
+pub(super) const REDUCE_US: f64 = 1e-3 / 32.0;
 
 /// The time of a schedule, in microseconds, as a function of the bytes.
 #[derive(Clone, Copy, Debug, Default)]

@@ -193,18 +193,33 @@ pub(crate) fn all_gather(
     steps: &mut Steps,
     me: Rank,
     block: impl Fn(usize) -> Range<usize>,
+    piece: usize,
     root: Option<usize>,
 ) {
     let wanted = root.is_none_or(|root| root == me.rank);
-    let own = Span::new(Place::Input, 0..block(me.rank).len());
+    let pieces_of = |who: usize| Pieces::new(block(who).len(), 1, piece);
+    let turns_of = |who: usize| pieces_of(who).count().max(1);
+    let turns = (0..me.world).map(turns_of).max().unwrap_or(1);
     steps.begin(0);
-    for peer in me.peers_ahead().filter(|p| root.is_none_or(|root| root == *p)) {
-        steps.send(peer, own);
+    for turn in 0..turns {
+        if turn < turns_of(me.rank) {
+            let own = Span::new(Place::Input, pieces_of(me.rank).range(turn));
+            for peer in me.peers_ahead().filter(|p| root.is_none_or(|root| root == *p)) {
+                steps.send(peer, own);
+            }
+        }
+        for peer in me.peers_behind().filter(|p| wanted && turn < turns_of(*p)) {
+            let (r, start) = (pieces_of(peer).range(turn), block(peer).start);
+            steps.receive(peer, Span::new(Place::Output, start + r.start..start + r.end));
+        }
+        steps.mark();
+        // Who sends no further ahead of what it receives finds room in its socket.
+        if let Some(before) = turn.checked_sub(1) {
+            steps.wait(before, false);
+        }
     }
     if wanted {
-        for peer in me.peers_behind() {
-            steps.receive(peer, Span::new(Place::Output, block(peer)));
-        }
+        let own = Span::new(Place::Input, 0..block(me.rank).len());
         steps.push(Step::Copy { from: own, into: Span::new(Place::Output, block(me.rank)) });
     }
 }

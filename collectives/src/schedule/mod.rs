@@ -34,6 +34,13 @@ const LINE: usize = 64;
 #[cfg(feature = "tcp")]
 pub(crate) const PIECE: usize = 128 << 10;
 
+/// [`PIECE`] for a direct exchange between `world` ranks: larger where they are few, up to what a connection's send buffer
+/// takes, for the fewer times two ranks of a host wait for each other's system calls, the less they wait.
+#[cfg(feature = "tcp")]
+pub(crate) fn direct_piece(world: usize) -> usize {
+    ((1 << 20) / world.next_power_of_two()).clamp(PIECE, 512 << 10)
+}
+
 /// The steps of an all-reduce of `len` elements of `size` bytes between ranks on these hosts, in pieces of at most
 /// `piece` bytes. But for the direct exchanges, it works in place, on the output.
 #[cfg(feature = "tcp")]

@@ -237,9 +237,9 @@ proptest! {
         let own = |r: usize| data(r, count(r));
         let whole: Vec<u64> = (0..world).flat_map(own).collect();
 
-        let all = new(&|s, me| direct::all_gather(s, me, block, None), &own, &|_| total);
+        let all = new(&|s, me| direct::all_gather(s, me, block, piece, None), &own, &|_| total);
         prop_assert!(all.iter().all(|r| words(&r.output) == whole));
-        let all = new(&|s, me| direct::all_gather(s, me, block, Some(root)), &own, &|r| if r == root { total } else { 0 });
+        let all = new(&|s, me| direct::all_gather(s, me, block, piece, Some(root)), &own, &|r| if r == root { total } else { 0 });
         prop_assert!(words(&all[root].output) == whole);
         let all = new(&|s, me| direct::scatter(s, me, block, root), &|r| if r == root { whole.clone() } else { vec![] }, &count);
         prop_assert!((0..world).all(|r| words(&all[r].output) == own(r)));

@@ -22,7 +22,7 @@ use crate::tcp::{Secret, TcpOptions};
 const BUFFER: usize = 64 << 10;
 
 fn options() -> TcpOptions {
-    TcpOptions { send_buffer: BUFFER, receive_buffer: BUFFER, ..TcpOptions::default() }
+    TcpOptions { send_buffer: Some(BUFFER), receive_buffer: Some(BUFFER), ..TcpOptions::default() }
 }
 
 /// How long one attempt to reach the store takes at most, where there are several places to look.

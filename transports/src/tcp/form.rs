@@ -39,6 +39,7 @@ pub fn join(
         )));
     }
     secret.check(Identity::Rank(rank))?;
+    let options = &options.sized_for(world);
     let deadline = Deadline::after(options.timeout);
     let chosen = interface::choose(options.interface.as_ref(), towards)?;
     let endpoint = Arc::new(Endpoint::start(chosen, secret.clone(), options)?);

@@ -10,9 +10,10 @@
 //! noticed by the end of its connection, one whose host was cut off by its silence, one that doesn't come by the
 //! timeout; whoever notices tells all others.
 //!
-//! A peer takes at most 1 MiB: 752 KiB that the kernel may hold for its connection ([`TcpOptions::send_buffer`],
-//! [`TcpOptions::receive_buffer`]), 16 KiB that are read ahead, and two pieces of 128 KiB that wait to be reduced. TLS
-//! takes up to 160 KiB more: 64 KiB read ahead, 64 KiB encrypted ahead, and what it decrypts at once.
+//! A peer takes at most 1 MiB in a job of more than [`TcpOptions::FEW`] ranks: 752 KiB that the kernel may hold for its
+//! connection ([`TcpOptions::send_buffer`], [`TcpOptions::receive_buffer`]), 16 KiB that are read ahead, and two pieces of
+//! 128 KiB that wait to be reduced. With few ranks it may take 2.5 MiB of the kernel's, and two larger pieces. TLS takes up
+//! to 160 KiB more: 64 KiB read ahead, 64 KiB encrypted ahead, and what it decrypts at once.
 //! Messages between two ranks have a connection of their own.
 
 mod endpoint;

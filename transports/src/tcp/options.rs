@@ -56,11 +56,12 @@ pub struct TcpOptions {
     /// Bytes that the kernel is asked to hold for a connection until the peer has them. It takes twice as much memory, as
     /// for the next. That must be room for more than one segment, which is 64 KiB on loopback, or a sender waits for an
     /// acknowledgement that the other end puts off for 40 ms. `TENSORWIRE_SEND_BUFFER`: on a long way, what a connection
-    /// carries in the time there and back.
-    pub send_buffer: usize,
+    /// carries in the time there and back. `None`: 256 KiB in a job of up to [`FEW`](TcpOptions::FEW) ranks, 56 KiB beyond.
+    pub send_buffer: Option<usize>,
     /// Bytes that it is asked to hold until this rank reads them. `TENSORWIRE_RECEIVE_BUFFER`. Well above what the peer
     /// holds back for sending: a window that closes stops the peer, and costs more to open again than the bytes take.
-    pub receive_buffer: usize,
+    /// `None`: 1 MiB in a job of up to [`FEW`](TcpOptions::FEW) ranks, 320 KiB beyond.
+    pub receive_buffer: Option<usize>,
     /// Over QUIC rather than TCP, and with which congestion control: needs the feature `quic`, and a secret with
     /// certificates. `TENSORWIRE_TRANSPORT`, if that is `quic`, and `TENSORWIRE_QUIC_CONGESTION`: `cubic`, `newreno` or
     /// `bbr`.
@@ -74,14 +75,28 @@ impl Default for TcpOptions {
             peer_timeout: Duration::from_secs(5),
             interface: None,
             ports: 0..=0,
-            send_buffer: 56 << 10,
-            receive_buffer: 320 << 10,
+            send_buffer: None,
+            receive_buffer: None,
             quic: None,
         }
     }
 }
 
 impl TcpOptions {
+    /// Ranks of a job up to which the kernel may hold more for each connection: a piece of a collective goes out in one
+    /// system call then, while the peer sends its own, and nobody waits for room. Beyond, a peer takes at most 1 MiB.
+    pub const FEW: usize = 4;
+
+    /// For a job of `world` ranks: with the sizes of the kernel's buffers that aren't given.
+    pub(super) fn sized_for(&self, world: usize) -> TcpOptions {
+        let (send, receive) = if world <= TcpOptions::FEW { (256, 1024) } else { (56, 320) };
+        TcpOptions {
+            send_buffer: self.send_buffer.or(Some(send << 10)),
+            receive_buffer: self.receive_buffer.or(Some(receive << 10)),
+            ..self.clone()
+        }
+    }
+
     /// The defaults, with what the environment sets.
     ///
     /// # Errors
@@ -104,15 +119,15 @@ impl TcpOptions {
         options.timeout = seconds("TENSORWIRE_TIMEOUT", options.timeout)?;
         options.peer_timeout =
             seconds("TENSORWIRE_PEER_TIMEOUT", options.peer_timeout)?.max(Duration::from_secs(2));
-        let bytes = |name: &str, default: usize| match lookup(name) {
-            None => Ok(default),
+        let bytes = |name: &str| match lookup(name) {
+            None => Ok(None),
             Some(text) => match text.parse::<u32>() {
-                Ok(n) if (4096..=1 << 30).contains(&n) => Ok(n as usize),
+                Ok(n) if (4096..=1 << 30).contains(&n) => Ok(Some(n as usize)),
                 _ => Err(Error::Config(format!("{name} is '{text}': give bytes, from 4096 to 1073741824"))),
             },
         };
-        options.send_buffer = bytes("TENSORWIRE_SEND_BUFFER", options.send_buffer)?;
-        options.receive_buffer = bytes("TENSORWIRE_RECEIVE_BUFFER", options.receive_buffer)?;
+        options.send_buffer = bytes("TENSORWIRE_SEND_BUFFER")?;
+        options.receive_buffer = bytes("TENSORWIRE_RECEIVE_BUFFER")?;
         if lookup(TRANSPORT_VAR).is_some_and(|text| text.trim() == Transport::Quic.name()) {
             let congestion = lookup(CONGESTION_VAR).map(|text| text.parse());
             let congestion =

@@ -20,8 +20,12 @@ fn new(ip: IpAddr, options: &TcpOptions) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family(ip), SocketType::STREAM, flags, None)?;
     // Before connecting: the window's scale is settled then. Connections that are accepted inherit it.
-    sockopt::set_socket_recv_buffer_size(&socket, options.receive_buffer)?;
-    sockopt::set_socket_send_buffer_size(&socket, options.send_buffer)?;
+    if let Some(bytes) = options.receive_buffer {
+        sockopt::set_socket_recv_buffer_size(&socket, bytes)?;
+    }
+    if let Some(bytes) = options.send_buffer {
+        sockopt::set_socket_send_buffer_size(&socket, bytes)?;
+    }
     Ok(socket)
 }
 
