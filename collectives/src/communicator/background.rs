@@ -177,6 +177,7 @@ impl Background {
             queue = match queue.driven {
                 true => {
                     self.interrupt(&queue);
+                    self.comm.spin(true);
                     self.wait(queue)
                 }
                 false => self.drive(queue, true, |_| done()),
@@ -237,16 +238,14 @@ impl Background {
             }
             let Some(job) = queue.jobs.pop_front() else { break };
             drop(queue);
+            self.comm.spin(spin);
             match job {
-                Job::Call(call) => {
-                    self.comm.spin(spin);
-                    call(&self.comm);
-                    // Before a call that isn't started can be made.
-                    self.comm.spin(true);
-                }
+                Job::Call(call) => call(&self.comm),
                 #[cfg(feature = "tcp")]
                 Job::Request(_) => unreachable!("taken above"),
             }
+            // Before a call that isn't started can be made.
+            self.comm.spin(true);
             queue = lock(&self.queue);
             self.count_off(&queue);
         }
@@ -268,7 +267,7 @@ impl Background {
         let State { engine: Either::Tcp(engine), algorithm, cause } = &mut *state else {
             unreachable!("such calls are started over TCP alone")
         };
-        engine.spin(spin);
+        self.comm.spin(spin);
         let rank = self.comm.rank;
         let poisoned = |cause: &String| Err(Error::Poisoned { rank, cause: cause.clone() });
         loop {
@@ -281,14 +280,19 @@ impl Background {
                         return None;
                     }
                 };
-                queue.under_way += 1;
-                drop(queue);
                 let bytes = request.buffer.bytes().len();
                 let chosen = match (&*cause, *algorithm) {
                     (Some(cause), _) => poisoned(cause),
                     (_, Some(forced)) => check(forced, false, bytes),
                     (_, None) => Ok(engine.choose(bytes, &request.reduction)),
                 };
+                // In its turn, like a result.
+                if chosen.is_err() && engine.is_going_on() {
+                    queue.jobs.push_front(Job::Request(request));
+                    return None;
+                }
+                queue.under_way += 1;
+                drop(queue);
                 match chosen {
                     Ok(algorithm) => return Some((request, algorithm)),
                     Err(error) => self.settle(request.buffer, Err(error)),
@@ -312,7 +316,7 @@ impl Background {
                 break;
             }
         }
-        engine.spin(true);
+        self.comm.spin(true);
     }
 
     /// A call is done that was taken from the queue.

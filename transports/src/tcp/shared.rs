@@ -100,6 +100,8 @@ pub(super) struct Shared {
     went_on: AtomicBool,
     /// Whether the caller's thread waits in a call. A hint for a peer that asks: Relaxed.
     waits: AtomicBool,
+    /// Whether the rank's waits spin. Any thread of the rank may set it at any time; a hint: Relaxed.
+    spins: AtomicBool,
     /// Set, Release, by whoever wants the thread that waits in a call to come out of it, which clears it, Acquire.
     interrupted: AtomicBool,
     /// The peers of which this rank has asked whether they wait, and what each has answered.
@@ -129,6 +131,7 @@ impl Shared {
             went_on: AtomicBool::new(false),
             left_behind: AtomicBool::new(false),
             waits: AtomicBool::new(false),
+            spins: AtomicBool::new(true),
             interrupted: AtomicBool::new(false),
             answers: Mutex::default(),
         })
@@ -176,6 +179,16 @@ impl Shared {
     /// Notes whether the caller's thread waits in a call.
     pub(super) fn set_waits(&self, waits: bool) {
         self.waits.store(waits, Ordering::Relaxed);
+    }
+
+    /// Sets whether waits spin.
+    pub(super) fn set_spins(&self, spins: bool) {
+        self.spins.store(spins, Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(super) fn spins(&self) -> bool {
+        self.spins.load(Ordering::Relaxed)
     }
 
     /// Has the thread that waits in a call come out of it, or the next one that would.
