@@ -83,7 +83,7 @@ impl Drop for Started {
     fn drop(&mut self) {
         let Some(background) = self.background.get() else { return };
         lock(&background.queue).closed = true;
-        background.changed.notify_all();
+        background.wanted.notify_one();
         let thread = lock(&self.thread).take();
         // A started call may be the last that held the communicator.
         if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id())
@@ -101,8 +101,10 @@ pub(super) struct Background {
     /// result is there, which pairs with the Acquire load of whoever makes a call behind it.
     pending: AtomicUsize,
     queue: Mutex<Queue>,
-    /// Signalled when a call is done, one is there to be made, or nobody makes calls any more.
+    /// Where others than the thread wait until a call is done, or nobody makes calls any more.
     changed: Condvar,
+    /// Where the thread waits until there are calls to be made and nobody else makes them.
+    wanted: Condvar,
 }
 
 #[derive(Default)]
@@ -110,10 +112,15 @@ struct Queue {
     jobs: VecDeque<Job>,
     /// Calls that were taken from there to be made while others are under way, and aren't done.
     under_way: usize,
+    /// Whether the last call is done, and the group not yet left to others.
+    #[cfg(feature = "tcp")]
+    late: bool,
     /// Whether some thread makes calls.
     driven: bool,
     /// Threads that wait for calls and make them themselves, as soon as nobody else does.
     helpers: usize,
+    /// Threads that wait for a change.
+    sleepers: usize,
     /// Whether the communicator is gone.
     closed: bool,
 }
@@ -130,7 +137,13 @@ impl Background {
     fn new(comm: &Communicator) -> Background {
         let comm =
             Communicator { rank: comm.rank, world: comm.world, inner: comm.inner.clone(), started: None };
-        Background { comm, pending: AtomicUsize::new(0), queue: Mutex::default(), changed: Condvar::new() }
+        Background {
+            comm,
+            pending: AtomicUsize::new(0),
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            wanted: Condvar::new(),
+        }
     }
 
     /// Ends the group.
@@ -149,9 +162,10 @@ impl Background {
         queue.jobs.push_back(job);
         // Relaxed: whoever must see the call as pending is this thread, or was told of it by this thread.
         self.pending.fetch_add(1, Ordering::Relaxed);
-        match queue.driven {
-            true => self.interrupt(&queue),
-            false => self.changed.notify_all(),
+        if queue.driven {
+            self.interrupt(&queue);
+        } else if queue.helpers == 0 {
+            self.wanted.notify_one();
         }
     }
 
@@ -163,6 +177,7 @@ impl Background {
             queue = match queue.driven {
                 true => {
                     self.interrupt(&queue);
+                    self.comm.spin(true);
                     self.wait(queue)
                 }
                 false => self.drive(queue, true, |_| done()),
@@ -170,20 +185,34 @@ impl Background {
         }
         queue.helpers -= 1;
         // The rest is the thread's.
-        self.changed.notify_all();
+        if queue.helpers == 0 && !queue.driven && (queue.has_calls() || queue.closed) {
+            self.wanted.notify_one();
+        }
     }
 
     /// Waits until `done` or the deadline, and makes no calls: none could be left half made.
     pub(super) fn wait_until(&self, deadline: Deadline, done: impl Fn() -> bool) {
         let mut queue = lock(&self.queue);
+        queue.sleepers += 1;
         while !done() && !deadline.passed() {
             let waited = self.changed.wait_timeout(queue, deadline.remaining());
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        queue.sleepers -= 1;
     }
 
-    fn wait<'a>(&self, queue: Held<'a>) -> Held<'a> {
-        self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
+    fn wait<'a>(&self, mut queue: Held<'a>) -> Held<'a> {
+        queue.sleepers += 1;
+        queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        queue.sleepers -= 1;
+        queue
+    }
+
+    /// Wakes those who wait for a change, but for the thread.
+    fn wake(&self, queue: &Queue) {
+        if queue.sleepers > 0 {
+            self.changed.notify_all();
+        }
     }
 
     /// Has the thread that waits with several calls under way look at the queue.
@@ -202,27 +231,33 @@ impl Background {
                 drop(queue);
                 self.go_on(spin, &done);
                 queue = lock(&self.queue);
+                if std::mem::take(&mut queue.late) {
+                    self.count_off(&queue);
+                }
                 continue;
             }
             let Some(job) = queue.jobs.pop_front() else { break };
             drop(queue);
+            self.comm.spin(spin);
             match job {
-                Job::Call(call) => {
-                    self.comm.spin(spin);
-                    call(&self.comm);
-                    // Before a call that isn't started can be made.
-                    self.comm.spin(true);
-                }
+                Job::Call(call) => call(&self.comm),
                 #[cfg(feature = "tcp")]
                 Job::Request(_) => unreachable!("taken above"),
             }
+            // Before a call that isn't started can be made.
+            self.comm.spin(true);
             queue = lock(&self.queue);
-            self.pending.fetch_sub(1, Ordering::Release);
-            self.changed.notify_all();
+            self.count_off(&queue);
         }
         queue.driven = false;
-        self.changed.notify_all();
+        self.wake(&queue);
         queue
+    }
+
+    /// A call is done.
+    fn count_off(&self, queue: &Queue) {
+        self.pending.fetch_sub(1, Ordering::Release);
+        self.wake(queue);
     }
 
     /// Makes calls of which several may be under way, until `done` or none is left, or the next isn't such a one.
@@ -232,7 +267,7 @@ impl Background {
         let State { engine: Either::Tcp(engine), algorithm, cause } = &mut *state else {
             unreachable!("such calls are started over TCP alone")
         };
-        engine.spin(spin);
+        self.comm.spin(spin);
         let rank = self.comm.rank;
         let poisoned = |cause: &String| Err(Error::Poisoned { rank, cause: cause.clone() });
         loop {
@@ -245,14 +280,19 @@ impl Background {
                         return None;
                     }
                 };
-                queue.under_way += 1;
-                drop(queue);
                 let bytes = request.buffer.bytes().len();
                 let chosen = match (&*cause, *algorithm) {
                     (Some(cause), _) => poisoned(cause),
                     (_, Some(forced)) => check(forced, false, bytes),
                     (_, None) => Ok(engine.choose(bytes, &request.reduction)),
                 };
+                // In its turn, like a result.
+                if chosen.is_err() && engine.is_going_on() {
+                    queue.jobs.push_front(Job::Request(request));
+                    return None;
+                }
+                queue.under_way += 1;
+                drop(queue);
                 match chosen {
                     Ok(algorithm) => return Some((request, algorithm)),
                     Err(error) => self.settle(request.buffer, Err(error)),
@@ -276,7 +316,7 @@ impl Background {
                 break;
             }
         }
-        engine.spin(true);
+        self.comm.spin(true);
     }
 
     /// A call is done that was taken from the queue.
@@ -285,8 +325,13 @@ impl Background {
         buffer.settle(result);
         let mut queue = lock(&self.queue);
         queue.under_way -= 1;
-        self.pending.fetch_sub(1, Ordering::Release);
-        self.changed.notify_all();
+        // A call that isn't started finds nobody in the group when none is pending.
+        if self.pending.load(Ordering::Relaxed) > 1 {
+            self.count_off(&queue);
+        } else {
+            queue.late = true;
+            self.wake(&queue);
+        }
     }
 
     /// The thread: makes the calls that nobody waits for. It doesn't spin, for others compute meanwhile.
@@ -294,7 +339,7 @@ impl Background {
         let mut queue = lock(&self.queue);
         while !queue.closed || queue.has_calls() || queue.driven {
             queue = if queue.driven || queue.helpers > 0 || !queue.has_calls() {
-                self.wait(queue)
+                self.wanted.wait(queue).unwrap_or_else(PoisonError::into_inner)
             } else {
                 self.drive(queue, false, |queue| queue.helpers > 0)
             };

@@ -12,7 +12,7 @@ mod symmetric;
 mod wire;
 mod work;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use tensorwire_core::{DType, Deadline, Error, ReduceOp, Result};
 use tensorwire_transports::launch::{Env, Transport};
@@ -23,7 +23,7 @@ use tensorwire_transports::tcp;
 
 #[cfg(feature = "tcp")]
 use crate::engine::NetEngine;
-use crate::engine::{Either, Engine, Reduction, with_engine};
+use crate::engine::{Either, Engine, Reduction};
 #[cfg(feature = "tcp")]
 use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
@@ -427,10 +427,18 @@ impl Communicator {
         }
     }
 
-    /// Sets whether calls spin for a while when they wait.
+    /// Sets whether calls spin for a while when they wait, also the one that is running.
     fn spin(&self, spin: bool) {
-        let mut state = self.inner.state.lock().unwrap_or_else(PoisonError::into_inner);
-        with_engine!(state.engine, |engine| engine.spin(spin));
+        match &self.inner.handle {
+            Handle::Shm(handle) => handle.spin(spin),
+            #[cfg(feature = "tcp")]
+            Handle::Tcp(handle, local) => {
+                handle.spin(spin);
+                if let Some(local) = local {
+                    local.spin(spin);
+                }
+            }
+        }
     }
 }
 

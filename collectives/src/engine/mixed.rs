@@ -137,12 +137,6 @@ impl NetEngine {
         self.local.is_some()
     }
 
-    pub(super) fn spin_locally(&mut self, spin: bool) {
-        if let Some(engine) = self.local.as_mut().and_then(|l| l.engine.as_mut()) {
-            engine.spin(spin);
-        }
-    }
-
     /// Moves data between the ranks of this host, before or `behind` what crosses between hosts.
     fn locally(
         &mut self,

@@ -225,11 +225,6 @@ impl Engine {
         }
     }
 
-    /// Sets whether waits spin before they sleep.
-    pub(crate) fn spin(&mut self, spin: bool) {
-        self.group.spin(spin);
-    }
-
     /// Runs `body` as the call `call`.
     #[inline]
     pub(crate) fn run(

@@ -119,12 +119,6 @@ impl NetEngine {
         Rank { rank: self.group.rank(), world: self.group.world() }
     }
 
-    /// Sets whether waits spin before they sleep.
-    pub(crate) fn spin(&mut self, spin: bool) {
-        self.group.spin(spin);
-        self.spin_locally(spin);
-    }
-
     /// Runs `body` as the call `call`.
     #[inline]
     pub(crate) fn run(

@@ -199,12 +199,6 @@ impl Group {
         self.deadline = None;
     }
 
-    /// Sets whether waits spin before they sleep, as they do unless told otherwise: who computes meanwhile may have more
-    /// use for the processor.
-    pub fn spin(&mut self, spin: bool) {
-        self.patience.spin(spin);
-    }
-
     /// As [`begin`](Group::begin), for call number `seq` of the group of which this is a part.
     pub fn begin_as(&mut self, seq: u64, call: Call) -> Result<(), Failure> {
         self.seq = seq - 1;
@@ -443,7 +437,7 @@ impl Group {
         let deadline = *self.deadline.get_or_insert_with(|| Deadline::after(self.options.timeout));
         let arrived = || awaited.arrived(&self.shared);
         self.shared.ring();
-        if self.patience.spin_until(arrived) {
+        if self.patience.spin_until(self.shared.spins.load(Ordering::Relaxed), arrived) {
             return Ok(());
         }
         let me = self.shared.words.control(self.rank());
@@ -611,6 +605,12 @@ impl Handle {
     pub fn abort(&self, why: &str) {
         let call = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 };
         self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
+    }
+
+    /// Sets whether waits spin before they sleep, as they do unless told otherwise: who computes meanwhile may have more
+    /// use for the processor.
+    pub fn spin(&self, spin: bool) {
+        self.shared.spins.store(spin, Ordering::Relaxed);
     }
 
     /// What every rank is doing, and did last.

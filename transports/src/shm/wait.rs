@@ -2,17 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-/// For how long a rank that has a processor to itself spins.
-const SPIN: Duration = Duration::from_micros(200);
-
 /// How a rank waits before it sleeps.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
     /// Looks at the flag, a pause apart, before anything else is considered.
     pub(super) quick_looks: u32,
     spin: Duration,
-    /// What `spin` is where it isn't set to nothing.
-    usual: Duration,
     yields: u32,
 }
 
@@ -22,28 +17,23 @@ impl Patience {
     pub(super) fn for_world(world: usize) -> Patience {
         // Looking again and again would be all that loom tries out, and it has no time: it sleeps at once.
         if cfg!(loom) {
-            return Patience { quick_looks: 0, spin: Duration::ZERO, usual: Duration::ZERO, yields: 0 };
+            return Patience { quick_looks: 0, spin: Duration::ZERO, yields: 0 };
         }
         // Honours the affinity mask and the control group's quota.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         if world <= processors {
-            Patience { quick_looks: 200, spin: SPIN, usual: SPIN, yields: 0 }
+            Patience { quick_looks: 200, spin: Duration::from_micros(200), yields: 0 }
         } else {
-            Patience { quick_looks: 0, spin: Duration::ZERO, usual: Duration::ZERO, yields: 64 }
+            Patience { quick_looks: 0, spin: Duration::ZERO, yields: 64 }
         }
     }
 
-    /// Sets whether it spins, beyond a few looks.
-    pub(super) fn spin(&mut self, spin: bool) {
-        self.spin = if spin { self.usual } else { Duration::ZERO };
-    }
-
-    /// Burns time until `arrived` or until it is time to sleep; whether it arrived. While it spins it doesn't yield:
+    /// Burns time, if it is to `spin`, until `arrived` or until it is time to sleep; whether it arrived. While it spins it doesn't yield:
     /// where another program computes on this processor, that would give it the rest of this rank's turn, for a peer
     /// that takes some 50 us to wake.
-    pub(super) fn spin_until(&self, arrived: impl Fn() -> bool) -> bool {
+    pub(super) fn spin_until(&self, spin: bool, arrived: impl Fn() -> bool) -> bool {
         let start = Instant::now();
-        while start.elapsed() < self.spin {
+        while spin && start.elapsed() < self.spin {
             for _ in 0..64 {
                 if arrived() {
                     return true;

@@ -31,9 +31,7 @@ pub struct TcpGroup {
     pub(super) options: TcpOptions,
     /// The connections, while a call is running.
     mesh: Option<Box<Mesh>>,
-    /// How long a wait spins before it polls, and how long unless it is told not to.
     spin: Duration,
-    usual_spin: Duration,
     /// This rank's collectives so far.
     pub(super) seq: u64,
     call: Call,
@@ -62,7 +60,6 @@ impl TcpGroup {
             options,
             mesh: None,
             spin,
-            usual_spin: spin,
             seq: 0,
             call: NOTHING,
             under_way: VecDeque::new(),
@@ -91,12 +88,6 @@ impl TcpGroup {
     /// This rank's collectives so far: the number of the current one.
     pub fn seq(&self) -> u64 {
         self.seq
-    }
-
-    /// Sets whether waits spin before they poll, as they do unless told otherwise: who computes meanwhile may have more
-    /// use for the processor.
-    pub fn spin(&mut self, spin: bool) {
-        self.spin = if spin { self.usual_spin } else { Duration::ZERO };
     }
 
     /// Notes for how long this rank waits in another place for others, if it does, so that peers which wait for it don't
@@ -467,6 +458,12 @@ impl TcpHandle {
     /// Ends the wait that [may be ended](TcpGroup::wait_unless_interrupted), or the next one.
     pub fn interrupt(&self) {
         self.shared.interrupt();
+    }
+
+    /// Sets whether waits spin before they poll, as they do unless told otherwise: who computes meanwhile may have more
+    /// use for the processor.
+    pub fn spin(&self, spin: bool) {
+        self.shared.set_spins(spin);
     }
 
     /// What this rank is doing, and did last. Of the others it knows nothing.

@@ -344,7 +344,7 @@ impl Mesh {
             }
             let now = Instant::now();
             let (since, yielded) = idle.get_or_insert((now, now));
-            if now - *since < around.spin {
+            if around.shared.spins() && now - *since < around.spin {
                 if now - *yielded >= YIELD_INTERVAL {
                     *yielded = now;
                     std::thread::yield_now();

@@ -111,6 +111,8 @@ pub(super) struct Shared {
     went_on: AtomicBool,
     /// Until when the caller's thread waits in a call, if it does: for a peer that asks.
     waits: Mutex<Option<Deadline>>,
+    /// Whether the rank's waits spin. Any thread of the rank may set it at any time; a hint: Relaxed.
+    spins: AtomicBool,
     /// Set, Release, by whoever wants the thread that waits in a call to come out of it, which clears it, Acquire.
     interrupted: AtomicBool,
     /// The peers of which this rank has asked whether they wait, and what each has answered.
@@ -140,6 +142,7 @@ impl Shared {
             went_on: AtomicBool::new(false),
             left_behind: AtomicBool::new(false),
             waits: Mutex::default(),
+            spins: AtomicBool::new(true),
             interrupted: AtomicBool::new(false),
             answers: Mutex::default(),
         })
@@ -187,6 +190,16 @@ impl Shared {
     /// Notes until when the caller's thread waits in a call, if it does.
     pub(super) fn set_waits(&self, until: Option<Deadline>) {
         *lock(&self.waits) = until;
+    }
+
+    /// Sets whether waits spin.
+    pub(super) fn set_spins(&self, spins: bool) {
+        self.spins.store(spins, Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(super) fn spins(&self) -> bool {
+        self.spins.load(Ordering::Relaxed)
     }
 
     /// Has the thread that waits in a call come out of it, or the next one that would.
