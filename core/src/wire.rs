@@ -42,8 +42,8 @@ impl Wire {
     }
 
     /// The form whose code (`self as u8`) this is.
-    pub fn from_code(code: u32) -> Option<Wire> {
-        Wire::ALL.into_iter().find(|w| *w as u32 == code)
+    pub fn from_code(code: u8) -> Option<Wire> {
+        Wire::ALL.into_iter().find(|w| *w as u8 == code)
     }
 }
 
