@@ -23,6 +23,8 @@ fn rank_process() {
         ("goes on", crate::tcp::goes_on),
         #[cfg(feature = "tcp")]
         ("where it is", crate::mixed::where_it_is),
+        #[cfg(feature = "tcp")]
+        ("unproven", crate::mixed::unproven),
         ("endless", endless),
         ("leave", leave),
         ("mismatch", mismatch),
