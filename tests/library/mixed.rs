@@ -19,7 +19,7 @@ const SOON: Duration = Duration::from_secs(10);
 const HOSTS: [&str; 4] = ["aabb", "abab", "aaab", "aabbc"];
 
 /// Starts `body` in one process a letter of `hosts`: ranks with the same one are said to be on the same host.
-fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, StoreServer) {
+pub(crate) fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, StoreServer) {
     start_each(body, hosts, |_| more)
 }
 

@@ -8,11 +8,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Gone when dropped.
 pub(crate) struct Hosts {
     switch: String,
-    names: Vec<String>,
+    pub(crate) hosts: Vec<String>,
 }
 
 fn ip(args: &str) -> bool {
-    let run = Command::new("ip").args(args.split(' ')).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    run("ip", args)
+}
+
+fn run(program: &str, args: &str) -> bool {
+    let run =
+        Command::new(program).args(args.split(' ')).stdout(Stdio::null()).stderr(Stdio::null()).status();
     run.is_ok_and(|status| status.success())
 }
 
@@ -23,11 +28,11 @@ impl Hosts {
         static MADE: AtomicUsize = AtomicUsize::new(0);
         let id = format!("tensorwire-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let names = (0..count).map(|i| format!("{id}-{i}")).collect();
-        let hosts = Hosts { switch: format!("{id}-switch"), names };
+        let hosts = Hosts { switch: format!("{id}-switch"), hosts: names };
         let switch = &hosts.switch;
         let mut made =
             ip(&format!("netns add {switch}")) && ip(&format!("-n {switch} link add switch up type bridge"));
-        for (i, host) in hosts.names.iter().enumerate() {
+        for (i, host) in hosts.hosts.iter().enumerate() {
             made = made
                 && ip(&format!("netns add {host}"))
                 && ip(&format!("-n {switch} link add port{i} type veth peer name eth0 netns {host}"))
@@ -44,7 +49,7 @@ impl Hosts {
 
     /// What `ip netns exec` knows the host by.
     pub(crate) fn name(&self, i: usize) -> &str {
-        &self.names[i]
+        &self.hosts[i]
     }
 
     pub(crate) fn address(i: usize) -> String {
@@ -57,6 +62,18 @@ impl Hosts {
         let mut ip = Command::new("ip");
         ip.args(["netns", "exec", self.name(i)]).arg(program);
         ip
+    }
+
+    /// Lets every host send no more than `mbit` a second, or as much as it can. `false` where this system can't.
+    pub(crate) fn limit(&self, mbit: Option<u32>) -> bool {
+        let limit = |host: &String| match mbit {
+            Some(mbit) => {
+                let rate = format!("tbf rate {mbit}mbit burst 16kb latency 500ms");
+                run("tc", &format!("-n {host} qdisc replace dev eth0 root {rate}"))
+            }
+            None => run("tc", &format!("-n {host} qdisc del dev eth0 root")),
+        };
+        self.hosts.iter().all(limit)
     }
 
     /// The switch no longer passes on what comes from the host or goes to it. Nothing tells either side.
@@ -72,7 +89,7 @@ impl Hosts {
     /// The link between the host and the switch is down, at the switch's end or the host's own.
     pub(crate) fn unplug(&self, i: usize, at_the_host: bool) {
         let args = match at_the_host {
-            true => format!("-n {} link set eth0 down", self.names[i]),
+            true => format!("-n {} link set eth0 down", self.hosts[i]),
             false => format!("-n {} link set port{i} down", self.switch),
         };
         assert!(ip(&args));
@@ -86,7 +103,7 @@ impl Hosts {
 
 impl Drop for Hosts {
     fn drop(&mut self) {
-        for name in self.names.iter().chain([&self.switch]) {
+        for name in self.hosts.iter().chain([&self.switch]) {
             ip(&format!("netns del {name}"));
         }
     }

@@ -55,9 +55,9 @@ impl Communicator {
         })
     }
 
-    /// As [`all_gather_v`](Communicator::all_gather_v), where the elements may be rounded to `wire` on their way: once, which
-    /// takes them half as far as a [`Wire`] may take a sum. Every rank gets the same bits, also of its own block. Where it
-    /// would save nothing, the elements are sent as they are.
+    /// As [`all_gather_v`](Communicator::all_gather_v), where the elements may be rounded on their way, to send fewer bytes:
+    /// once, and so by half of what [`Wire`] says for a sum of one contribution. Every rank gets the same bits, of its own
+    /// block too. Where it would save nothing, the elements are sent as they are.
     ///
     /// # Errors
     /// As for [`all_gather_v`](Communicator::all_gather_v); [`Error::InvalidArgument`] but for f32, f16 and bf16.
