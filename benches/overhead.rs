@@ -32,6 +32,7 @@ const CALL: Call = Call {
     count: 2,
     root: None,
     layout: 0,
+    wire: None,
 };
 
 fn main() {

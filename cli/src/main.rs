@@ -7,6 +7,7 @@
 mod bench;
 mod doctor;
 mod failure;
+mod form;
 mod infer;
 mod job;
 mod launch;

@@ -109,15 +109,17 @@ pub struct Call {
     /// exchange of measure_link; `None` where there is none.
     pub root: Option<u32>,
     /// A digest of per-rank counts where they differ (all_gather_v and the like), or the bits of
-    /// all_reduce_add_rms_norm's epsilon, or the code of the [`Wire`](crate::Wire) form of an all_reduce; 0 otherwise.
+    /// all_reduce_add_rms_norm's epsilon; 0 otherwise.
     pub layout: u32,
+    /// In how few bits elements may be sent; `None` for as they are.
+    pub wire: Option<Wire>,
 }
 
 impl Call {
     /// The sending or receiving, as `op` says, of a message of `bytes` with `peer`.
     pub fn message(op: Op, dtype: DType, bytes: usize, peer: usize) -> Call {
         let (count, root) = ((bytes / dtype.size()) as u64, Some(peer as u32));
-        Call { op, dtype: Some(dtype), reduce: None, count, root, layout: 0 }
+        Call { op, dtype: Some(dtype), reduce: None, count, root, layout: 0, wire: None }
     }
 
     /// The call in four words, for memory that ranks share.
@@ -126,6 +128,7 @@ impl Call {
         let head = self.op as u64
             | (self.dtype.map_or(0, |d| d as u64) << 8)
             | (self.reduce.map_or(0, |r| u64::from(r.code())) << 16)
+            | (self.wire.map_or(0, |w| w as u64) << 24)
             | (u64::from(self.layout) << 32);
         let factor = self.reduce.map_or(1.0, ReduceOp::factor).to_bits();
         [head, self.count, self.root.map_or(0, |r| u64::from(r) + 1), factor]
@@ -145,6 +148,7 @@ impl Call {
             count,
             root: root.checked_sub(1).map(|r| r as u32),
             layout: (head >> 32) as u32,
+            wire: if byte(24) == 0 { None } else { Some(Wire::from_code(byte(24))?) },
         })
     }
 
@@ -186,10 +190,11 @@ impl fmt::Display for Call {
         }
         if self.op == Op::AllReduceAddRmsNorm {
             write!(f, "{sep}eps {:e}", f32::from_bits(self.layout))?;
-        } else if let (Op::AllReduce, Some(wire)) = (self.op, Wire::from_code(self.layout)) {
-            write!(f, "{sep}wire {wire}")?;
         } else if self.layout != 0 {
             write!(f, "{sep}layout {:08x}", self.layout)?;
+        }
+        if let Some(wire) = self.wire {
+            write!(f, ", wire {wire}")?;
         }
         f.write_str(")")
     }
@@ -207,6 +212,7 @@ mod tests {
             count: 4096,
             root: None,
             layout: 0,
+            wire: None,
         }
     }
 
@@ -224,6 +230,8 @@ mod tests {
             Call { root: Some(0), ..base },
             Call { root: Some(1), ..base },
             Call { layout: 1, ..base },
+            Call { wire: Some(Wire::Bf16), ..base },
+            Call { wire: Some(Wire::Q8), ..base },
         ];
         let mut seen = vec![base.fingerprint()];
         for other in others {
@@ -235,7 +243,13 @@ mod tests {
 
     #[test]
     fn words_that_are_no_call_are_refused() {
-        for words in [[0; 4], [99, 0, 0, 0], [1 | 99 << 8, 0, 0, 0], [1 | 1 << 8 | 99 << 16, 0, 0, 0]] {
+        for words in [
+            [0; 4],
+            [99, 0, 0, 0],
+            [1 | 99 << 8, 0, 0, 0],
+            [1 | 1 << 8 | 99 << 16, 0, 0, 0],
+            [1 | 99 << 24, 0, 0, 0],
+        ] {
             assert_eq!(Call::from_words(words), None);
         }
     }
@@ -247,10 +261,12 @@ mod tests {
         assert_eq!(barrier.to_string(), "barrier()");
         let bcast = Call { op: Op::Broadcast, reduce: None, root: Some(3), ..call() };
         assert_eq!(bcast.to_string(), "broadcast(4096 x f32, root 3)");
-        let short = Call { layout: Wire::Q8 as u32, ..call() };
+        let short = Call { wire: Some(Wire::Q8), ..call() };
         assert_eq!(short.to_string(), "all_reduce(4096 x f32, sum, wire q8)");
         let eps = 1e-5f32.to_bits();
         let fused = Call { op: Op::AllReduceAddRmsNorm, root: Some(256), layout: eps, ..call() };
         assert_eq!(fused.to_string(), "all_reduce_add_rms_norm(4096 x f32, sum, width 256, eps 1e-5)");
+        let short = Call { wire: Some(Wire::Bf16), ..fused };
+        assert!(short.to_string().ends_with(", eps 1e-5, wire bf16)"), "{short}");
     }
 }

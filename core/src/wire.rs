@@ -5,10 +5,11 @@ use std::str::FromStr;
 
 use crate::Error;
 
-/// A shorter form in which an all-reduce may send floating-point elements, where links are slow.
+/// A shorter form in which an all-reduce, or an all-gather, may send floating-point elements, where links are slow.
 ///
-/// Each rank's contribution is rounded to it once; what a rank gets of all is the f32 sum, in rank order, of the rounded
-/// contributions, rounded to it once more: the same bits on every rank, whatever the algorithm.
+/// What is gathered is rounded to it once. Each rank's contribution to a sum is rounded to it once; what a rank gets of all
+/// is the f32 sum, in rank order, of the rounded contributions, rounded to it once more: the same bits on every rank,
+/// whatever the algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Wire {
@@ -42,8 +43,8 @@ impl Wire {
     }
 
     /// The form whose code (`self as u8`) this is.
-    pub fn from_code(code: u32) -> Option<Wire> {
-        Wire::ALL.into_iter().find(|w| *w as u32 == code)
+    pub fn from_code(code: u8) -> Option<Wire> {
+        Wire::ALL.into_iter().find(|w| *w as u8 == code)
     }
 }
 

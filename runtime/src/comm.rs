@@ -6,19 +6,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor};
-use tensorwire::{Communicator, ReduceOp};
+use tensorwire::{Communicator, ReduceOp, Wire};
 
 use crate::Result;
 
 /// A communicator that keeps count of the time spent in it: none with one rank, which exchanges nothing.
 pub(crate) struct Comm {
     inner: Arc<Communicator>,
+    /// In how few bits what it exchanges is sent.
+    pub(crate) wire: Option<Wire>,
     spent_ns: AtomicU64,
 }
 
 impl Comm {
     pub(crate) fn new(inner: Arc<Communicator>) -> Comm {
-        Comm { inner, spent_ns: AtomicU64::default() }
+        Comm { inner, wire: None, spent_ns: AtomicU64::default() }
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -36,7 +38,10 @@ impl Comm {
 
     /// Sums `buf` over all ranks, in place.
     pub(crate) fn sum(&self, buf: &mut [f32]) -> tensorwire::Result<()> {
-        self.timed(|c| c.all_reduce(buf, ReduceOp::Sum))
+        self.timed(|c| match self.wire {
+            None => c.all_reduce(buf, ReduceOp::Sum),
+            Some(wire) => c.all_reduce_wire(buf, ReduceOp::Sum, wire),
+        })
     }
 
     /// Sums a contiguous f32 tensor over all ranks, in place: the collective works on candle's own storage.
@@ -59,7 +64,10 @@ impl Comm {
         with_f32_mut(x, |x| {
             with_f32_mut(residual, |residual| {
                 with_f32(weight, |weight| {
-                    Ok(self.timed(|c| c.all_reduce_add_rms_norm(x, residual, weight, eps))?)
+                    Ok(self.timed(|c| match self.wire {
+                        None => c.all_reduce_add_rms_norm(x, residual, weight, eps),
+                        Some(wire) => c.all_reduce_add_rms_norm_wire(x, residual, weight, eps, wire),
+                    })?)
                 })
             })
         })
@@ -72,7 +80,10 @@ impl Comm {
                 return Ok(mine.to_vec());
             }
             let mut all = vec![0.0; counts.iter().sum()];
-            self.timed(|c| c.all_gather_v(mine, &mut all, counts))?;
+            self.timed(|c| match self.wire {
+                None => c.all_gather_v(mine, &mut all, counts),
+                Some(wire) => c.all_gather_v_wire(mine, &mut all, counts, wire),
+            })?;
             Ok(all)
         })
     }

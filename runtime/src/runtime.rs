@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use tensorwire::Communicator;
 use tensorwire::topology::Plan;
+use tensorwire::{Communicator, Wire};
 
 use crate::bert::Bert;
 use crate::comm::Comm;
@@ -143,6 +143,12 @@ impl Runtime {
             pool: ThreadPoolBuilder::new().build()?,
             loaded,
         })
+    }
+
+    /// Sends what the ranks exchange in fewer bits where they are connected by a network, or as it is: what a slow link
+    /// gains is paid for in precision (see [`Wire`]). Every rank must be given the same, and gets the same results.
+    pub fn set_wire(&mut self, wire: Option<Wire>) {
+        self.comm.wire = wire;
     }
 
     /// What loading took.

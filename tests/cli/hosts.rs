@@ -1,5 +1,5 @@
 //! `tensorwire launch --hostfile`: ranks on other hosts. The remote shell is a script that stands for ssh: it runs the
-//! command here, or in a network namespace of its own, which is as good as a host for anything but power cuts.
+//! command here. What crosses a network is in `network.rs`.
 
 mod support;
 
@@ -280,104 +280,6 @@ fn ranks_may_meet_in_a_directory_or_where_rank_0_serves() {
         assert!(text.contains("\"transport\":\"tcp\",\"ranks\":3"), "{text}");
     }
     assert_eq!(std::fs::read_dir(hosts.path("meet")).unwrap().count(), 0, "all is cleaned up");
-}
-
-/// Two hosts: network namespaces with a cable between them. Each has its own loopback, ports and abstract sockets.
-struct Cable {
-    names: [String; 2],
-    addresses: [String; 2],
-}
-
-impl Cable {
-    /// `None` where this machine or user can't have any.
-    fn lay() -> Option<Cable> {
-        let id = std::process::id();
-        let names = [format!("tw-{id}-a"), format!("tw-{id}-b")];
-        let addresses = ["10.213.77.1", "10.213.77.2"].map(str::to_owned);
-        let cable = Cable { names, addresses };
-        let ends = [format!("twa{id}"), format!("twb{id}")];
-        let ip = |args: &str| {
-            let output = Command::new("ip").args(args.split_whitespace()).output();
-            output.is_ok_and(|output| output.status.success())
-        };
-        let laid = cable.names.iter().all(|name| ip(&format!("netns add {name}")))
-            && ip(&format!("link add {} type veth peer name {}", ends[0], ends[1]))
-            && (0..2).all(|i| {
-                let (name, end, address) = (&cable.names[i], &ends[i], &cable.addresses[i]);
-                ip(&format!("link set {end} netns {name}"))
-                    && ip(&format!("-n {name} addr add {address}/24 dev {end}"))
-                    && ip(&format!("-n {name} link set {end} up"))
-                    && ip(&format!("-n {name} link set lo up"))
-            });
-        laid.then_some(cable)
-    }
-
-    /// A command as it is run on the first host.
-    fn on_first(&self, hosts: &Hosts, transport: &str, ranks: usize, command: &[&str]) -> Output {
-        let (file, shell) = (hosts.path("hosts"), hosts.path("remote-shell"));
-        let program = env!("CARGO_BIN_EXE_tensorwire");
-        let mut in_first = Command::new("ip");
-        in_first.args([
-            "netns",
-            "exec",
-            &self.names[0],
-            program,
-            "launch",
-            "--hostfile",
-            &file,
-            "--ssh",
-            &shell,
-            "--transport",
-            transport,
-        ]);
-        in_first.args(["--ranks", &ranks.to_string(), "--", program]).args(command);
-        in_first.output().unwrap()
-    }
-}
-
-impl Drop for Cable {
-    fn drop(&mut self) {
-        for name in &self.names {
-            let _ = Command::new("ip").args(["netns", "del", name]).output();
-        }
-    }
-}
-
-#[test]
-fn two_hosts_give_what_one_gives() {
-    let Some(cable) = Cable::lay() else {
-        eprintln!("skipped: this user can't make network namespaces (ip netns add)");
-        return;
-    };
-    let [_, there] = &cable.addresses;
-    let hosts = Hosts::new(
-        &format!("localhost slots=1\n{there} slots=2\n"),
-        &format!("shift\nexec ip netns exec {} \"$@\"", cable.names[1]),
-    );
-    let infer = ["infer", "--max-tokens", "6", "--no-verify", "--json"];
-    // Over two hosts with one rank each, and with two that share memory on the second.
-    for (transport, ranks) in [("tcp", 2), ("auto", 3)] {
-        let bench = ["bench", "--bytes", "8,64K", "--batches", "2", "--json"];
-        let output = cable.on_first(&hosts, transport, 3, &bench);
-        let text = stdout(&output);
-        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-        assert_eq!(text.matches("\"correct\":true").count(), 2, "{text}");
-        let carried = format!("\"transport\":\"{transport}\",\"ranks\":3");
-        assert_eq!(text.matches(&carried).count(), 2, "{text}");
-
-        let output = cable.on_first(&hosts, transport, ranks, &infer);
-        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-        let two_hosts = tokens(stdout(&output).strip_prefix("[rank 0] ").unwrap());
-        let one_host = run(infer.into_iter().chain(["--ranks", &ranks.to_string()]));
-        assert_eq!(two_hosts, tokens(&stdout(&one_host)));
-        assert!(two_hosts.matches(',').count() >= 5, "{two_hosts}");
-    }
-}
-
-/// The generated tokens in a report.
-fn tokens(report: &str) -> String {
-    let report: serde_json::Value = serde_json::from_str(report).unwrap();
-    report["tokens"].to_string()
 }
 
 /// A program that is called from a directory which the other hosts don't have.

@@ -8,7 +8,7 @@ use crate::common::{assert_same, buffer, reduced, threads};
 
 /// Slots of 4 KiB, chunks of 2: rows and chunks end at different places, and some rows are longer than a slot.
 fn small_slots() -> Options {
-    Options { slot_bytes: 4 * 4096, ..Options::default() }
+    Options { slot_bytes: 8 * 4096, ..Options::default() }
 }
 
 /// Tokens and width.

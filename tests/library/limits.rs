@@ -31,7 +31,7 @@ fn entries(of: &str) -> usize {
 }
 
 /// A figure of /proc/self/status that is in KiB, in bytes.
-fn status(name: &str) -> u64 {
+pub(crate) fn status(name: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
@@ -183,7 +183,8 @@ fn a_full_dev_shm_does_not_matter() {
     }
 }
 
-fn limit(resource: Resource, to: Option<u64>) {
+/// Of this process.
+pub(crate) fn limit(resource: Resource, to: Option<u64>) {
     let maximum = getrlimit(resource).maximum;
     setrlimit(resource, Rlimit { current: to, maximum }).unwrap();
 }

@@ -12,8 +12,9 @@ use tensorwire::transports::tcp::{Secret, TcpOptions};
 use tensorwire::{Algorithm, Communicator, Deadline, Error, Options, ReduceOp};
 
 use crate::common::{assert_same, buffer, reduced, threads};
-use crate::cut::Hosts;
+
 use crate::job::Job;
+use crate::namespaces::Hosts;
 use crate::network::ranks;
 
 /// In a process: all-reduces until rank 0 is told to stop, and each call after which the choice was another.

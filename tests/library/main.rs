@@ -17,6 +17,9 @@ mod mismatch;
 #[cfg(feature = "tcp")]
 mod mixed;
 #[cfg(feature = "tcp")]
+#[path = "../support/namespaces.rs"]
+mod namespaces;
+#[cfg(feature = "tcp")]
 mod network;
 mod processes;
 #[cfg(feature = "quic")]

@@ -1,14 +1,16 @@
 //! Ranks that share memory on each of several hosts, with TCP between them: processes that die, stop, leave or differ.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Resource, Signal};
 use tensorwire::transports::store::StoreServer;
 use tensorwire::transports::tcp::Secret;
 use tensorwire::{Algorithm, Communicator, Options, ReduceOp};
 
 use crate::common::{assert_same, buffer, mixed_threads, reduced};
 use crate::job::Job;
+use crate::limits::{limit, status};
+use crate::namespaces::Hosts;
 
 /// Long enough for a busy machine, and far below the default timeout of 30 s.
 const SOON: Duration = Duration::from_secs(10);
@@ -18,6 +20,15 @@ const HOSTS: [&str; 4] = ["aabb", "abab", "aaab", "aabbc"];
 
 /// Starts `body` in one process a letter of `hosts`: ranks with the same one are said to be on the same host.
 pub(crate) fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, StoreServer) {
+    start_each(body, hosts, |_| more)
+}
+
+/// As [`start`], with variables for each rank.
+fn start_each<'a>(
+    body: &str,
+    hosts: &str,
+    more: impl Fn(usize) -> &'a [(&'a str, &'a str)],
+) -> (Job, StoreServer) {
     let (secret, store) = (Secret::generate().unwrap().to_hex(), StoreServer::start().unwrap());
     let (address, world) = (store.address(), hosts.len().to_string());
     let ranks: Vec<String> = (0..hosts.len()).map(|rank| rank.to_string()).collect();
@@ -30,7 +41,7 @@ pub(crate) fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, Sto
             ("TENSORWIRE_SECRET", &*secret),
             ("TENSORWIRE_HOST", &hosts[rank..=rank]),
         ];
-        env.extend_from_slice(more);
+        env.extend_from_slice(more(rank));
         env
     };
     (Job::start_with(body, &(0..hosts.len()).map(env).collect::<Vec<_>>()), store)
@@ -64,6 +75,92 @@ fn memory_is_shared_where_ranks_are_on_one_host() {
             let (status, text) = job.join(rank);
             assert!(status.success(), "{text}");
         }
+    }
+}
+
+/// Says what carries the data where some ranks can't have the memory of their host, and that it arrives.
+pub(crate) fn unproven() {
+    if std::env::var_os("TENSORWIRE_TEST_CRAMPED").is_some() {
+        limit(Resource::As, Some(status("VmSize") + (64 << 20)));
+    }
+    let comm = Communicator::from_env().unwrap();
+    println!("\n{};", comm.transport().unwrap());
+    for len in [0, 1, 1001, 300_007] {
+        let mut x = buffer::<f32>(comm.rank(), len);
+        comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+        assert_same(&x, &reduced(ReduceOp::Sum, comm.world(), len), "all_reduce");
+        let mut all = vec![0f32; len * comm.world()];
+        comm.all_gather(&buffer::<f32>(comm.rank(), len), &mut all).unwrap();
+        (0..comm.world()).for_each(|r| assert_same(&all[r * len..][..len], &buffer(r, len), "all_gather"));
+        comm.broadcast(&mut x, comm.world() - 1).unwrap();
+    }
+    let part = comm.split(Some(comm.rank() as u32 % 2), 0).unwrap().unwrap();
+    let mut x = buffer::<f32>(part.rank(), 1001);
+    part.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+    assert_same(&x, &reduced(ReduceOp::Sum, part.world(), 1001), "of a part");
+    comm.barrier().unwrap();
+    println!("fine");
+}
+
+/// Ranks that are said to be on one host, and are in one network namespace, but can't all map the memory, or have none
+/// to map: they use TCP, and those of other hosts what they have.
+#[test]
+fn where_memory_cannot_be_shared_tcp_does() {
+    const SHM: &str = "TENSORWIRE_SHM_BYTES";
+    const CRAMPED: &str = "TENSORWIRE_TEST_CRAMPED";
+    // 64 MiB a rank are more than a cramped one may map; 2^50 bytes are more than anybody has.
+    let (large, huge) = ((SHM, "67108864"), (SHM, "1125899906842624"));
+    let (cramped, as_it_is) = (&[large, (CRAMPED, "1")][..], &[large][..]);
+    for (hosts, ranks, expected) in [
+        ("aa", [as_it_is, cramped, &[], &[]], ["tcp ", "tcp ", "", ""]),
+        ("aa", [cramped, as_it_is, &[], &[]], ["tcp ", "tcp ", "", ""]),
+        ("aa", [&[huge], &[], &[], &[]], ["tcp ", "tcp ", "", ""]),
+        (
+            "aabb",
+            [as_it_is, cramped, &[], &[]],
+            ["no shm with", "no shm with", "shm between ranks [2, 3]", "shm b"],
+        ),
+        (
+            "abab",
+            [&[], &[huge], &[], &[]],
+            ["shm between ranks [0, 2]", "no shm with", "shm b", "no shm with"],
+        ),
+    ] {
+        let (mut job, _store) = start_each("unproven", hosts, |rank| ranks[rank]);
+        let begun = Instant::now();
+        for (rank, expected) in expected.iter().enumerate().take(hosts.len()) {
+            let (status, text) = job.join_within(rank, SOON);
+            let says = text.contains(&format!("\n{expected}")) && text.contains("\nfine");
+            assert!(status.success() && says, "{hosts}, rank {rank}: {text}");
+        }
+        println!("{hosts}: {:?}", begun.elapsed());
+    }
+}
+
+/// What they are called doesn't count: ranks of two hosts that have one name, and those of two groups on a host.
+#[test]
+fn hosts_of_one_name_are_not_one() {
+    let Some(net) = Hosts::new(2) else { return };
+    let (secret, store) = (Secret::generate().unwrap().to_hex(), format!("tcp:{}:29600", Hosts::address(0)));
+    let env = |rank| {
+        vec![
+            ("TENSORWIRE_RANK", rank),
+            ("TENSORWIRE_WORLD", "3"),
+            ("TENSORWIRE_STORE", &*store),
+            ("TENSORWIRE_TRANSPORT", "auto"),
+            ("TENSORWIRE_SECRET", &*secret),
+            ("TENSORWIRE_HOST", "a"),
+        ]
+    };
+    let places = [(net.name(0), "0"), (net.name(0), "1"), (net.name(1), "2")];
+    let places: Vec<_> = places.map(|(host, rank)| (host.to_owned(), env(rank))).into();
+    let mut job = Job::start_within("unproven", &places);
+    for (rank, expected) in ["\nshm between ranks [0, 1], tcp", "\nshm between ranks [0, 1]", "\nno shm with"]
+        .into_iter()
+        .enumerate()
+    {
+        let (status, text) = job.join_within(rank, SOON);
+        assert!(status.success() && text.contains(expected) && text.contains("fine"), "{rank}: {text}");
     }
 }
 

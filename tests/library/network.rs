@@ -6,7 +6,7 @@ use tensorwire::transports::store::{StoreServer, UnixStore};
 use tensorwire::transports::tcp::{Secret, TcpOptions};
 use tensorwire::{Algorithm, Communicator, DType, Deadline, Element, Options, ReduceOp, Wire};
 
-use crate::common::{assert_same, buffer, reduced, threads};
+use crate::common::{Over, assert_same, buffer, reduced, threads};
 
 /// Runs `body` once a rank, each in a thread of its own; rank `r` has options `of(r)`.
 pub(crate) fn ranks(
@@ -236,6 +236,62 @@ fn shared_memory_sends_elements_as_they_are() {
             assert_same(&x, &reduced(ReduceOp::Sum, 3, 1000), wire);
         }
     });
+}
+
+/// The sum alone, then what the fused call does on one rank.
+fn fused_in_fewer_bits(comm: &Communicator, wire: Wire, tokens: usize, width: usize) {
+    let (rank, len, eps) = (comm.rank(), tokens * width, 1e-5);
+    let (x, residual, weight) = (buffer::<f32>(rank, len), buffer::<f32>(100, len), buffer(200, width));
+    let (mut fused, mut fused_residual) = (x.clone(), residual.clone());
+    comm.all_reduce_add_rms_norm_wire(&mut fused, &mut fused_residual, &weight, eps, wire).unwrap();
+    let (mut apart, mut apart_residual) = (x, residual);
+    comm.all_reduce_wire(&mut apart, ReduceOp::Sum, wire).unwrap();
+    let alone = &Communicator::in_process(1).unwrap()[0];
+    alone.all_reduce_add_rms_norm(&mut apart, &mut apart_residual, &weight, eps).unwrap();
+    assert_same(&fused, &apart, format_args!("{tokens} tokens of {width} as {wire}"));
+    assert_same(&fused_residual, &apart_residual, "the residual");
+}
+
+fn gathered_in_fewer_bits(comm: &Communicator, wire: Wire, len: usize) {
+    let counts: Vec<usize> = (0..comm.world()).map(|r| if r % 3 == 1 { 0 } else { len + r * 7 }).collect();
+    let rounds = match wire {
+        _ if comm.world() == 1 || comm.transport().unwrap() == "shm" => <[f32]>::to_vec,
+        Wire::Bf16 => half,
+        Wire::Q8 => q8,
+    };
+    let mut out = vec![0f32; counts.iter().sum()];
+    comm.all_gather_v_wire(&buffer(comm.rank(), counts[comm.rank()]), &mut out, &counts, wire).unwrap();
+    let expected: Vec<f32> = counts.iter().enumerate().flat_map(|(r, c)| rounds(&buffer(r, *c))).collect();
+    assert_same(&out, &expected, format_args!("all_gather of {counts:?} as {wire}"));
+}
+
+#[test]
+fn what_follows_a_sum_and_what_is_gathered_go_in_fewer_bits_too() {
+    for (over, world) in Over::ALL.iter().flat_map(|over| [1, 2, 3, 5].map(|world| (over, world))) {
+        over.threads(world, &Options::default(), |comm| {
+            for wire in Wire::ALL {
+                for (tokens, width) in [(0, 5), (1, 1), (1, 33), (3, 768), (5, 5003)] {
+                    fused_in_fewer_bits(&comm, wire, tokens, width);
+                }
+                for len in [0, 1, 32, 1000, 50_001] {
+                    gathered_in_fewer_bits(&comm, wire, len);
+                }
+            }
+            let error = comm.all_gather_v_wire(&[0i32], &mut vec![0; world], &vec![1; world], Wire::Q8);
+            assert!(error.unwrap_err().to_string().contains("all_gather_v_wire"));
+            if world == 1 {
+                return;
+            }
+            // Who doesn't send as many bits is told apart.
+            let (mut x, mut residual, weight) = ([1f32; 8], [1f32; 8], [1f32; 8]);
+            let error = match comm.rank() {
+                0 => comm.all_reduce_add_rms_norm_wire(&mut x, &mut residual, &weight, 0.0, Wire::Bf16),
+                _ => comm.all_reduce_add_rms_norm(&mut x, &mut residual, &weight, 0.0),
+            };
+            let text = error.unwrap_err().to_string();
+            assert!(text.contains("(8 x f32, sum, width 8, eps 0e0, wire bf16)"), "{text}");
+        });
+    }
 }
 
 #[test]

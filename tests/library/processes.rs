@@ -27,6 +27,8 @@ fn rank_process() {
         ("adapts", crate::links::adapts),
         #[cfg(feature = "tcp")]
         ("linked", crate::links::linked),
+        #[cfg(feature = "tcp")]
+        ("unproven", crate::mixed::unproven),
         ("endless", endless),
         ("leave", leave),
         ("mismatch", mismatch),

@@ -15,6 +15,7 @@ use tensorwire::transports::launch::Transport;
 use tensorwire::{Algorithm, DType, ReduceOp, Wire};
 
 use crate::failure::{Failure, ranks};
+use crate::form::Form;
 use crate::job::launched;
 use crate::launch::run_self;
 use collective::Lengths;
@@ -94,7 +95,7 @@ pub(crate) struct Args {
     explain: bool,
 
     /// How all_reduce sends its elements: f32, as they are; over tcp also bf16, or q8, scaled bytes
-    #[arg(long, default_value = "f32", value_parser = wire)]
+    #[arg(long, default_value = "f32", value_parser = str::parse::<Form>)]
     wire: Form,
 
     /// Batches a size
@@ -126,17 +127,6 @@ pub(crate) enum Buffer {
 
 #[derive(Clone, Copy, Debug)]
 struct Choice(Option<Algorithm>);
-
-/// `None` for elements as they are.
-#[derive(Clone, Copy, Debug)]
-struct Form(Option<Wire>);
-
-fn wire(text: &str) -> Result<Form, String> {
-    if text == "f32" {
-        return Ok(Form(None));
-    }
-    text.parse().map(|w| Form(Some(w))).map_err(|_| "use one of f32, bf16, q8".into())
-}
 
 fn algorithm(text: &str) -> Result<Choice, tensorwire::Error> {
     if text == "auto" { Ok(Choice(None)) } else { text.parse().map(|a| Choice(Some(a))) }

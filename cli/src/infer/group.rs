@@ -130,6 +130,7 @@ impl Group<'_> {
         if let Some(n) = self.args.max_tokens {
             option("--max-tokens", n.to_string().as_ref());
         }
+        option("--wire", self.args.wire.to_string().as_ref());
         args
     }
 }

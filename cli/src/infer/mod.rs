@@ -19,6 +19,7 @@ use tensorwire::topology::Planner;
 use tensorwire::transports::launch::Transport;
 
 use crate::failure::{Failure, print, ranks};
+use crate::form::Form;
 use crate::job::launched;
 use group::Group;
 use input::Input;
@@ -35,7 +36,8 @@ Without --model, a built-in Llama-shaped model runs: its weights come from a see
 its prompt and output are token ids.
 
 The same model then runs unsharded, in one process with all processors, and the results are compared: tokens
-must be equal. --no-verify leaves that out.
+must be equal. --no-verify leaves that out. With --wire bf16 or q8 they need not be: it is told how many are, and
+by how much the logits differ.
 
 As a program of `tensorwire launch`, it runs over the ranks of its job, on any hosts; rank 0 prints.
 
@@ -72,6 +74,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", conflicts_with = "texts", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
 
+    /// What stands for the elements that ranks exchange over a network, for slow links: f32, as they are; bf16, half as
+    /// long; or q8, a byte each and two for 32 of them. Results are then near the unsharded run's, not those
+    #[arg(long, default_value = "f32", value_name = "FORM", value_parser = str::parse::<Form>)]
+    wire: Form,
+
     /// Don't run the model unsharded, don't compare
     #[arg(long)]
     no_verify: bool,
@@ -85,6 +92,13 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let launched = launched()?;
     let place = launched.as_ref().map(|(env, _)| env);
     let ranks = place.map_or(args.ranks, |place| place.world);
+    let transport = launched.as_ref().map_or(args.transport, |(_, transport)| *transport);
+    if args.wire.0.is_some() && transport == Transport::Shm {
+        let wire = args.wire;
+        return Err(Failure::usage(format!(
+            "--wire {wire} is for networks: it takes --transport tcp or tls"
+        )));
+    }
     let input = Input::of(args)?;
     let plan = Planner::new(input.model.spec()).plan(ranks).map_err(Failure::usage)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -105,7 +119,8 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
         true => None,
         false => Some(unsharded.run(Progress::new(style, "unsharded", &input, false))?),
     };
-    let verified = reference.as_ref().map(|reference| verify::compare(&run, reference)).transpose()?;
+    let verified =
+        reference.as_ref().map(|reference| verify::compare(&run, reference, args.wire.0)).transpose()?;
 
     let report = Report {
         input: &input,

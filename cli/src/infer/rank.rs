@@ -23,6 +23,7 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let input = Input::of(args)?;
     let plan = Planner::new(input.model.spec()).plan(world).map_err(Failure::usage)?;
     let mut runtime = Runtime::load(&input.model, &plan, comm.clone()).map_err(failure)?;
+    runtime.set_wire(args.wire.0);
     let mut weight_bytes = vec![0; world];
     let held = comm.all_gather(&[runtime.loaded().weight_bytes], &mut weight_bytes);
     held.map_err(|e| failure(e.into()))?;

@@ -57,6 +57,15 @@ impl Report<'_> {
 
     fn comparison(&self, reference: &Run, verified: &Verified) -> String {
         let diff = verified.max_abs_diff;
+        if let Some(wire) = verified.wire {
+            let (same, of) = (verified.equal, self.run.tokens.len());
+            let tokens = match same {
+                _ if of == 0 => "embeddings".to_owned(),
+                _ if verified.equal_tokens() => format!("all {of} tokens equal, logits"),
+                _ => format!("the first {same} of {of} tokens equal, logits until then"),
+            };
+            return format!("sent as {wire}, against the unsharded run: {tokens} differ by up to {diff:.1e}");
+        }
         if self.run.tokens.is_empty() {
             return format!(
                 "same as the unsharded run: largest difference of an embedding's element {diff:.1e}"
@@ -85,6 +94,7 @@ impl Report<'_> {
         let mut set = |name: &str, value: Value| object.insert(name.into(), value);
         set("model_type", json!(self.input.model.spec().architecture.model_type()));
         set("ranks", json!(self.group.ranks));
+        set("wire", json!(self.group.args.wire.to_string()));
         set("threads_per_rank", json!(self.group.threads));
         match &self.input.task {
             Task::Embed(texts) => {
@@ -104,6 +114,7 @@ impl Report<'_> {
                 "against": "unsharded",
                 "max_abs_diff": verified.max_abs_diff,
                 "equal_tokens": verified.equal_tokens(),
+                "tokens_equal_until": verified.equal,
                 "rows_compared": verified.rows,
             })
         });

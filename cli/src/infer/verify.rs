@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use tensorwire::Wire;
+
 use super::group::Run;
 use crate::failure::Failure;
 
@@ -19,6 +21,10 @@ pub(super) struct Verified {
     pub(super) rows: usize,
     /// The first step whose tokens differ.
     first_different: Option<Step>,
+    /// Generated tokens before that one, or all.
+    pub(super) equal: usize,
+    /// In how few bits ranks exchanged what they computed: then nothing is promised but numbers.
+    pub(super) wire: Option<Wire>,
     embeds: bool,
 }
 
@@ -28,8 +34,8 @@ struct Step {
     unsharded: Option<u32>,
 }
 
-/// Compares a run with the reference.
-pub(super) fn compare(run: &Run, reference: &Run) -> Result<Verified, Failure> {
+/// Compares a run, whose ranks exchanged what they computed as `wire`, with the reference.
+pub(super) fn compare(run: &Run, reference: &Run, wire: Option<Wire>) -> Result<Verified, Failure> {
     let (ours, theirs) = (&run.tokens, &reference.tokens);
     let first_different =
         (0..ours.len().max(theirs.len())).find(|&i| ours.get(i) != theirs.get(i)).map(|index| Step {
@@ -60,7 +66,8 @@ pub(super) fn compare(run: &Run, reference: &Run) -> Result<Verified, Failure> {
             break;
         }
     }
-    Ok(Verified { max_abs_diff, rows, first_different, embeds: run.tokens.is_empty() })
+    let equal = first_different.as_ref().map_or(ours.len(), |step| step.index);
+    Ok(Verified { max_abs_diff, rows, first_different, equal, wire, embeds: ours.is_empty() })
 }
 
 impl Verified {
@@ -70,6 +77,12 @@ impl Verified {
 
     /// A difference that counts makes the run a failed one.
     pub(super) fn verdict(&self) -> Result<(), Failure> {
+        if let Some(wire) = self.wire {
+            return match self.max_abs_diff.is_nan() {
+                true => Err(Failure::run(format!("the run over {wire} gave what is not a number"))),
+                false => Ok(()),
+            };
+        }
         if let Some(Step { index, sharded, unsharded }) = &self.first_different {
             let name = |token: &Option<u32>| token.map_or("none".to_owned(), |id| id.to_string());
             return Err(Failure::run(format!(
@@ -119,36 +132,46 @@ mod tests {
 
     #[test]
     fn equal_tokens_pass_and_the_largest_difference_is_told() {
-        let v = compare(&run(&[1, 2], &[[0.5, 1.0], [2.0, 3.0]]), &run(&[1, 2], &[[0.5, 1.25], [2.0, 2.9]]))
-            .unwrap();
+        let (a, b) = (run(&[1, 2], &[[0.5, 1.0], [2.0, 3.0]]), run(&[1, 2], &[[0.5, 1.25], [2.0, 2.9]]));
+        let v = compare(&a, &b, None).unwrap();
         assert!(v.equal_tokens() && v.verdict().is_ok());
-        assert_eq!((v.max_abs_diff, v.rows), (0.25, 2));
+        assert_eq!((v.max_abs_diff, v.rows, v.equal), (0.25, 2, 2));
     }
 
     #[test]
     fn a_different_token_or_length_fails_and_later_rows_do_not_count() {
         let a = run(&[1, 2, 3], &[[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]]);
         let b = run(&[1, 5, 3], &[[0.0, 0.0], [1.0, 1.5], [0.0, 0.0]]);
-        let v = compare(&a, &b).unwrap();
+        let v = compare(&a, &b, None).unwrap();
         assert!(!v.equal_tokens());
-        assert_eq!((v.max_abs_diff, v.rows), (0.5, 2));
+        assert_eq!((v.max_abs_diff, v.rows, v.equal), (0.5, 2, 1));
         assert!(v.verdict().is_err());
-        let shorter = compare(&run(&[1], &[[0.0, 0.0]]), &run(&[1, 2], &[[0.0, 0.0]; 2])).unwrap();
+        let shorter = compare(&run(&[1], &[[0.0, 0.0]]), &run(&[1, 2], &[[0.0, 0.0]; 2]), None).unwrap();
         assert!(shorter.verdict().is_err());
+    }
+
+    #[test]
+    fn in_fewer_bits_only_numbers_are_promised() {
+        let (a, b) = (run(&[1, 2], &[[0.0, 0.5], [1.0, 1.0]]), run(&[1, 5], &[[0.0, 0.0], [1.0, 1.0]]));
+        let v = compare(&a, &b, Some(Wire::Q8)).unwrap();
+        assert!(v.verdict().is_ok());
+        assert_eq!((v.max_abs_diff, v.equal), (0.5, 1));
+        let nan = run(&[1, 2], &[[0.0, f32::NAN], [1.0, 1.0]]);
+        assert!(compare(&nan, &b, Some(Wire::Q8)).unwrap().verdict().is_err());
     }
 
     #[test]
     fn embeddings_must_be_close_and_numbers() {
         let unit = run(&[], &[[0.6, 0.8]]);
-        assert!(compare(&unit, &run(&[], &[[0.6, 0.800_01]])).unwrap().verdict().is_ok());
-        assert!(compare(&unit, &run(&[], &[[0.6, 0.81]])).unwrap().verdict().is_err());
-        assert!(compare(&unit, &run(&[], &[[f32::NAN, 0.8]])).unwrap().verdict().is_err());
+        let near = |row| compare(&unit, &run(&[], &[row]), None).unwrap().verdict().is_ok();
+        assert!(near([0.6, 0.800_01]));
+        assert!(!near([0.6, 0.81]) && !near([f32::NAN, 0.8]));
     }
 
     #[test]
     fn a_row_that_was_not_written_is_an_error() {
         let mut short = run(&[1], &[[0.0, 0.0]]);
         short.rows = 2;
-        assert!(compare(&short, &short).is_err());
+        assert!(compare(&short, &short, None).is_err());
     }
 }

@@ -392,7 +392,8 @@ impl Communicator {
     /// # Errors
     /// See [`Communicator`].
     pub fn barrier(&self) -> Result<()> {
-        let call = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 };
+        let call =
+            Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
         self.run(|state| with_engine!(state.engine, |engine| engine.run(call, |engine| engine.barrier())))
     }
 
@@ -425,7 +426,7 @@ impl Communicator {
 
 #[inline]
 pub(super) fn call<T: Element>(op: Op, count: usize) -> Call {
-    Call { op, dtype: Some(T::DTYPE), reduce: None, count: count as u64, root: None, layout: 0 }
+    Call { op, dtype: Some(T::DTYPE), reduce: None, count: count as u64, root: None, layout: 0, wire: None }
 }
 
 /// The bytes of block `r` of equal blocks of `count` elements.

@@ -1,9 +1,11 @@
 //! All-reduce with what a tensor-parallel model does next.
 
-use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result};
+use tensorwire_core::{Call, Element, Error, Op, ReduceOp, Result, Wire};
 
 use super::Communicator;
 use super::collectives::call;
+#[cfg(feature = "tcp")]
+use crate::engine::{Buffers, Either};
 use crate::engine::{Epilogue, with_engine};
 
 impl Communicator {
@@ -61,6 +63,37 @@ impl Communicator {
         weight: &[T],
         eps: f32,
     ) -> Result<()> {
+        self.all_reduce_add_rms_norm_as(x, residual, weight, eps, None)
+    }
+
+    /// As [`all_reduce_add_rms_norm`](Communicator::all_reduce_add_rms_norm), where `x` may be rounded on its way as by
+    /// [`all_reduce_wire`](Communicator::all_reduce_wire): both results are bitwise what that, an addition and the norm give
+    /// one after the other.
+    ///
+    /// # Errors
+    /// As for [`all_reduce_add_rms_norm`](Communicator::all_reduce_add_rms_norm); [`Error::InvalidArgument`] but for f32,
+    /// f16 and bf16.
+    pub fn all_reduce_add_rms_norm_wire<T: Element>(
+        &self,
+        x: &mut [T],
+        residual: &mut [T],
+        weight: &[T],
+        eps: f32,
+        wire: Wire,
+    ) -> Result<()> {
+        self.expect_wire::<T>("all_reduce_add_rms_norm_wire", ReduceOp::Sum, wire)?;
+        self.all_reduce_add_rms_norm_as(x, residual, weight, eps, Some(wire))
+    }
+
+    #[inline]
+    fn all_reduce_add_rms_norm_as<T: Element>(
+        &self,
+        x: &mut [T],
+        residual: &mut [T],
+        weight: &[T],
+        eps: f32,
+        wire: Option<Wire>,
+    ) -> Result<()> {
         self.expect("all_reduce_add_rms_norm: residual", "as many as x", Some(x.len()), residual.len())?;
         let width = self.width(x.len(), weight.len())?;
         if !(eps.is_finite() && eps >= 0.0) {
@@ -72,6 +105,7 @@ impl Communicator {
             reduce: Some(ReduceOp::Sum),
             root: Some(width),
             layout: eps.to_bits(),
+            wire,
             ..call::<T>(Op::AllReduceAddRmsNorm, x.len())
         };
         let x: &mut [u8] = bytemuck::cast_slice_mut(x);
@@ -80,6 +114,17 @@ impl Communicator {
             return Ok(());
         }
         self.run(|state| {
+            #[cfg(feature = "tcp")]
+            if let Some(wire) = wire
+                && let Some((encoded, algorithm)) = state.encoded(wire, &epilogue.sum(), x.len())?
+                && let Either::Tcp(engine) = &mut state.engine
+            {
+                return engine.run(call, |engine| {
+                    engine.all_reduce_encoded(Buffers::in_place(x), &encoded, algorithm)?;
+                    epilogue.finish_arrived(x, 0, x.len());
+                    Ok(())
+                });
+            }
             let algorithm = state.choose(x.len(), &epilogue.sum())?;
             with_engine!(state.engine, |engine| engine
                 .run(call, |engine| engine.all_reduce_add_rms_norm(x, epilogue, algorithm)))

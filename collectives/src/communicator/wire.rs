@@ -3,10 +3,12 @@
 use tensorwire_core::{Call, DType, Element, Error, Op, ReduceOp, Result, Wire};
 
 use super::Communicator;
-use super::collectives::call;
-#[cfg(feature = "tcp")]
-use crate::engine::Either;
+use super::collectives::{Blocks, call};
 use crate::engine::{Buffers, Reduction, with_engine};
+#[cfg(feature = "tcp")]
+use crate::engine::{Either, Encoded};
+#[cfg(feature = "tcp")]
+use crate::select::Algorithm;
 
 impl Communicator {
     /// As [`all_reduce`](Communicator::all_reduce), where the elements may be rounded on their way, to send fewer bytes:
@@ -33,16 +35,8 @@ impl Communicator {
     /// As for [`all_reduce`](Communicator::all_reduce); [`Error::InvalidArgument`] but for sums and averages of f32, f16
     /// and bf16.
     pub fn all_reduce_wire<T: Element>(&self, buf: &mut [T], op: ReduceOp, wire: Wire) -> Result<()> {
-        let types = matches!(T::DTYPE, DType::F32 | DType::F16 | DType::BF16);
-        if !types || !matches!(op, ReduceOp::Sum | ReduceOp::Average) {
-            let (rank, dtype) = (self.rank, T::DTYPE);
-            return Err(Error::invalid(format!(
-                "rank {rank}: all_reduce_wire: sums and averages of f32, f16 and bf16 can be sent as {wire}, not {op} of \
-                 {dtype}"
-            )));
-        }
-        let call = call::<T>(Op::AllReduce, buf.len());
-        let call = Call { reduce: Some(op), layout: wire as u32, ..call };
+        self.expect_wire::<T>("all_reduce_wire", op, wire)?;
+        let call = Call { reduce: Some(op), wire: Some(wire), ..call::<T>(Op::AllReduce, buf.len()) };
         let reduction = Reduction::new(T::DTYPE, op)?;
         let data = Buffers::in_place(bytemuck::cast_slice_mut(buf));
         if self.world == 1 {
@@ -50,20 +44,82 @@ impl Communicator {
         }
         self.run(|state| {
             #[cfg(feature = "tcp")]
-            if let (Some(codec), Either::Tcp(_)) =
-                (crate::reduce::Codec::new(wire, T::DTYPE, op), &state.engine)
+            if let (Some((encoded, algorithm)), Either::Tcp(engine)) =
+                (state.encoded(wire, &reduction, data.len())?, &mut state.engine)
             {
-                let encoded = reduction.encoded(&codec);
-                let bytes = codec.units(data.len() / size_of::<T>()) * codec.unit;
-                let algorithm = state.choose_rooted(bytes, &encoded)?;
-                if let Either::Tcp(engine) = &mut state.engine {
-                    return engine
-                        .run(call, |engine| engine.all_reduce_encoded(data, &codec, &encoded, algorithm));
-                }
+                return engine.run(call, |engine| engine.all_reduce_encoded(data, &encoded, algorithm));
             }
             let algorithm = state.choose(data.len(), &reduction)?;
             with_engine!(state.engine, |engine| engine
                 .run(call, |engine| engine.all_reduce(data, &reduction, algorithm, None)))
         })
+    }
+
+    /// As [`all_gather_v`](Communicator::all_gather_v), where the elements may be rounded on their way, to send fewer bytes:
+    /// once, and so by half of what [`Wire`] says for a sum of one contribution. Every rank gets the same bits, of its own
+    /// block too. Where it would save nothing, the elements are sent as they are.
+    ///
+    /// # Errors
+    /// As for [`all_gather_v`](Communicator::all_gather_v); [`Error::InvalidArgument`] but for f32, f16 and bf16.
+    pub fn all_gather_v_wire<T: Element>(
+        &self,
+        input: &[T],
+        output: &mut [T],
+        counts: &[usize],
+        wire: Wire,
+    ) -> Result<()> {
+        self.expect_wire::<T>("all_gather_v_wire", ReduceOp::Sum, wire)?;
+        let blocks = Blocks::new::<T>(self, "all_gather_v_wire", counts)?;
+        self.expect("all_gather_v_wire: input", "counts[rank]", Some(counts[self.rank]), input.len())?;
+        self.expect("all_gather_v_wire: output", "the sum of counts", Some(blocks.total), output.len())?;
+        let call = call::<T>(Op::AllGather, output.len());
+        let call = Call { layout: blocks.digest, wire: Some(wire), ..call };
+        if self.world == 1 {
+            output.copy_from_slice(input);
+            return Ok(());
+        }
+        let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
+        let block = |r: usize| blocks.of(r);
+        self.run(|state| {
+            #[cfg(feature = "tcp")]
+            if let (Some(encoded), Either::Tcp(engine)) =
+                (Reduction::new(T::DTYPE, ReduceOp::Sum)?.encoded(wire), &mut state.engine)
+            {
+                return engine.run(call, |engine| engine.all_gather_encoded(input, output, block, &encoded));
+            }
+            with_engine!(state.engine, |engine| engine.run(call, |engine| engine.all_gather(
+                Some(input),
+                output,
+                block,
+                None
+            )))
+        })
+    }
+
+    /// Fails where nothing could be sent as `wire`.
+    pub(super) fn expect_wire<T: Element>(&self, what: &str, op: ReduceOp, wire: Wire) -> Result<()> {
+        let types = matches!(T::DTYPE, DType::F32 | DType::F16 | DType::BF16);
+        if types && matches!(op, ReduceOp::Sum | ReduceOp::Average) {
+            return Ok(());
+        }
+        let (rank, dtype) = (self.rank, T::DTYPE);
+        Err(Error::invalid(format!(
+            "rank {rank}: {what}: sums and averages of f32, f16 and bf16 can be sent as {wire}, not {op} of {dtype}"
+        )))
+    }
+}
+
+#[cfg(feature = "tcp")]
+impl super::State {
+    /// The reduction of `bytes` of elements in fewer bits, and its algorithm; `None` where that saves nothing.
+    pub(super) fn encoded(
+        &self,
+        wire: Wire,
+        r: &Reduction,
+        bytes: usize,
+    ) -> Result<Option<(Encoded, Algorithm)>> {
+        let encoded = r.encoded(wire).filter(|_| matches!(self.engine, Either::Tcp(_)));
+        let choose = |e: Encoded| Ok((e, self.choose_rooted(e.bytes(bytes), r)?));
+        encoded.map(choose).transpose()
     }
 }

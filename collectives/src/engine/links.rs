@@ -30,6 +30,7 @@ impl NetEngine {
             count: bytes as u64,
             root: Some(messages as u32),
             layout: (times as u32) << 1 | class as u32,
+            wire: None,
         };
         let mut slowest = [0u64];
         self.run(call, |engine| {

@@ -21,6 +21,8 @@ mod pipeline;
 mod symmetric;
 mod writer;
 
+#[cfg(feature = "tcp")]
+use tensorwire_core::Wire;
 use tensorwire_core::{Call, DType, Error, ReduceOp};
 use tensorwire_transports::shm::{Failure, Group, Incoming, Outgoing};
 
@@ -83,10 +85,12 @@ impl Reduction {
         algorithm.keeps_order(self.dtype, self.op)
     }
 
-    /// The same of elements in fewer bits.
+    /// The same of elements in fewer bits; `None` where that saves nothing, or isn't defined.
     #[cfg(feature = "tcp")]
-    pub(crate) fn encoded(&self, codec: &reduce::Codec) -> Reduction {
-        Reduction { kernel: codec.kernel, size: codec.unit, ..*self }
+    pub(crate) fn encoded(&self, wire: Wire) -> Option<Encoded> {
+        let codec = reduce::Codec::new(wire, self.dtype, self.op)?;
+        let reduction = Reduction { kernel: codec.kernel, size: codec.unit, ..*self };
+        Some(Encoded { codec, reduction, element: self.size })
     }
 
     /// The reduction of sums of some ranks: what each rank contributes to it is [alone](Reduction::alone), and what comes
@@ -126,6 +130,25 @@ impl Reduction {
         } else if let Some(input) = data.input {
             data.output.copy_from_slice(input);
         }
+    }
+}
+
+/// A reduction of elements that are sent in fewer bits.
+#[cfg(feature = "tcp")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Encoded {
+    codec: reduce::Codec,
+    /// Of what is sent.
+    reduction: Reduction,
+    /// Bytes of an element.
+    element: usize,
+}
+
+#[cfg(feature = "tcp")]
+impl Encoded {
+    /// What `bytes` of elements become.
+    pub(crate) fn bytes(&self, bytes: usize) -> usize {
+        self.codec.units(bytes / self.element) * self.codec.unit
     }
 }
 

@@ -10,10 +10,9 @@ use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
 
 use super::mixed::Local;
 use super::pipeline::Pipeline;
-use super::{Buffers, Epilogue, Network, Reduction, Sources};
+use super::{Buffers, Encoded, Epilogue, Network, Reduction, Sources};
 use crate::adapt::Adaptation;
 use crate::network::NetworkInUse;
-use crate::reduce::Codec;
 use crate::schedule::steps::{Rank, Step, Steps};
 use crate::schedule::{self, PIECE, direct, direct_piece, tree};
 use crate::select::Algorithm;
@@ -278,24 +277,31 @@ impl NetEngine {
         false
     }
 
-    /// Reduces every rank's input into every rank's output, in fewer bits: `r` reduces those.
+    /// Reduces every rank's input into every rank's output, in fewer bits.
     pub(crate) fn all_reduce_encoded(
         &mut self,
         data: Buffers<'_>,
-        codec: &Codec,
-        r: &Reduction,
+        encoded: &Encoded,
         algorithm: Algorithm,
     ) -> Result<(), Failure> {
-        let bytes = codec.units(data.len() / r.dtype.size()) * codec.unit;
-        // In words, so that it is aligned for any type; away while the steps are run.
+        self.in_fewer_bits(encoded.bytes(data.len()), |engine, units| {
+            encoded.codec.encode(data.input(), units);
+            engine.all_reduce_by(Buffers::in_place(units), &encoded.reduction, algorithm, None)?;
+            encoded.codec.decode(units, data.output);
+            Ok(())
+        })
+    }
+
+    /// Lends `bytes` for what elements become, aligned for any type.
+    fn in_fewer_bits(
+        &mut self,
+        bytes: usize,
+        body: impl FnOnce(&mut NetEngine, &mut [u8]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        // Away while the engine runs.
         let mut words = std::mem::take(&mut self.encoded);
         words.resize(bytes.div_ceil(8).max(words.len()), 0);
-        let units = &mut bytemuck::cast_slice_mut(&mut words)[..bytes];
-        codec.encode(data.input(), units);
-        let done = self.all_reduce_by(Buffers::in_place(units), r, algorithm, None);
-        if done.is_ok() {
-            codec.decode(units, data.output);
-        }
+        let done = body(self, &mut bytemuck::cast_slice_mut(&mut words)[..bytes]);
         self.encoded = words;
         done
     }
@@ -351,6 +357,28 @@ impl NetEngine {
         };
         direct::scatter(&mut self.steps, me, block, root);
         self.execute(Buffers { input: Some(input), output }, None)
+    }
+
+    /// As [`all_gather`](NetEngine::all_gather), in fewer bits: a rank's own block becomes what the others get of it.
+    pub(crate) fn all_gather_encoded(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        encoded: &Encoded,
+    ) -> Result<(), Failure> {
+        let Rank { rank: me, world } = self.me();
+        let mut ends = Vec::with_capacity(world);
+        for rank in 0..world {
+            ends.push(ends.last().unwrap_or(&0) + encoded.bytes(block(rank).len()));
+        }
+        let coded = |rank: usize| rank.checked_sub(1).map_or(0, |before| ends[before])..ends[rank];
+        self.in_fewer_bits(coded(world - 1).end, |engine, units| {
+            encoded.codec.encode(input, &mut units[coded(me)]);
+            engine.all_gather(None, units, coded, None)?;
+            (0..world).for_each(|rank| encoded.codec.decode(&units[coded(rank)], &mut output[block(rank)]));
+            Ok(())
+        })
     }
 
     /// `sends(r)` are the bytes of `input` that go to rank `r`, `receives(r)` those of `output` that come from

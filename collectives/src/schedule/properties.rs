@@ -7,8 +7,9 @@ use tensorwire_core::{DType, ReduceOp};
 use super::hierarchy::Hosts;
 use super::steps::simulate::{Sim, WORD, bytes, data, reduced, run, value, words};
 use super::steps::{Rank, Step, Steps};
-use super::{PIECE, all_reduce};
+use super::{PIECE, all_reduce, direct, part, tree};
 use crate::select::Algorithm;
+use tensorwire_transports::tcp::{Place, Span};
 
 /// Those that this module's schedules are for.
 const ALGORITHMS: [Algorithm; 7] = [
@@ -171,5 +172,70 @@ fn scratch_memory_does_not_grow_with_pipelined_buffers() {
     ] {
         assert!(scratch(algorithm, 64 << 20) <= most, "{algorithm}");
         assert_eq!(scratch(algorithm, 64 << 20), scratch(algorithm, 128 << 20), "{algorithm}");
+    }
+}
+
+/// Makes the steps of each rank, and checks that what ranks send and receive has the same lengths, in the same order, and
+/// that every byte of an output of `wanted(rank)` bytes is written: for buffers larger than there is memory for.
+fn fits(what: &str, world: usize, wanted: impl Fn(usize) -> usize, make: impl Fn(&mut Steps, Rank)) {
+    let mut messages = vec![(Vec::new(), Vec::new()); world * world];
+    for rank in 0..world {
+        let mut steps = Steps::default();
+        make(&mut steps, Rank { rank, world });
+        let mut written: Vec<Span> = Vec::new();
+        for step in steps.list() {
+            match *step {
+                Step::Send { to, span } => messages[rank * world + to].0.push(span.len()),
+                Step::Receive { from, span } => {
+                    messages[from * world + rank].1.push(span.len());
+                    written.push(span);
+                }
+                Step::Reduce { into, .. } | Step::Copy { into, .. } => written.push(into),
+                Step::Wait { .. } => {}
+            }
+        }
+        written.retain(|span| span.place == Place::Output);
+        written.sort_by_key(|span| span.start);
+        let mut end = 0;
+        for span in written {
+            assert!(span.start <= end, "{what}: rank {rank} of {world} leaves {end}..{}", span.start);
+            end = end.max(span.end);
+        }
+        assert_eq!(end, wanted(rank), "{what}: rank {rank} of {world}");
+    }
+    for (pair, (sent, received)) in messages.into_iter().enumerate() {
+        assert!(sent == received, "{what}: rank {} to {}", pair / world, pair % world);
+    }
+}
+
+#[test]
+fn offsets_go_beyond_32_bits() {
+    const SIZE: usize = 4;
+    let len = (5 << 30) / SIZE + 13;
+    let total = len * SIZE;
+    for (world, names) in
+        [(2, vec![0, 1]), (3, vec![0, 0, 1]), (4, vec![0, 1, 0, 1]), (5, vec![0, 0, 1, 1, 1])]
+    {
+        let hosts = Hosts::new(&names);
+        for algorithm in ALGORITHMS {
+            let make = |steps: &mut Steps, me: Rank| {
+                all_reduce(steps, me.rank, &hosts, algorithm, len, SIZE, PIECE);
+            };
+            fits(&algorithm.to_string(), world, |_| total, make);
+        }
+        let block = |r: usize| {
+            let part = part(len, SIZE, world, r);
+            part.start * SIZE..part.end * SIZE
+        };
+        let own = |r: usize| block(r).len();
+        fits("all_gather", world, |_| total, |steps, me| direct::all_gather(steps, me, block, PIECE, None));
+        fits("reduce_scatter", world, own, |steps, me| {
+            direct::reduce_scatter(steps, me, block, SIZE, PIECE);
+        });
+        fits("scatter", world, own, |steps, me| direct::scatter(steps, me, block, 1));
+        let each = |r: usize| r * total..(r + 1) * total;
+        fits("all_to_all", world, |_| world * total, |steps, me| direct::all_to_all(steps, me, each, each));
+        let received = |r: usize| if r == 0 { 0 } else { total };
+        fits("broadcast", world, received, |steps, me| tree::broadcast(steps, me, total, PIECE, 0));
     }
 }

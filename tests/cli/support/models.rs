@@ -1,4 +1,5 @@
 //! Small models in a directory, as they come from a hub.
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::path::Path;
 

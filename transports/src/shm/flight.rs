@@ -361,7 +361,7 @@ mod tests {
     use tensorwire_core::{DType, ReduceOp};
 
     fn call(op: Op) -> Call {
-        Call { op, dtype: Some(DType::F32), reduce: None, count: 8, root: None, layout: 0 }
+        Call { op, dtype: Some(DType::F32), reduce: None, count: 8, root: None, layout: 0, wire: None }
     }
 
     fn rank(rank: usize, last: u64, op: Op, took: Option<Duration>, ago: u64) -> RankRecord {

@@ -146,7 +146,15 @@ impl Group {
             recorded: 0,
             unrecorded: false,
             label: Label::NONE,
-            call: Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 },
+            call: Call {
+                op: Op::Barrier,
+                dtype: None,
+                reduce: None,
+                count: 0,
+                root: None,
+                layout: 0,
+                wire: None,
+            },
             fingerprint: 0,
             deadline: None,
             above: Vec::new(),
@@ -603,7 +611,8 @@ impl Handle {
     /// Ends the group: every rank's current or next call fails with [`Error::Aborted`] and `why`. Does nothing
     /// if the group has ended already.
     pub fn abort(&self, why: &str) {
-        let call = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 };
+        let call =
+            Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
         self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
     }
 

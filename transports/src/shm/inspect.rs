@@ -153,7 +153,15 @@ mod tests {
 
     fn barrier(group: &mut Group) {
         group
-            .begin(Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 })
+            .begin(Call {
+                op: Op::Barrier,
+                dtype: None,
+                reduce: None,
+                count: 0,
+                root: None,
+                layout: 0,
+                wire: None,
+            })
             .unwrap();
         let step = group.next_step().unwrap();
         group.publish();

@@ -150,7 +150,15 @@ mod tests {
     }
 
     fn call(op: Op, count: u64) -> Call {
-        Call { op, dtype: Some(tensorwire_core::DType::F32), reduce: None, count, root: None, layout: 0 }
+        Call {
+            op,
+            dtype: Some(tensorwire_core::DType::F32),
+            reduce: None,
+            count,
+            root: None,
+            layout: 0,
+            wire: None,
+        }
     }
 
     #[test]

@@ -164,6 +164,7 @@ mod tests {
             count: 7,
             root: None,
             layout: 0,
+            wire: None,
         };
         let other = Call { count: 8, ..call };
         let s = Duration::from_secs(1);

@@ -43,7 +43,8 @@ pub struct TcpGroup {
     deadline: Option<Deadline>,
 }
 
-const NOTHING: Call = Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0 };
+const NOTHING: Call =
+    Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
 
 impl TcpGroup {
     /// `shared` has been entered at the endpoint and knows all addresses.
