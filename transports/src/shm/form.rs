@@ -224,7 +224,7 @@ impl Group {
             let ready: Vec<usize> = come(true).map(|(r, _)| *r).collect();
             let missing: Vec<usize> = come(false).map(|(r, _)| *r).collect();
             // Each is seen for as long as the timeout allows, and no longer: it may make calls forever.
-            if !deadline.passed() {
+            if !missing.is_empty() && !deadline.passed() {
                 let reading = shared.clock.reading();
                 for r in &missing {
                     if let Some(left) = self.still_waits(*r, began, &reading) {

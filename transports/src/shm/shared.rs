@@ -158,10 +158,13 @@ impl Shared {
 
     /// For how much longer a rank will wait for another, if it has been seen to wait after `moment`.
     pub(super) fn still_waits(&self, rank: usize, moment: u64, reading: &Reading) -> Option<Duration> {
+        if self.has_left() {
+            return None;
+        }
         let control = self.words.control(rank);
         let looked = control.looked.load(Ordering::Relaxed);
         let remaining = Duration::from_nanos(control.remaining.load(Ordering::Relaxed));
-        (looked > moment && !self.has_left()).then(|| remaining.saturating_sub(reading.since(looked)))
+        (looked > moment).then(|| remaining.saturating_sub(reading.since(looked)))
     }
 
     /// The peer that a rank waits for, if it is seen to wait: it looks around every now and then, and has done
