@@ -1,6 +1,6 @@
 //! What carries more over QUIC on loopback, from one process to another: tensorwire, or quinn on tokio, as in quinn's own
-//! bulk benchmark (one thread on either side, one stream, read in order). quinn runs as it comes and with tensorwire's
-//! settings. Each is run in turn, some rounds; what counts is the median of the ratios.
+//! bulk benchmark (one thread on either side, one stream, read in order). quinn runs as it comes, with datagrams as large
+//! as tensorwire's, and with its windows too. All are run in turn, some rounds; what counts is the median of the ratios.
 //!
 //! The first process sends and takes the time until the second has said that it has everything.
 
@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ClientConfig, Endpoint, EndpointConfig, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    ClientConfig, Endpoint, EndpointConfig, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tensorwire::transports::store::{StoreServer, UnixStore};
 use tensorwire::transports::launch::Transport;
+use tensorwire::transports::store::{StoreServer, UnixStore};
 use tensorwire::transports::tcp::{
     Authority, Congestion, SECRET_VAR, Secret, TLS_CA_VAR, TLS_CERT_VAR, TLS_KEY_VAR, TcpOptions, Tls,
 };
@@ -29,26 +31,29 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.first().map(String::as_str) {
         Some("tensorwire-receives") => return tensorwire_receives(&args[1], args[2].parse()?),
-        Some("quinn-receives") => return quinn_receives(args[1] == "tuned"),
+        Some("quinn-receives") => return quinn_receives(args[1].parse()?),
         _ => {}
     }
     let mib: usize = args.first().map_or(Ok(1024), |a| a.parse())?;
     let rounds: usize = args.get(1).map_or(Ok(5), |a| a.parse())?;
-    let mut ratios = [Vec::new(), Vec::new()];
-    println!("GB/s       tensorwire  quinn as it comes  quinn with tensorwire's settings");
+    let mut ratios = [const { Vec::new() }; SETTINGS];
+    println!("GB/s   tensorwire   quinn: as it comes   large datagrams   and tensorwire's windows");
     for _ in 0..rounds {
         let ours = tensorwire_sends(mib)?;
-        let theirs = [quinn_sends(mib, false)?, quinn_sends(mib, true)?];
-        println!("           {ours:10.2}  {:17.2}  {:32.2}", theirs[0], theirs[1]);
-        for (ratios, theirs) in ratios.iter_mut().zip(theirs) {
+        print!("       {ours:10.2}");
+        for (settings, ratios) in ratios.iter_mut().enumerate() {
+            let theirs = quinn_sends(mib, settings)?;
+            print!("   {theirs:18.2}");
             ratios.push(ours / theirs);
         }
+        println!();
     }
+    print!("ours / theirs    ");
     for ratios in &mut ratios {
         ratios.sort_by(f64::total_cmp);
+        print!("   {:18.2}", ratios[ratios.len() / 2]);
     }
-    let [first, second] = ratios.map(|r| r[r.len() / 2]);
-    println!("ours / theirs, median: {first:28.2}  {second:32.2}");
+    println!();
     Ok(())
 }
 
@@ -100,10 +105,13 @@ fn tensorwire_receives(store: &str, mib: usize) -> Result<()> {
     Ok(())
 }
 
-/// tensorwire's settings over loopback: see transports/src/tcp/quic/config.rs.
-fn transport(tuned: bool) -> Arc<TransportConfig> {
+/// How quinn can be set: 0 as it comes, 1 with tensorwire's datagrams over loopback, 2 with its windows too; see
+/// transports/src/tcp/quic/config.rs.
+const SETTINGS: usize = 3;
+
+fn transport(settings: usize) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
-    if tuned {
+    if settings >= 1 {
         let mut congestion = CubicConfig::default();
         congestion.initial_window(384 << 10);
         let mut discovery = MtuDiscoveryConfig::default();
@@ -111,7 +119,10 @@ fn transport(tuned: bool) -> Arc<TransportConfig> {
         config
             .congestion_controller_factory(Arc::new(congestion))
             .initial_mtu(65_507)
-            .mtu_discovery_config(Some(discovery))
+            .mtu_discovery_config(Some(discovery));
+    }
+    if settings >= 2 {
+        config
             .stream_receive_window(VarInt::from_u32(512 << 10))
             .receive_window(VarInt::from_u32(512 << 10))
             .send_window(384 << 10);
@@ -119,12 +130,12 @@ fn transport(tuned: bool) -> Arc<TransportConfig> {
     Arc::new(config)
 }
 
-fn endpoint(tuned: bool, server: Option<ServerConfig>) -> Result<Endpoint> {
+fn endpoint(settings: usize, server: Option<ServerConfig>) -> Result<Endpoint> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 2 << 20)?;
     rustix::net::sockopt::set_socket_send_buffer_size(&socket, 2 << 20)?;
     let mut config = EndpointConfig::default();
-    if tuned {
+    if settings >= 1 {
         config.max_udp_payload_size(65_527)?;
     }
     Ok(Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime))?)
@@ -134,9 +145,9 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
-fn quinn_sends(mib: usize, tuned: bool) -> Result<f64> {
+fn quinn_sends(mib: usize, settings: usize) -> Result<f64> {
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["quinn-receives", if tuned { "tuned" } else { "" }])
+        .args(["quinn-receives", &settings.to_string()])
         .stdout(Stdio::piped())
         .spawn()?;
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
@@ -152,8 +163,8 @@ fn quinn_sends(mib: usize, tuned: bool) -> Result<f64> {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(crypto)?));
-        config.transport_config(transport(tuned));
-        let endpoint = endpoint(tuned, None)?;
+        config.transport_config(transport(settings));
+        let endpoint = endpoint(settings, None)?;
         let connection = endpoint.connect_with(config, address, "localhost")?.await?;
         let data = vec![1u8; PIECE];
         let (mut to, mut from) = connection.open_bi().await?;
@@ -174,7 +185,7 @@ fn quinn_sends(mib: usize, tuned: bool) -> Result<f64> {
     Ok(gb_per_s(mib, took))
 }
 
-fn quinn_receives(tuned: bool) -> Result<()> {
+fn quinn_receives(settings: usize) -> Result<()> {
     let key = rcgen::KeyPair::generate()?;
     let certificate = rcgen::CertificateParams::new(vec!["localhost".into()])?.self_signed(&key)?;
     runtime()?.block_on(async {
@@ -187,8 +198,8 @@ fn quinn_receives(tuned: bool) -> Result<()> {
                 PrivateKeyDer::try_from(key.serialize_der())?,
             )?;
         let mut config = ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(crypto)?));
-        config.transport_config(transport(tuned));
-        let endpoint = endpoint(tuned, Some(config))?;
+        config.transport_config(transport(settings));
+        let endpoint = endpoint(settings, Some(config))?;
         println!("{}", endpoint.local_addr()?);
         println!("{}", certificate.der().iter().map(u8::to_string).collect::<Vec<_>>().join(" "));
         let connection = endpoint.accept().await.ok_or("nobody came")?.await?;

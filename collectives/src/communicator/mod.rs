@@ -104,7 +104,8 @@ impl Communicator {
     /// `TENSORWIRE_TRANSPORT` says what carries the data: `shm`, or nothing, shared memory between ranks on one host; or,
     /// with the feature `tcp`, `tcp` between ranks on any hosts, who share the secret in `TENSORWIRE_SECRET` or in the
     /// file that `TENSORWIRE_SECRET_FILE` names; with the feature `tls`, `tls`, the same encrypted, where each rank also
-    /// shows the certificate in `TENSORWIRE_TLS_CERT` (see `tcp::Tls`); or `auto`: shared memory between ranks that have
+    /// shows the certificate in `TENSORWIRE_TLS_CERT` (see `tcp::Tls`); with the feature `quic`, `quic`, with the same
+    /// certificates over UDP; or `auto`: shared memory between ranks that have
     /// proved to be on one host, by reading there what another wrote, and TCP between the rest. Without a secret, `auto`
     /// is `shm`. How collectives use that network is in the variables that
     /// `network::NetworkOptions` reads.

@@ -3,7 +3,8 @@
 //! A rank listens at one port, and is connected to a peer when one of the two first sends to the other. Both sides
 //! of a connection prove that they know the job's [`Secret`] without sending it (see `hello`); who doesn't, or says
 //! something else, or nothing, is dropped and disturbs nobody. What is sent over a connection is encrypted and
-//! authenticated only over TLS ([`Secret::with_tls`](Secret#method.with_tls), with the feature `tls`).
+//! authenticated only over TLS ([`Secret::with_tls`](Secret#method.with_tls), with the feature `tls`) and over QUIC
+//! ([`TcpOptions::quic`], with the feature `quic`), where streams of QUIC take the place of TCP's connections.
 //!
 //! Data moves on the thread that makes the call, straight between its buffers and non-blocking sockets. Each piece
 //! has a 64-byte header with the sender's call, so that ranks whose calls differ learn both. A peer that is gone is
@@ -14,7 +15,7 @@
 //! connection ([`TcpOptions::send_buffer`], [`TcpOptions::receive_buffer`]), 16 KiB that are read ahead, and two pieces of
 //! 128 KiB that wait to be reduced. With few ranks it may take 2.5 MiB of the kernel's, and two larger pieces. TLS takes up
 //! to 160 KiB more: 64 KiB read ahead, 64 KiB encrypted ahead, and what it decrypts at once.
-//! Messages between two ranks have a connection of their own.
+//! Messages between two ranks have a connection of their own. Over QUIC, a peer takes less, and the port some: see `quic`.
 
 mod endpoint;
 mod form;

@@ -338,10 +338,7 @@ impl Port {
                 state.touched.push(*key);
             }
             let serves_nothing = connection.lanes.is_empty();
-            if serves_nothing
-                && (connection.drained || !connection.connected)
-                && connection.quiet + PATIENCE <= now
-            {
+            if serves_nothing && !connection.connected && connection.quiet + PATIENCE <= now {
                 over.push(*key);
                 continue;
             }
@@ -400,6 +397,9 @@ impl Port {
             }
         }
         self.transmit(state, key, now);
+        if state.connections.get(&key).is_some_and(|c| c.drained && c.lanes.is_empty()) {
+            state.forget(key);
+        }
         if let Some(at) = state.connections.get_mut(&key).and_then(|c| c.next()) {
             state.due = Some(state.due.map_or(at, |due| due.min(at)));
             // It sleeps long, for it knows of no timer before.
