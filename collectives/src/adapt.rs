@@ -30,7 +30,8 @@ pub(crate) const SMALL: usize = 8;
 pub(crate) const SMALL_TIMES: usize = 6;
 pub(crate) const LARGE_TIMES: usize = 3;
 
-/// The bytes of a large message: as the largest all-reduce's, within these limits.
+/// The bytes of a large message: those that a rank sends at most in the largest all-reduce, within these limits. In fewer, a
+/// bandwidth that makes a difference there couldn't be told from noise.
 const LARGE: RangeInclusive<usize> = 16 << 10..=256 << 10;
 
 /// What a link was seen to take, in microseconds on the slowest rank.
@@ -158,10 +159,10 @@ impl Adaptation {
         self.due_us.is_some_and(|due| self.spent_us > due)
     }
 
-    /// Bytes of the large messages by which they are.
-    pub(crate) fn large(&self) -> usize {
+    /// Bytes of the large messages by which `world` ranks do.
+    pub(crate) fn large(&self, world: usize) -> usize {
         let largest = self.used.iter().map(|u| u.bytes).max().unwrap_or(0);
-        largest.clamp(*LARGE.start(), *LARGE.end())
+        largest.saturating_mul(world - 1).clamp(*LARGE.start(), *LARGE.end())
     }
 
     /// Begins to account anew, where measuring is expected to take `us`.
@@ -272,7 +273,7 @@ mod tests {
 
         fn begin(&mut self) {
             let agreeing = self.links.inter.alpha_us;
-            let large = self.account.large();
+            let large = self.account.large(self.hosts.world());
             self.account.begin(measuring_us(&self.hosts, &self.links, &self.classes(), large, agreeing));
         }
 
@@ -290,7 +291,7 @@ mod tests {
                 self.account.note(Level::Ranks, bytes, allowed, us);
                 self.calls += 1;
             }
-            let large = self.account.large();
+            let large = self.account.large(self.hosts.world());
             let seen = |class: LinkClass| {
                 let (link, carried) =
                     (truth.of(class), Rings::new(&self.hosts, class).unwrap().sharing() * large);

@@ -108,14 +108,20 @@ impl NetEngine {
         let (hosts, links) = (self.network.hosts(), &self.network.links().links);
         let (costs, bytes) = (self.network.costs(), classes.len() * 2 * size_of::<u64>());
         let agreeing_us = costs.us(costs.choose(bytes, |_| true), bytes);
-        let us = adapt::measuring_us(hosts, links, &classes, self.adaptation.large(), agreeing_us);
+        let us = adapt::measuring_us(
+            hosts,
+            links,
+            &classes,
+            self.adaptation.large(self.group.world()),
+            agreeing_us,
+        );
         self.adaptation.begin(us);
     }
 
     /// Measures the links within a call that all ranks are in the end of, and takes them over if that pays.
     #[cold]
     pub(super) fn adapt(&mut self) -> Result<(), Failure> {
-        let (classes, large) = (self.classes(), self.adaptation.large());
+        let (classes, large) = (self.classes(), self.adaptation.large(self.group.world()));
         let mut took = Vec::with_capacity(2 * classes.len());
         for class in &classes {
             // The first makes the connection.
