@@ -70,7 +70,7 @@ fn seconds<const N: usize>(comm: &Communicator, effort: Effort, mut ways: [Way<'
 
 fn name(bytes: usize) -> String {
     match bytes {
-        1024.. if bytes % (1 << 20) == 0 => format!("{} MiB", bytes >> 20),
+        1024.. if bytes.is_multiple_of(1 << 20) => format!("{} MiB", bytes >> 20),
         1024.. => format!("{} KiB", bytes >> 10),
         _ => format!("{bytes} B"),
     }

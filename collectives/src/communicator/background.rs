@@ -222,7 +222,7 @@ impl Background {
         }
     }
 
-    /// Makes calls, one behind the other, until `done` or none is left. While they wait for peers they spin, or not.
+    /// Makes calls, one behind the other, until `done` or none is left. While they wait for the network they spin, or not.
     fn drive<'a>(&'a self, mut queue: Held<'a>, spin: bool, done: impl Fn(&Queue) -> bool) -> Held<'a> {
         queue.driven = true;
         while !done(&queue) {
@@ -334,7 +334,7 @@ impl Background {
         }
     }
 
-    /// The thread: makes the calls that nobody waits for. It doesn't spin, for others compute meanwhile.
+    /// The thread: makes the calls that nobody waits for. Over a network it doesn't spin, for others compute meanwhile.
     fn run(&self) {
         let mut queue = lock(&self.queue);
         while !queue.closed || queue.has_calls() || queue.driven {

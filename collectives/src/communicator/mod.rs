@@ -428,17 +428,13 @@ impl Communicator {
         }
     }
 
-    /// Sets whether calls spin for a while when they wait, also the one that is running.
+    /// Sets whether calls over a network spin for a while when they wait, also the one that is running. In shared memory
+    /// they always do: there waits are short, and a peer that has to be woken takes longer than most of them.
+    #[cfg_attr(not(feature = "tcp"), expect(unused_variables, reason = "there is no network"))]
     fn spin(&self, spin: bool) {
-        match &self.inner.handle {
-            Handle::Shm(handle) => handle.spin(spin),
-            #[cfg(feature = "tcp")]
-            Handle::Tcp(handle, local) => {
-                handle.spin(spin);
-                if let Some(local) = local {
-                    local.spin(spin);
-                }
-            }
+        #[cfg(feature = "tcp")]
+        if let Handle::Tcp(handle, _) = &self.inner.handle {
+            handle.spin(spin);
         }
     }
 }

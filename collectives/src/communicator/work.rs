@@ -161,7 +161,7 @@ impl Communicator {
     ///
     /// Started calls are made in the order in which they were started, one behind the other, and a blocking call waits
     /// for them first. Up to 1024 may be under way; starting another waits for the first of them. While they wait for
-    /// peers they leave the processor to others.
+    /// peers for long they leave the processor to others, over a network at once.
     ///
     /// ```
     /// # use tensorwire_collectives::Communicator;

@@ -445,7 +445,7 @@ impl Group {
         let deadline = *self.deadline.get_or_insert_with(|| Deadline::after(self.options.timeout));
         let arrived = || awaited.arrived(&self.shared);
         self.shared.ring();
-        if self.patience.spin_until(self.shared.spins.load(Ordering::Relaxed), arrived) {
+        if self.patience.spin_until(arrived) {
             return Ok(());
         }
         let me = self.shared.words.control(self.rank());
@@ -614,12 +614,6 @@ impl Handle {
         let call =
             Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
         self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
-    }
-
-    /// Sets whether waits spin before they sleep, as they do unless told otherwise: who computes meanwhile may have more
-    /// use for the processor.
-    pub fn spin(&self, spin: bool) {
-        self.shared.spins.store(spin, Ordering::Relaxed);
     }
 
     /// What every rank is doing, and did last.

@@ -1,7 +1,6 @@
 //! A group as one rank sees it, and what any thread of the rank may do with it: end it, wake those who sleep,
 //! and look at what every rank is doing.
 
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tensorwire_core::{Call, Error};
@@ -23,8 +22,6 @@ pub(super) struct Shared {
     pub(super) clock: Clock,
     /// What the group of which this is a host's part calls these ranks; empty for a group of its own.
     pub(super) names: Vec<usize>,
-    /// Whether the rank's waits spin. Any thread of the rank may set it at any time; a hint: Relaxed.
-    pub(super) spins: AtomicBool,
     /// Held by the thread of this rank that writes the rank's verdict.
     failing: Mutex,
 }
@@ -33,14 +30,7 @@ impl Shared {
     pub(super) fn new(words: Words, rank: usize) -> Shared {
         // Relaxed: a number for a person.
         words.control(rank).pid.store(std::process::id(), Ordering::Relaxed);
-        Shared {
-            words,
-            rank,
-            clock: Clock::of_this_machine(),
-            names: Vec::new(),
-            spins: AtomicBool::new(true),
-            failing: Mutex::default(),
-        }
+        Shared { words, rank, clock: Clock::of_this_machine(), names: Vec::new(), failing: Mutex::default() }
     }
 
     pub(super) fn world(&self) -> usize {

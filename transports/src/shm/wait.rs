@@ -28,12 +28,12 @@ impl Patience {
         }
     }
 
-    /// Burns time, if it is to `spin`, until `arrived` or until it is time to sleep; whether it arrived. While it spins it doesn't yield:
+    /// Burns time until `arrived` or until it is time to sleep; whether it arrived. While it spins it doesn't yield:
     /// where another program computes on this processor, that would give it the rest of this rank's turn, for a peer
     /// that takes some 50 us to wake.
-    pub(super) fn spin_until(&self, spin: bool, arrived: impl Fn() -> bool) -> bool {
+    pub(super) fn spin_until(&self, arrived: impl Fn() -> bool) -> bool {
         let start = Instant::now();
-        while spin && start.elapsed() < self.spin {
+        while start.elapsed() < self.spin {
             for _ in 0..64 {
                 if arrived() {
                     return true;
