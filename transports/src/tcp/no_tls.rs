@@ -16,7 +16,7 @@ impl Tls {
 }
 
 #[derive(Debug)]
-pub(super) struct Session(Infallible);
+pub(crate) struct Session(Infallible);
 
 impl Session {
     pub(super) fn client(tls: &Tls, _: Identity) -> io::Result<Session> {
