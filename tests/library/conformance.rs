@@ -363,45 +363,6 @@ fn large_buffers_with_the_default_slots() {
     }
 }
 
-/// Of a buffer of more than 2^32 bytes.
-fn far(i: usize) -> u8 {
-    ((i ^ (i >> 8) ^ (i >> 16) ^ (i >> 24) ^ (i >> 32)) & 0x3f) as u8
-}
-
-/// Takes 14 GB of memory, and a minute: only where `TENSORWIRE_LARGE` is set.
-#[test]
-fn buffers_of_more_than_32_bits_of_bytes() {
-    if std::env::var_os("TENSORWIRE_LARGE").is_none() {
-        eprintln!("skipped: takes 14 GB of memory; TENSORWIRE_LARGE=1 runs it");
-        return;
-    }
-    let len = (1usize << 32) + 12_345;
-    let check = |x: &[u8], of: fn(u8) -> u8, what: &str| {
-        let wrong = x.iter().enumerate().position(|(i, x)| *x != of(far(i)));
-        assert_eq!(wrong, None, "{what}");
-    };
-    let options = Options { timeout: std::time::Duration::from_secs(300), ..Options::default() };
-    for over in Over::ALL {
-        over.threads(3, &options, |comm| {
-            let rank = comm.rank();
-            let mut x: Vec<u8> = if rank == 0 { (0..len).map(far).collect() } else { vec![0; len] };
-            // As one message, in pieces, and reduced.
-            match rank {
-                0 => comm.send(&x, 2).unwrap(),
-                2 => {
-                    comm.recv(&mut x, 0).unwrap();
-                    check(&x, |x| x, "received");
-                }
-                _ => {}
-            }
-            comm.broadcast(&mut x, 0).unwrap();
-            check(&x, |x| x, "broadcast");
-            comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
-            check(&x, |x| 3 * x, "all_reduce");
-        });
-    }
-}
-
 #[test]
 fn every_algorithm_gives_the_same_bits() {
     for (over, world) in Over::ALL.iter().flat_map(|over| [2, 3, 5].map(|world| (over, world))) {
