@@ -23,6 +23,10 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How long, when time is up, a rank has to decide before it is another's turn.
 const TURN: Duration = Duration::from_secs(1);
 
+/// Whether those who wait to go on show it, and look who waits elsewhere. That decides nothing but for how long they
+/// wait, and loom, for which no time passes, would try each look in every order.
+const HINTS: bool = !cfg!(loom);
+
 // `Control::shrinking`: 0, or
 /// the rank waits to go on;
 const READY: u32 = 1;
@@ -180,7 +184,9 @@ impl Group {
         mine.store(READY, Ordering::Release);
         shared.wake_everyone();
         let decision = self.decision().inspect_err(|_| mine.store(0, Ordering::Release));
-        self.show_waiting(None);
+        if HINTS {
+            self.show_waiting(None);
+        }
         let decision = decision?;
         mine.store(WENT_ON, Ordering::Relaxed);
         let members = decision.ranks();
@@ -224,7 +230,7 @@ impl Group {
             let ready: Vec<usize> = come(true).map(|(r, _)| *r).collect();
             let missing: Vec<usize> = come(false).map(|(r, _)| *r).collect();
             // Each is seen for as long as the timeout allows, and no longer: it may make calls forever.
-            if !missing.is_empty() && !deadline.passed() {
+            if HINTS && !missing.is_empty() && !deadline.passed() {
                 let reading = shared.clock.reading();
                 for r in &missing {
                     if let Some(left) = self.still_waits(*r, began, &reading) {
@@ -233,7 +239,9 @@ impl Group {
                 }
             }
             let left = missing.iter().map(|r| until[*r].remaining()).max().unwrap_or_default();
-            self.show_waiting(missing.first().map(|r| (*r, left)));
+            if HINTS {
+                self.show_waiting(missing.first().map(|r| (*r, left)));
+            }
             if deadline.passed() && left.is_zero() {
                 shared.words.control(me).shrinking.store(OVERDUE, Ordering::Release);
             }
