@@ -150,6 +150,20 @@ fn exercise(comm: &Communicator) {
                 }
                 assert_same(&x, &right, format_args!("call {call} of {len} in round {round}"));
             }
+            // Several under way at once on some ranks, one after the other on others.
+            let each = || buffer::<i32>(me, len);
+            if me % 2 == 0 {
+                let started = (0..6).map(|_| comm.start_all_reduce(each(), ReduceOp::Sum).unwrap());
+                for work in started.collect::<Vec<_>>() {
+                    assert_same(&work.wait().unwrap(), &right, format_args!("{len}, started"));
+                }
+            } else {
+                for _ in 0..6 {
+                    let mut x = each();
+                    comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+                    assert_same(&x, &right, format_args!("{len}, met by started ones"));
+                }
+            }
             let mut all = vec![0i32; len * world];
             comm.all_gather(&buffer::<i32>(me, len), &mut all).unwrap();
             assert_same(&all[me * len..][..len], &buffer::<i32>(me, len), "all_gather");
