@@ -10,8 +10,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, on which rank, with whom, in which call, and what to do about it.
 ///
-/// After [`PeerLost`](Error::PeerLost), [`Timeout`](Error::Timeout), [`Mismatch`](Error::Mismatch) or
-/// [`Aborted`](Error::Aborted) the communicator is poisoned: the ranks no longer agree on what was done, so
+/// After [`PeerLost`](Error::PeerLost), [`Timeout`](Error::Timeout), [`Mismatch`](Error::Mismatch),
+/// [`Corrupted`](Error::Corrupted) or [`Aborted`](Error::Aborted) the communicator is poisoned: the ranks no longer agree on what was done, so
 /// each further call returns [`Poisoned`](Error::Poisoned) and no result can be mistaken for data.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -69,6 +69,26 @@ pub enum Error {
         b: usize,
         /// What that one called.
         b_call: Box<Call>,
+    },
+
+    /// What one rank sent to another arrived otherwise, as its checksum shows (`TENSORWIRE_CHECKSUM`).
+    #[error(
+        "rank {rank}: {what} from rank {from} to rank {to} was damaged on the way, in {call} (call {seq}): look for \
+         what carries or rewrites their packets"
+    )]
+    Corrupted {
+        /// The rank that reports.
+        rank: usize,
+        /// The rank that sent it.
+        from: usize,
+        /// The rank that received it, and found out.
+        to: usize,
+        /// The call that could not finish.
+        call: Call,
+        /// Its number on this communicator, from 1.
+        seq: u64,
+        /// What was damaged, for a person.
+        what: String,
     },
 
     /// A peer gave the group up and said so.
@@ -136,8 +156,16 @@ pub enum Error {
 impl Error {
     /// Whether the communicator that it came from can't be used any more.
     pub fn ends_group(&self) -> bool {
-        use Error::{Aborted, Mismatch, PeerLost, Poisoned, Timeout};
-        matches!(self, PeerLost { .. } | Timeout { .. } | Mismatch { .. } | Aborted { .. } | Poisoned { .. })
+        use Error::{Aborted, Corrupted, Mismatch, PeerLost, Poisoned, Timeout};
+        matches!(
+            self,
+            PeerLost { .. }
+                | Timeout { .. }
+                | Mismatch { .. }
+                | Corrupted { .. }
+                | Aborted { .. }
+                | Poisoned { .. }
+        )
     }
 
     /// An [`Error::InvalidArgument`].

@@ -7,6 +7,8 @@ mod cut;
 mod faults;
 mod fused;
 mod groups;
+#[cfg(feature = "tcp")]
+mod impaired;
 mod job;
 #[cfg(feature = "tcp")]
 mod launchers;

@@ -13,6 +13,7 @@ const PEER_LOST: u32 = 1;
 const TIMEOUT: u32 = 2;
 const MISMATCH: u32 = 3;
 const ABORTED: u32 = 4;
+const CORRUPTED: u32 = 5;
 
 /// An [`Error`] in plain words that every process reads alike, valid from any bytes.
 #[derive(Clone, Copy, Debug)]
@@ -20,7 +21,7 @@ const ABORTED: u32 = 4;
 pub(crate) struct Verdict {
     kind: u32,
     by: u32,
-    /// The two ranks of a mismatch, or the lost one.
+    /// The two ranks of a mismatch, the lost one, or between which something was damaged.
     ranks: [u32; 2],
     /// The calls of the two ranks of a mismatch, and their number.
     calls: [[u64; 4]; 2],
@@ -95,6 +96,11 @@ impl Verdict {
                 v.seq = *seq;
                 v.calls = [a_call.to_words(), b_call.to_words()];
             }
+            Error::Corrupted { from, to, what, .. } => {
+                v.kind = CORRUPTED;
+                v.ranks = [*from as u32, *to as u32];
+                v.set_text(what);
+            }
             // Passed on, from another layer.
             Error::Aborted { by, why, .. } => {
                 v.by = *by as u32;
@@ -145,6 +151,10 @@ impl Verdict {
                 b: self.ranks[1] as usize,
                 b_call: Box::new(Call::from_words(self.calls[1]).unwrap_or(call)),
             },
+            CORRUPTED => {
+                let [from, to] = self.ranks.map(|r| r as usize);
+                Error::Corrupted { rank, from, to, call, seq, what: text }
+            }
             _ => Error::Aborted { rank, by, call, seq, why: text },
         }
     }
@@ -172,9 +182,10 @@ mod tests {
             Error::PeerLost { rank: 1, peer: 2, call, seq: 5, how: "its process ended".into() },
             Error::Timeout { rank: 1, call, seq: 5, waiting_for: vec![0, 3], after: s, instead: "é".into() },
             Error::Mismatch { rank: 1, seq: 5, a: 0, a_call: call.into(), b: 2, b_call: other.into() },
+            Error::Corrupted { rank: 1, from: 0, to: 2, call, seq: 5, what: "data".into() },
             Error::Aborted { rank: 1, by: 0, call, seq: 5, why: "é".repeat(300) },
         ];
-        for error in &errors[..3] {
+        for error in &errors[..4] {
             let verdict = Verdict::new(0, error);
             assert_eq!(verdict.error(1, call, 5).to_string(), error.to_string());
             #[cfg(feature = "tcp")]

@@ -448,7 +448,7 @@ mod tests {
         let (secret, options) = (Secret::fixed(), TcpOptions::default());
         let local = || socket::listen([127, 0, 0, 1].into(), 0..=0, &options).unwrap();
         let endpoint = Endpoint::serve(local(), String::new(), secret.clone(), &options, None).unwrap();
-        let group = Arc::new(Shared::new(1, 2, [7; 16]).unwrap());
+        let group = Arc::new(Shared::new(1, 2, [7; 16], false).unwrap());
         let zero = local();
         group.addresses.set(vec![zero.local_addr().unwrap(), endpoint.address()]).unwrap();
         endpoint.enter(&group);

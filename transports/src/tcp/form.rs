@@ -48,14 +48,16 @@ pub fn join(
     // A program may make several groups over one store: its nth meets the others' nth.
     let nth = store.add(&format!("tcp/made/{rank}"), 1, deadline)?;
     let key = |what: &str| format!("tcp/{nth}/{what}");
-    let id: [u8; 16] = match rank {
+    // Rank 0's choice of checksums holds for all.
+    let (id, checksum): ([u8; 16], bool) = match rank {
         0 => {
             let id: [u8; 16] = random()?;
             let mut head = (world as u64).to_le_bytes().to_vec();
+            head.push(options.checksum.into());
             head.extend_from_slice(&id);
             head.push(u8::from(options.quic.is_some()));
             store.set(&key("head"), &head, deadline)?;
-            id
+            (id, options.checksum)
         }
         _ => {
             let head =
@@ -68,18 +70,23 @@ pub fn join(
                     "rank {rank} was started for a world of {world}, rank 0 for {theirs}"
                 )));
             }
-            let fits: Option<(&[u8; 16], &[u8])> = id.split_first_chunk();
-            let (id, quic) = fits.ok_or_else(|| failed("the store holds no group".into()))?;
-            if quic != [u8::from(options.quic.is_some())] {
+            let fits = match id {
+                [checksum @ (0 | 1), id @ .., quic] => {
+                    id.try_into().ok().map(|id| (id, *checksum == 1, *quic))
+                }
+                _ => None,
+            };
+            let (id, checksum, quic) = fits.ok_or_else(|| failed("the store holds no group".into()))?;
+            if quic != u8::from(options.quic.is_some()) {
                 return Err(failed(format!(
                     "either rank {rank} or rank 0 is to talk over quic, and the other isn't: give all ranks of a job the \
                      same TENSORWIRE_TRANSPORT"
                 )));
             }
-            *id
+            (id, checksum)
         }
     };
-    let shared = Arc::new(Shared::new(rank, world, id)?);
+    let shared = Arc::new(Shared::new(rank, world, id, checksum)?);
     endpoint.enter(&shared);
     store.set(&key(&format!("at/{rank}")), endpoint.address().to_string().as_bytes(), deadline)?;
     let all = match rank {
@@ -176,7 +183,7 @@ impl TcpGroup {
         let digest = self.endpoint.secret().prove(kind, &name);
         let id = *digest.first_chunk().expect("a digest is longer than an id");
         let rank = ranks.iter().position(|r| *r == self.rank()).expect("this rank is one of them");
-        let shared = Arc::new(Shared::new(rank, ranks.len(), id)?);
+        let shared = Arc::new(Shared::new(rank, ranks.len(), id, self.shared.checksum)?);
         let all = self.shared.addresses.get().expect("a group knows its addresses");
         let _ = shared.addresses.set(ranks.iter().map(|r| all[*r]).collect());
         let _ = shared.job_ranks.set(ranks.iter().map(|r| self.shared.job_rank(*r)).collect());

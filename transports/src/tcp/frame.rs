@@ -7,6 +7,8 @@
 //! | 4 | kind |
 //! | 8..16 | the sender's collectives so far, this one included |
 //! | 16..24 | bytes of the payload |
+//! | 24..28 | with [checksums](super::TcpOptions::checksum), the payload's CRC-32; zero without |
+//! | 28..32 | with checksums, the CRC-32 of the rest of the header; zero without |
 //! | 32..64 | the sender's call |
 
 use tensorwire_core::Call;
@@ -17,6 +19,9 @@ use crate::shm::verdict::Verdict;
 pub(super) const HEADER: usize = 64;
 
 const MAGIC: [u8; 4] = *b"TWF1";
+
+/// Where a header has its checksums.
+const SUMS: std::ops::Range<usize> = 24..32;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,9 +38,40 @@ pub(super) enum Kind {
 }
 
 /// The frame that tells why a group has ended, whatever was going on.
-pub(super) fn parting(verdict: &Verdict) -> Vec<u8> {
-    let header = Header { kind: Kind::Verdict, seq: 0, len: Verdict::BYTES as u64, call: [0; 4] };
-    [&header.bytes()[..], verdict.bytes()].concat()
+pub(super) fn parting(verdict: &Verdict, checksum: bool) -> Vec<u8> {
+    let mut header = Header { kind: Kind::Verdict, seq: 0, len: Verdict::BYTES as u64, call: [0; 4] }.bytes();
+    if checksum {
+        seal(&mut header, verdict.bytes());
+    }
+    [&header[..], verdict.bytes()].concat()
+}
+
+/// Puts the checksums into a header: its own, and its payload's.
+pub(super) fn seal(header: &mut [u8; HEADER], payload: &[u8]) {
+    header[SUMS.start..SUMS.start + 4].copy_from_slice(&crc32fast::hash(payload).to_le_bytes());
+    let own = own_sum(header);
+    header[SUMS.start + 4..SUMS.end].copy_from_slice(&own.to_le_bytes());
+}
+
+/// The checksum of a header without itself.
+fn own_sum(header: &[u8; HEADER]) -> u32 {
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&header[..SUMS.start + 4]);
+    sum.update(&header[SUMS.end..]);
+    sum.finalize()
+}
+
+/// The header that `bytes` begin with, and its payload's checksum; `None` where they are none, or aren't as they were
+/// [sealed](seal).
+pub(super) fn unseal(bytes: &[u8]) -> Option<(Header, u32)> {
+    let mut b: [u8; HEADER] = *bytes.first_chunk()?;
+    let sum = |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().expect("four bytes"));
+    let (payload, own) = (sum(&b, SUMS.start), sum(&b, SUMS.start + 4));
+    if own != own_sum(&b) {
+        return None;
+    }
+    b[SUMS].fill(0);
+    Some((Header::parse(&b)?, payload))
 }
 
 /// A frame's header.
@@ -66,7 +102,7 @@ impl Header {
     #[inline]
     pub(super) fn parse(bytes: &[u8]) -> Option<Header> {
         let b: &[u8; HEADER] = bytes.first_chunk()?;
-        if b[..4] != MAGIC || b[5..8] != [0; 3] || b[24..32] != [0; 8] {
+        if b[..4] != MAGIC || b[5..8] != [0; 3] || b[SUMS] != [0; 8] {
             return None;
         }
         let kind = match b[4] {
@@ -97,6 +133,18 @@ mod tests {
             let kind = [Kind::Data, Kind::Message, Kind::Verdict, Kind::Leave][usize::from(kind) - 1];
             let header = Header { kind, seq, len, call };
             prop_assert_eq!(Header::parse(&header.bytes()), Some(header));
+        }
+
+        #[test]
+        fn a_sealed_header_is_found_changed_wherever_it_is(
+            payload in proptest::collection::vec(any::<u8>(), 0..100), at in 0usize..HEADER, by in 1u8..=255,
+        ) {
+            let header = Header { kind: Kind::Data, seq: 7, len: payload.len() as u64, call: [1, 2, 3, 4] };
+            let mut bytes = header.bytes();
+            seal(&mut bytes, &payload);
+            prop_assert_eq!(unseal(&bytes), Some((header, crc32fast::hash(&payload))));
+            bytes[at] ^= by;
+            prop_assert_eq!(unseal(&bytes), None);
         }
 
         #[test]

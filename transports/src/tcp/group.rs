@@ -247,7 +247,8 @@ impl TcpGroup {
     /// Waits until the first `received` receives of this call, and the first `sent` sends, are complete.
     ///
     /// # Errors
-    /// [`Error::PeerLost`], [`Error::Timeout`], [`Error::Mismatch`] or [`Error::Aborted`]; the group has ended then.
+    /// [`Error::PeerLost`], [`Error::Timeout`], [`Error::Mismatch`], [`Error::Corrupted`] or [`Error::Aborted`]; the group
+    /// has ended then.
     #[inline]
     pub fn wait(&mut self, received: usize, sent: usize, memory: &mut Memory<'_>) -> Result<(), Failure> {
         self.drive(Goal { received, sent }, false, memory).map(drop)
@@ -418,6 +419,9 @@ impl TcpGroup {
             Stop::Peer(peer, _, Trouble::Length { sent, expected }) => {
                 let why = format!("rank {peer} sent {sent} bytes where {expected} were expected");
                 Error::Aborted { rank, by: rank, call, seq, why }
+            }
+            Stop::Peer(peer, _, Trouble::Damaged(what)) => {
+                Error::Corrupted { rank, from: peer, to: rank, call, seq, what: what.to_owned() }
             }
             Stop::Late(waiting_for) => {
                 let seen: Vec<String> = waiting_for.iter().take(8).map(|peer| mesh.seen_of(*peer)).collect();

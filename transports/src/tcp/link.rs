@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tensorwire_core::Call;
 
-use super::frame::{HEADER, Header, Kind};
+use super::frame::{self, HEADER, Header, Kind};
 use super::memory::{Memory, Span};
 use super::stream::Stream;
 use crate::shm::verdict::Verdict;
@@ -22,6 +22,8 @@ struct Outgoing {
     /// Its place among all that the call sends, to any peer.
     number: usize,
     header: [u8; HEADER],
+    /// Whether the header has its checksums, where it is to have them.
+    sealed: bool,
     span: Span,
 }
 
@@ -52,11 +54,15 @@ pub(super) enum Trouble {
     Differs(Option<Call>, u64),
     /// The peer sends another number of bytes than its call says.
     Length { sent: u64, expected: usize },
+    /// What came isn't what was sent, as a checksum shows: which part of it.
+    Damaged(&'static str),
 }
 
 #[derive(Debug)]
 pub(super) struct Link {
     stream: Option<Stream>,
+    /// Whether frames have checksums.
+    checksum: bool,
     sends: VecDeque<Outgoing>,
     /// Bytes of the first of `sends` that are out.
     sent: usize,
@@ -65,6 +71,8 @@ pub(super) struct Link {
     staged: std::ops::Range<usize>,
     /// The header of the frame that is being received, or waits for a receive.
     header: Option<Header>,
+    /// The checksum of its payload, with checksums.
+    sum: u32,
     got: usize,
     /// Whether that frame was found to be for a later call: the kernel has nothing more for this one.
     ahead: bool,
@@ -74,15 +82,18 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new() -> Link {
+    /// All links of a group have checksums, or none has.
+    pub(super) fn new(checksum: bool) -> Link {
         Link {
             stream: None,
+            checksum,
             sends: VecDeque::new(),
             sent: 0,
             receives: VecDeque::new(),
             stage: Box::new([0; STAGE]),
             staged: 0..0,
             header: None,
+            sum: 0,
             got: 0,
             ahead: false,
             gone: None,
@@ -147,7 +158,7 @@ impl Link {
 
     #[inline]
     pub(super) fn send(&mut self, number: usize, header: [u8; HEADER], span: Span) {
-        self.sends.push_back(Outgoing { number, header, span });
+        self.sends.push_back(Outgoing { number, header, sealed: false, span });
     }
 
     /// The number of the first frame that isn't out yet.
@@ -160,12 +171,16 @@ impl Link {
     #[inline]
     pub(super) fn write(&mut self, memory: &Memory<'_>) -> Result<(usize, bool), Trouble> {
         let (mut done, mut moved) = (0, false);
-        while let Some(first) = self.sends.front() {
+        while let Some(first) = self.sends.front_mut() {
             if let (None, Some(gone)) = (&self.stream, &self.gone) {
                 return Err(Trouble::Lost(gone.clone()));
             }
             let Some(stream) = &mut self.stream else { break };
             let data = memory.read(first.span);
+            if self.checksum && !first.sealed {
+                frame::seal(&mut first.header, data);
+                first.sealed = true;
+            }
             let parts = [
                 IoSlice::new(&first.header[self.sent.min(HEADER)..]),
                 IoSlice::new(&data[self.sent.saturating_sub(HEADER)..]),
@@ -210,11 +225,7 @@ impl Link {
                         }
                         moved = true;
                     }
-                    let header = Header::parse(&self.stage[self.staged.clone()])
-                        .ok_or_else(|| Trouble::Lost("it sends what is no frame".to_owned()))?;
-                    self.staged.start += HEADER;
-                    self.header = Some(header);
-                    header
+                    self.parse()?
                 }
             };
             match header.kind {
@@ -228,6 +239,9 @@ impl Link {
                         }
                     }
                     let bytes = &self.stage[self.staged.clone()][..Verdict::BYTES];
+                    if self.checksum && crc32fast::hash(bytes) != self.sum {
+                        return Err(Trouble::Damaged("the word that the group has ended"));
+                    }
                     return Err(Trouble::Verdict(Box::new(Verdict::from_bytes(bytes))));
                 }
                 Kind::Leave => {
@@ -270,6 +284,22 @@ impl Link {
         }
     }
 
+    /// Takes the header that was read ahead.
+    #[inline]
+    fn parse(&mut self) -> Result<Header, Trouble> {
+        let bytes = &self.stage[self.staged.clone()];
+        let header = if self.checksum {
+            let (header, sum) = frame::unseal(bytes).ok_or(Trouble::Damaged("a header"))?;
+            self.sum = sum;
+            header
+        } else {
+            Header::parse(bytes).ok_or_else(|| Trouble::Lost("it sends what is no frame".to_owned()))?
+        };
+        self.staged.start += HEADER;
+        self.header = Some(header);
+        Ok(header)
+    }
+
     /// Receives the rest of a payload: whether it is complete.
     #[inline]
     fn payload(&mut self, span: Span, memory: &mut Memory<'_>, moved: &mut bool) -> Result<bool, Trouble> {
@@ -299,6 +329,9 @@ impl Link {
             rest[..n].copy_from_slice(&self.stage[self.staged.clone()][..n]);
             self.staged.start += n;
             self.got += n;
+        }
+        if self.checksum && crc32fast::hash(into) != self.sum {
+            return Err(Trouble::Damaged("data"));
         }
         Ok(true)
     }
@@ -361,13 +394,14 @@ impl Link {
                     }
                     continue;
                 }
-                self.header = Some(Header::parse(&self.stage[self.staged.clone()])?);
-                self.staged.start += HEADER;
+                self.parse().ok()?;
                 continue;
             };
             if header.kind == Kind::Verdict {
                 if self.staged.len() >= Verdict::BYTES {
-                    return Some(Box::new(Verdict::from_bytes(&self.stage[self.staged.clone()])));
+                    let bytes = &self.stage[self.staged.clone()][..Verdict::BYTES];
+                    let sound = !self.checksum || crc32fast::hash(bytes) == self.sum;
+                    return sound.then(|| Box::new(Verdict::from_bytes(bytes)));
                 }
             } else {
                 let skip =
@@ -416,7 +450,7 @@ mod tests {
     /// A link, and the other end of its connection.
     fn link() -> (Link, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut link = Link::new();
+        let mut link = Link::new(false);
         link.connect(TcpStream::connect(listener.local_addr().unwrap()).unwrap().into());
         (link, listener.accept().unwrap().0)
     }
@@ -489,8 +523,8 @@ mod tests {
             (endless, "Length { sent: 18446744073709551615, expected: 3 }"),
             (frame(1, b"ab"), "Length { sent: 2, expected: 3 }"),
             (frame(0, b"abc"), "Differs"),
-            (super::super::frame::parting(&verdict), "Verdict"),
-            (super::super::frame::parting(&verdict)[..200].to_vec(), "its process ended"),
+            (super::super::frame::parting(&verdict, false), "Verdict"),
+            (super::super::frame::parting(&verdict, false)[..200].to_vec(), "its process ended"),
         ];
         for (bytes, expected) in cases {
             let (mut link, mut peer) = link();

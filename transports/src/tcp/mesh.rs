@@ -65,6 +65,7 @@ pub(super) struct Around<'a> {
 #[derive(Debug)]
 pub(super) struct Mesh {
     world: usize,
+    checksum: bool,
     /// One a peer for collectives, then one a peer for messages; made at first use.
     links: Vec<Option<Box<Link>>>,
     /// Which of them there are.
@@ -89,9 +90,10 @@ pub(super) struct Mesh {
 }
 
 impl Mesh {
-    pub(super) fn new(world: usize) -> Mesh {
+    pub(super) fn new(world: usize, checksum: bool) -> Mesh {
         Mesh {
             world,
+            checksum,
             links: (0..2 * world).map(|_| None).collect(),
             live: Vec::new(),
             collective: Expected { kind: Kind::Data, seq: 0, call: [0; 4] },
@@ -136,7 +138,7 @@ impl Mesh {
 
     fn link(&mut self, place: usize) -> &mut Link {
         if self.links[place].is_none() {
-            self.links[place] = Some(Box::new(Link::new()));
+            self.links[place] = Some(Box::new(Link::new(self.checksum)));
             self.live.push(place);
         }
         self.links[place].as_mut().expect("made above")
@@ -537,7 +539,7 @@ impl Mesh {
         if std::mem::replace(&mut self.told, true) {
             return;
         }
-        let frame = frame::parting(verdict);
+        let frame = frame::parting(verdict, self.checksum);
         let until = Instant::now() + LAST_WORDS;
         // Those who came before the end was known here; who comes later is told on arrival.
         for (place, arrived) in shared.take_arrivals() {
@@ -581,7 +583,10 @@ impl Mesh {
     pub(super) fn leave(&mut self) {
         if !self.told {
             let Expected { seq, call, .. } = self.collective;
-            let frame = Header { kind: Kind::Leave, seq, len: 0, call }.bytes();
+            let mut frame = Header { kind: Kind::Leave, seq, len: 0, call }.bytes();
+            if self.checksum {
+                frame::seal(&mut frame, &[]);
+            }
             self.live.clone().into_iter().for_each(|place| self.link(place).say(&frame));
         }
     }

@@ -95,6 +95,8 @@ pub(super) struct Shared {
     pub(super) rank: usize,
     pub(super) world: usize,
     pub(super) id: GroupId,
+    /// Whether the group's frames have checksums.
+    pub(super) checksum: bool,
     /// Where each rank listens; known once all have come.
     pub(super) addresses: OnceLock<Vec<SocketAddr>>,
     /// Each rank's number in the job, which certificates name; unset where it is the same.
@@ -126,11 +128,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub(super) fn new(rank: usize, world: usize, id: GroupId) -> Result<Shared> {
+    pub(super) fn new(rank: usize, world: usize, id: GroupId, checksum: bool) -> Result<Shared> {
         Ok(Shared {
             rank,
             world,
             id,
+            checksum,
             addresses: OnceLock::new(),
             job_ranks: OnceLock::new(),
             wake: Arc::new(Wake::new().map_err(|e| Error::os("making an eventfd", e))?),
@@ -138,7 +141,10 @@ impl Shared {
             stirred: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             verdict: Mutex::new(None),
-            seat: Mutex::new(Seat { mesh: Some(Box::new(Mesh::new(world))), calls: VecDeque::new() }),
+            seat: Mutex::new(Seat {
+                mesh: Some(Box::new(Mesh::new(world, checksum))),
+                calls: VecDeque::new(),
+            }),
             went_on: AtomicBool::new(false),
             left_behind: AtomicBool::new(false),
             waits: Mutex::default(),
@@ -377,7 +383,7 @@ impl Shared {
         stream.belongs_to(&self.wake);
         if let Some(verdict) = self.verdict().filter(|_| !self.is_for_survivors(place)) {
             // A fresh connection has room. Where it has ended already, there is nobody to tell.
-            let _ = stream.say(&frame::parting(&verdict));
+            let _ = stream.say(&frame::parting(&verdict, self.checksum));
         }
         Slot::Ready(stream)
     }

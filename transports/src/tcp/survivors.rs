@@ -202,7 +202,7 @@ impl<'a> Talk<'a> {
         Talk {
             group,
             agreement: Agreement::new(me, world),
-            links: (0..world).map(|_| Link::new()).collect(),
+            links: (0..world).map(|_| Link::new(group.shared.checksum)).collect(),
             said: Vec::new(),
             heard: vec![0; len * world],
             len,

@@ -27,7 +27,7 @@ fn end(rank: usize, world: usize, secret: &Secret, options: &TcpOptions) -> End 
     let port = Port::open([127, 0, 0, 1].into(), secret, Congestion::Cubic, options).unwrap().unwrap();
     let listener = Listener::Quic(Arc::new(port));
     let endpoint = Endpoint::serve(listener, String::new(), secret.clone(), options, None).unwrap();
-    let shared = Arc::new(Shared::new(rank, world, [7; 16]).unwrap());
+    let shared = Arc::new(Shared::new(rank, world, [7; 16], false).unwrap());
     endpoint.enter(&shared);
     End { endpoint, shared }
 }

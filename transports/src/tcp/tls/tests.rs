@@ -132,7 +132,7 @@ fn group(authority: &Authority) -> (Endpoint, Arc<Shared>) {
     let options = TcpOptions::default();
     let listener = socket::listen([127, 0, 0, 1].into(), 0..=0, &options).unwrap();
     let endpoint = Endpoint::serve(listener, String::new(), secured(authority, 0), &options, None).unwrap();
-    let group = Arc::new(Shared::new(0, 3, [7; 16]).unwrap());
+    let group = Arc::new(Shared::new(0, 3, [7; 16], false).unwrap());
     endpoint.enter(&group);
     (endpoint, group)
 }
