@@ -455,7 +455,9 @@ impl Group {
             // Every peer that hasn't come to a step is needed, by this rank or by one that it waits for, and that
             // one may be elsewhere for long: so a death is known at once.
             for peer in awaited.late(&self.shared) {
-                self.check_peer(peer, awaited.of(peer), deadline).inspect_err(|_| self.show_waiting(None))?;
+                // Where it fails, for whom it waited stays to be seen, until that is long ago: in a group above, peers
+                // may find out just now who is late, before this rank has come there.
+                self.check_peer(peer, awaited.of(peer), deadline)?;
             }
             self.show_waiting(awaited.peers().last().map(|peer| (peer, deadline.remaining())));
             self.sleep(awaited, bell, deadline);
