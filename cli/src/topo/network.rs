@@ -94,8 +94,9 @@ pub(super) fn fit(samples: &[Sample], class: LinkClass) -> Result<Option<Fitted>
         of().filter(|s| s.messages == 1).map(|s| (s.bytes as f64, s.median_us)).collect();
     let burst = of().find(|s| s.messages > 1);
     let fitted = line(&points).zip(burst).map(|((fixed, us_a_byte), burst)| {
-        // Each message more keeps a rank busy once to send it and once to receive one.
-        let more = (burst.median_us - fixed) / (2 * (burst.messages - 1)) as f64;
+        // Beside what its bytes take, each message more keeps a rank busy once to send it and once to receive one.
+        let of_bytes = us_a_byte * burst.bytes as f64;
+        let more = (burst.median_us - fixed - of_bytes) / (2 * (burst.messages - 1)) as f64;
         let overhead_us = more.clamp(0.0, fixed / 2.0);
         // No more digits than were measured.
         let rounded = |x: f64| format!("{x:.3e}").parse().unwrap_or(x);
