@@ -276,7 +276,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(150))]
         #[test]
         fn fused_is_bitwise_one_after_the_other(case in case()) {
-            let slot_bytes = if case.small_slots { 4 * 4096 } else { Options::default().slot_bytes };
+            let slot_bytes = if case.small_slots { 8 * 4096 } else { Options::default().slot_bytes };
             let options = Options { slot_bytes, ..Options::default() };
             std::thread::scope(|s| {
                 for comm in Communicator::in_process_with(case.world, &options).unwrap() {
