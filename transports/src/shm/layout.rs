@@ -186,7 +186,7 @@ mod tests {
             {
                 let span = l.span(bytes);
                 for step in 1..10 * DEPTH {
-                    assert!(span.start(step) % 64 == 0 && span.start(step) + span.bytes <= l.slot);
+                    assert!(span.start(step).is_multiple_of(64) && span.start(step) + span.bytes <= l.slot);
                     let second_half = bytes <= l.slot / 2 && step % 2 == 1;
                     assert_eq!(span.start(step) >= l.slot / 2, second_half, "{world} {bytes} {step}");
                 }
