@@ -216,7 +216,7 @@ mod tests {
                 let words = Words::new(memory.map(start, layout.len).unwrap(), layout);
                 let mut group = Group::new(words, rank, Liveness::default(), &options);
                 let (op, dtype, reduce, count, root, layout) = (Op::Barrier, None, None, 0, None, 0);
-                group.begin(Call { op, dtype, reduce, count, root, layout }).unwrap();
+                group.begin(Call { op, dtype, reduce, count, root, layout, wire: None }).unwrap();
                 group.use_slots(PAGE);
                 Rank(ManuallyDrop::new(group))
             }));
