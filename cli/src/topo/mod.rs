@@ -30,7 +30,7 @@ follow it from then on: rank 0 reads it, and tells the others. TENSORWIRE_TABLE=
 nothing else run meanwhile.
 
 Over a network they choose by what messages cost: a latency, a bandwidth, and what each keeps a processor busy. With
---transport tcp or tls, --probe measures that between ranks on this host; as a program of `tensorwire launch`, between
+--transport tcp, tls or quic, --probe measures that between ranks on this host; as a program of `tensorwire launch`, between
 the ranks of its job, on one host and on several, and rank 0 keeps it in the same file, beside what was measured before.
 Ranks send to each other around a ring, all at once; the line that the times of all sizes miss by the least product of
 factors is what is kept. TENSORWIRE_INTRA and TENSORWIRE_INTER have precedence over it.
@@ -50,7 +50,7 @@ pub(crate) struct Args {
     #[arg(long)]
     probe: bool,
 
-    /// What --probe measures: shm, or the links of tcp or tls [default: shm]
+    /// What --probe measures: shm, or the links of tcp, tls or quic [default: shm]
     #[arg(long, requires = "probe", value_parser = str::parse::<Transport>)]
     transport: Option<Transport>,
 

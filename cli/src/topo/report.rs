@@ -167,7 +167,7 @@ pub(super) fn links(table: &Result<Table, Absent>) -> Result<Vec<LinkRow>, Failu
             row(LinkClass::Inter, links.inter, inter, measured.and_then(|n| n.inter)),
         ]
     };
-    Ok(["tcp", "tls"].into_iter().flat_map(of).collect())
+    Ok(["tcp", "tls", "quic"].into_iter().flat_map(of).collect())
 }
 
 pub(super) fn links_text(rows: &[LinkRow]) -> String {
