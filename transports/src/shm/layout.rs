@@ -125,9 +125,9 @@ impl Layout {
         self.control(self.world) + flags + self.slot * (rank * DEPTH as usize + (step % DEPTH) as usize)
     }
 
-    /// The span of steps that use `bytes` of their slot. Where half of it will do, odd steps use the second half: slots
-    /// begin at multiples of a large power of two, so that otherwise their pages would share half of the entries that a
-    /// processor keeps of its page tables, which costs a tenth of large calls.
+    /// The span of steps that use `bytes` of their slot. Where half of it will do, odd steps use the second half: if all
+    /// use the first, large calls take a tenth longer. Slots begin at multiples of a large power of two, so that the likely
+    /// reason is that their pages then share half of the entries that a processor keeps of its page tables.
     #[inline]
     pub(super) fn span(&self, bytes: usize) -> Span {
         debug_assert!(bytes <= self.slot);
