@@ -214,7 +214,10 @@ impl Group {
     }
 
     /// Begins a call: every wait until the next one checks that peers are in the same call.
-    #[inline]
+    ///
+    /// Always inlined, for a call is made of constants: written to memory in small pieces to be passed on, and read
+    /// there in large ones, it would have to wait for the pieces to leave the store buffer.
+    #[inline(always)]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
         // Of all calls so far: a rank that waits for nobody, as the root of a broadcast, is found out later. What is
@@ -231,7 +234,7 @@ impl Group {
     }
 
     /// Notes what this rank is doing, for errors; fails if the group has ended.
-    #[inline]
+    #[inline(always)]
     pub(super) fn enter(&mut self, call: Call) -> Result<(), Failure> {
         self.call = call;
         self.deadline = None;
