@@ -26,9 +26,11 @@ const MAX_HOSTFILE: u64 = 1 << 20;
 const EXAMPLES: &str = "\
 Each rank finds its place in TENSORWIRE_RANK, TENSORWIRE_WORLD, TENSORWIRE_LOCAL_RANK, TENSORWIRE_LOCAL_WORLD and
 TENSORWIRE_STORE, and what carries the bytes in TENSORWIRE_TRANSPORT and, a secret of this job, TENSORWIRE_SECRET;
-over tls and quic, its own certificate for this job is in TENSORWIRE_TLS_CERT, unless that is set already; its output is printed line by line behind `[rank N]`. SIGINT, SIGTERM and SIGHUP are passed on; a second
-SIGINT kills. When a rank fails, the others are ended within a second, and the exit status is that rank's
-(128 and the signal's number, if a signal killed it).
+over tls and quic, its own certificate for this job is in TENSORWIRE_TLS_CERT, unless that is set already; its output is
+printed line by line behind `[rank N]`. Where a host has as many processors as ranks, each rank may use its share of them
+alone, unless TENSORWIRE_BIND=none. SIGINT, SIGTERM and SIGHUP are passed on; a second SIGINT kills. When a rank fails,
+the others are ended within a second, and the exit status is that rank's (128 and the signal's number, if a signal killed
+it).
 
 A host file has one host a line, `HOST slots=N`, and `#` before comments. Its ranks run over tcp, tls or quic, in this working
 directory and with this environment, which must be there on every host, as must this program.

@@ -25,6 +25,7 @@ use super::sync::{Ordering, fence};
 use super::words::Words;
 use super::{Failure, Options, wait::Patience};
 use crate::liveness::Liveness;
+use crate::processors::{Processors, may_spin};
 
 /// How long a sleeping rank goes without looking whether its peers are alive.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(20);
@@ -42,6 +43,8 @@ pub struct Group {
     pub(super) liveness: Liveness,
     pub(super) options: Options,
     pub(super) patience: Patience,
+    /// Of each rank.
+    pub(super) processors: Vec<Processors>,
     /// The step that this rank is in.
     step: u64,
     /// Where the current call's steps keep their bytes.
@@ -131,12 +134,19 @@ impl Awaited {
 }
 
 impl Group {
-    pub(super) fn new(words: Words, rank: usize, liveness: Liveness, options: &Options) -> Group {
+    pub(super) fn new(
+        words: Words,
+        rank: usize,
+        liveness: Liveness,
+        processors: Vec<Processors>,
+        options: &Options,
+    ) -> Group {
         let world = words.layout.world;
         Group {
             shared: Arc::new(Shared::new(words, rank)),
             liveness,
-            patience: Patience::for_world(world),
+            patience: Patience::new(may_spin(&processors[rank], &processors)),
+            processors,
             options: options.clone(),
             step: 0,
             span: Span::NONE,

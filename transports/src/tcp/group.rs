@@ -47,13 +47,14 @@ const NOTHING: Call =
     Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
 
 impl TcpGroup {
-    /// `shared` has been entered at the endpoint and knows all addresses.
-    pub(super) fn new(shared: Arc<Shared>, endpoint: Arc<Endpoint>, options: TcpOptions) -> TcpGroup {
-        // Ranks at this rank's own address share its processors.
-        let here = endpoint.address().ip();
-        let local = shared.addresses.get().map_or(1, |all| all.iter().filter(|a| a.ip() == here).count());
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let spin = if local <= processors { SPIN } else { Duration::ZERO };
+    /// `shared` has been entered at the endpoint and knows all addresses; the rank `spins` if it has a processor of its own.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        endpoint: Arc<Endpoint>,
+        spins: bool,
+        options: TcpOptions,
+    ) -> TcpGroup {
+        let spin = if spins { SPIN } else { Duration::ZERO };
         let message = Expected { kind: Kind::Message, seq: 0, call: [0; 4] };
         TcpGroup {
             shared,
@@ -67,6 +68,10 @@ impl TcpGroup {
             message,
             deadline: None,
         }
+    }
+
+    pub(super) fn spins(&self) -> bool {
+        !self.spin.is_zero()
     }
 
     /// This rank.
