@@ -10,6 +10,7 @@
 //!
 //! A second kernel, made in the same way, ends a row of an all-reduce with addition and RMSNorm: [`AddRmsNorm`].
 
+mod convert;
 mod kernel;
 mod norm;
 mod number;
@@ -57,13 +58,14 @@ impl Kernels {
         let mut all = vec![&kernel::PORTABLE];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
                 all.push(&kernel::AVX2);
             }
             if is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vbmi")
             {
                 all.push(&kernel::AVX512);
             }
