@@ -74,7 +74,7 @@ pub(super) struct Portable;
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Avx2;
 
-/// AVX-512 with bytes and words and their permutations (VBMI), as all processors since Ice Lake and Zen 4 have it.
+/// AVX-512 as Ice Lake and Zen 4 were the first to have it: with permutations of bytes (VBMI) and sums of products (VNNI).
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Avx512;
 

@@ -9,6 +9,8 @@ use super::convert::{BLOCK, Convert, Portable};
 use super::number::Number;
 use super::op::{Average, BitAnd, BitOr, BitXor, Combine, Max, Min, PreScaledSum, Product, Sum};
 use super::{Kernel, Kernels, OPS, norm};
+#[cfg(feature = "tcp")]
+use super::{op::Divide, wire};
 
 /// As many elements left over are reduced as a block of their own; fewer take less time one by one.
 const FEW: usize = 8;
@@ -146,7 +148,22 @@ macro_rules! kernels {
             table[9] = integer!(u32);
             table[10] = integer!(i64);
             table[11] = integer!(u64);
-            Kernels { name: $name, table, add_rms_norm: &norm::$table }
+            Kernels {
+                name: $name,
+                table,
+                add_rms_norm: &norm::$table,
+                #[cfg(feature = "tcp")]
+                divide: [
+                    $entry::<f32, Divide>,
+                    $entry::<f16, Divide>,
+                    $entry::<bf16, Divide>,
+                    $entry::<f64, Divide>,
+                    $entry::<F8E4M3, Divide>,
+                    $entry::<F8E5M2, Divide>,
+                ],
+                #[cfg(feature = "tcp")]
+                wire: &wire::$table,
+            }
         };
     };
 }
@@ -155,4 +172,4 @@ kernels!(PORTABLE, Portable, portable, "portable");
 #[cfg(target_arch = "x86_64")]
 kernels!(AVX2, Avx2, avx2, "avx2", #[target_feature(enable = "avx2,f16c")]);
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX512, Avx512, avx512, "avx512", #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]);
+kernels!(AVX512, Avx512, avx512, "avx512", #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]);

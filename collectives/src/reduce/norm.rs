@@ -188,7 +188,7 @@ kernels!(PORTABLE, Portable, portable);
 #[cfg(target_arch = "x86_64")]
 kernels!(AVX2, Avx2, avx2, #[target_feature(enable = "avx2,f16c")]);
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX512, Avx512, avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]);
+kernels!(AVX512, Avx512, avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]);
 
 impl super::Kernels {
     /// The kernel that ends a row of an all-reduce with addition and RMSNorm; `None` but for f32, f16, bf16 and

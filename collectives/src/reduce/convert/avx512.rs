@@ -51,18 +51,19 @@ fn widen_bf16(x: [__m512i; 2]) -> [__m512; 4] {
     [even(a), odd(a), even(b), odd(b)]
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
 fn narrow_bf16(x: [__m512; 4]) -> [__m512i; 2] {
-    // The upper half is what rounding leaves, as in the portable conversion.
+    // The upper half is what rounding leaves, as in the portable conversion. To the bits are added both halves of
+    // another number: half a place less one, and one where the kept part is odd.
     let round = |x| {
         let bits = _mm512_castps_si512(replace_nan(x, f32::NAN));
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd)
+        let odd = _mm512_and_si512(bits, _mm512_set1_epi32(0x1_0000));
+        let halves = _mm512_or_si512(odd, _mm512_set1_epi32(0x7fff));
+        _mm512_dpwssd_epi32(bits, halves, _mm512_set1_epi16(1))
     };
-    let pair = |even, odd| {
-        _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(round(even)), round(odd))
-    };
+    let pair =
+        |even, odd| _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(round(even)), round(odd));
     let [a, b, c, d] = x;
     [pair(a, b), pair(c, d)]
 }
@@ -119,61 +120,71 @@ fn widen_small(x: __m512i, magnitudes: &Magnitudes) -> [__m512; 4] {
     [first(even), first(odd), second(even), second(odd)]
 }
 
+/// What to add to a number so that the sum's last byte is the number in an 8-bit format, by the lowest five bits of its
+/// exponent.
+///
+/// A power of two whose last place is the last that the format has: the sum is rounded to it. The lowest bits then count the
+/// places, from `1 << MANTISSA` on if it is a normal number; to that comes the exponent, from 0 for the least normal number's.
+type Places = [u32; 32];
+
+const fn places<const MANTISSA: u32>(least: f32, limit: f32) -> Places {
+    let mut places = [0; 32];
+    let (first, last) = (least.to_bits() >> 23, limit.to_bits() >> 23);
+    let mut exponent = first;
+    while exponent <= last {
+        places[exponent as usize % 32] = (exponent + 23 - MANTISSA) << 23 | (exponent - first) << MANTISSA;
+        exponent += 1;
+    }
+    places
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 #[inline]
 fn narrow_e4m3(x: [__m512; 4]) -> __m512i {
+    const LEAST: f32 = 1.0 / 64.0;
+    static PLACES: Places = places::<3>(LEAST, 480.0);
     // 480, which the format lacks, would have the bits that are NaN. 464, in the middle between it and the largest number,
     // goes to the latter, which is even; what is above goes to 480. Where one is NaN, the minimum is the second.
     let limit = |x| _mm512_min_ps(x, _mm512_set1_ps(480.0));
-    narrow_small::<20, 0x7e>(x, limit, 1.0 / 64.0)
+    narrow_small::<0x7e>(x, limit, LEAST, &PLACES)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 #[inline]
 fn narrow_e5m2(x: [__m512; 4]) -> __m512i {
+    const LEAST: f32 = 1.0 / 16384.0;
+    static PLACES: Places = places::<2>(LEAST, 98304.0);
     // 65536 would have the bits that are infinity, and half as much again the NaN's.
     let limit = |x| replace_nan(_mm512_min_ps(_mm512_set1_ps(65536.0), x), 98304.0);
-    narrow_small::<21, 0x7c>(x, limit, 1.0 / 16384.0)
+    narrow_small::<0x7c>(x, limit, LEAST, &PLACES)
 }
 
-/// Narrows to the 8-bit format that has `CUT` bits of mantissa less than f32, whose largest magnitude with a sign is `LARGEST`
-/// and whose least normal number is `least`. `limit` makes of a magnitude one of which the format has, or would
-/// have, the bits.
+/// Narrows to an 8-bit format, whose largest magnitude with a sign is `LARGEST`, and whose least normal number is `least`.
+/// `limit` makes of a magnitude one of which the format has, or would have, the bits.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 #[inline]
-fn narrow_small<const CUT: u32, const LARGEST: u8>(
+fn narrow_small<const LARGEST: u8>(
     x: [__m512; 4],
     limit: impl Fn(__m512) -> __m512,
     least: f32,
+    places: &Places,
 ) -> __m512i {
+    let [low, high]: [__m512; 2] = bytemuck::cast(*places);
     let magnitude = |x| {
-        let magnitude = _mm512_castps_si512(limit(_mm512_abs_ps(x)));
-        // The power of two that its mantissa counts from. That of subnormals is the least normal number's.
-        let power = _mm512_and_si512(magnitude, _mm512_set1_epi32(0x7f80_0000));
-        let power = _mm512_max_epu32(power, _mm512_set1_epi32(least.to_bits() as i32));
-        // Adding a number whose last place is the last that the format has rounds to it. The sum's lowest bits count
-        // them, from 1 << (23 - CUT) on if it is a normal number.
-        let place = _mm512_add_epi32(power, _mm512_set1_epi32((CUT << 23) as i32));
-        let sum = _mm512_add_ps(_mm512_castsi512_ps(magnitude), _mm512_castsi512_ps(place));
-        // To which adds the exponent, of which the least number's is too much.
-        _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_srli_epi32::<CUT>(power))
+        let magnitude = limit(_mm512_abs_ps(x));
+        // Subnormals count in the places of the least normal number. Magnitudes are in the order of their bits.
+        let normal =
+            _mm512_max_epu32(_mm512_castps_si512(magnitude), _mm512_set1_epi32(least.to_bits() as i32));
+        let exponent = _mm512_srli_epi32::<23>(normal);
+        _mm512_castps_si512(_mm512_add_ps(magnitude, _mm512_permutex2var_ps(low, exponent, high)))
     };
     let [a, b, c, d] = x;
     let magnitudes = bytes::<0>([magnitude(a), magnitude(b), magnitude(c), magnitude(d)]);
-    let magnitudes = _mm512_sub_epi8(magnitudes, _mm512_set1_epi8((least.to_bits() >> CUT) as i8));
-    let signs = bytes::<3>([
-        _mm512_castps_si512(a),
-        _mm512_castps_si512(b),
-        _mm512_castps_si512(c),
-        _mm512_castps_si512(d),
-    ]);
+    let bits = |x| _mm512_castps_si512(x);
+    let signs = bytes::<3>([bits(a), bits(b), bits(c), bits(d)]);
     let signed = _mm512_cmple_epu8_mask(magnitudes, _mm512_set1_epi8(LARGEST as i8));
-    _mm512_mask_add_epi8(
-        magnitudes,
-        signed & _mm512_movepi8_mask(signs),
-        magnitudes,
-        _mm512_set1_epi8(i8::MIN),
-    )
+    let negative = signed & _mm512_movepi8_mask(signs);
+    _mm512_mask_add_epi8(magnitudes, negative, magnitudes, _mm512_set1_epi8(i8::MIN))
 }
 
 /// Byte `N` of every first element, every second one, and so on, next to each other.

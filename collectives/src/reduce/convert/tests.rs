@@ -86,7 +86,8 @@ fn narrows<S: Convert<T>, T: Number<Wide = f32>>(x: &[f32]) {
 fn narrows_around_every_element<S: Convert<T>, T: Number<Wide = f32>>() {
     let mut x = Vec::new();
     for element in 0..1u32 << (8 * size_of::<T>()) {
-        let (this, next) = (of_bits::<T>(element).widen().to_bits(), of_bits::<T>(element + 1).widen().to_bits());
+        let (this, next) =
+            (of_bits::<T>(element).widen().to_bits(), of_bits::<T>(element + 1).widen().to_bits());
         let middle = this.wrapping_add(next.wrapping_sub(this) / 2);
         for bits in [this, middle] {
             x.extend((0..5).map(|i| f32::from_bits(bits.wrapping_add(i).wrapping_sub(2))));
