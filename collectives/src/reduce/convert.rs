@@ -103,15 +103,15 @@ macro_rules! convert {
 
             #[inline(always)]
             unsafe fn load(from: *const $t) -> [f32; BLOCK] {
-                // SAFETY: (1) the caller vouches for a block, which is as large as its registers, any bits being
-                // valid for both; (2) and for the instruction set.
-                bytemuck::cast(unsafe { $widen(from.cast::<$registers>().read_unaligned()) })
+                // SAFETY: (1) the caller vouches for a block, which is as large as its registers; (2) and for the
+                // instruction set; (3) registers are bits of any kind, as are f32s, and a wide block's are as large as it.
+                unsafe { std::mem::transmute($widen(from.cast::<$registers>().read_unaligned())) }
             }
 
             #[inline(always)]
             unsafe fn store(to: *mut $t, block: [f32; BLOCK]) {
-                // SAFETY: as above.
-                unsafe { to.cast::<$registers>().write_unaligned($narrow(bytemuck::cast(block))) }
+                // SAFETY: as above; and so are elements.
+                unsafe { to.cast::<$registers>().write_unaligned($narrow(std::mem::transmute(block))) }
             }
         }
     };

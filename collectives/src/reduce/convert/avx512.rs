@@ -24,6 +24,13 @@ fn replace_nan(x: __m512, nan: f32) -> __m512 {
     _mm512_fixupimm_ps::<0>(_mm512_set1_ps(nan), x, _mm512_set1_epi32(0x1111_1100))
 }
 
+/// A register from its halves, as which constants can be made without AVX-512.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn register([low, high]: [__m256i; 2]) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+}
+
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn widen_f16(x: [__m256i; 4]) -> [__m512; 4] {
@@ -104,9 +111,9 @@ fn widen_e5m2(x: __m512i) -> [__m512; 4] {
 #[inline]
 fn widen_small(x: __m512i, magnitudes: &Magnitudes) -> [__m512; 4] {
     let look_up = |table: [u8; 128]| {
-        let [a, b]: [__m512i; 2] = bytemuck::cast(table);
+        let [first, second] = bytemuck::cast(table);
         // Looks at the lowest seven bits of each byte of `x` alone.
-        _mm512_permutex2var_epi8(a, x, b)
+        _mm512_permutex2var_epi8(register(first), x, register(second))
     };
     let low = look_up(magnitudes[0]);
     let sign = _mm512_and_si512(x, _mm512_set1_epi8(i8::MIN));
@@ -169,14 +176,16 @@ fn narrow_small<const LARGEST: u8>(
     least: f32,
     places: &Places,
 ) -> __m512i {
-    let [low, high]: [__m512; 2] = bytemuck::cast(*places);
+    let [first, second] = bytemuck::cast(*places);
+    let (first, second) = (register(first), register(second));
     let magnitude = |x| {
         let magnitude = limit(_mm512_abs_ps(x));
         // Subnormals count in the places of the least normal number. Magnitudes are in the order of their bits.
         let normal =
             _mm512_max_epu32(_mm512_castps_si512(magnitude), _mm512_set1_epi32(least.to_bits() as i32));
         let exponent = _mm512_srli_epi32::<23>(normal);
-        _mm512_castps_si512(_mm512_add_ps(magnitude, _mm512_permutex2var_ps(low, exponent, high)))
+        let place = _mm512_permutex2var_epi32(first, exponent, second);
+        _mm512_castps_si512(_mm512_add_ps(magnitude, _mm512_castsi512_ps(place)))
     };
     let [a, b, c, d] = x;
     let magnitudes = bytes::<0>([magnitude(a), magnitude(b), magnitude(c), magnitude(d)]);
@@ -193,7 +202,7 @@ fn narrow_small<const LARGEST: u8>(
 fn bytes<const N: u8>(x: [__m512i; 4]) -> __m512i {
     // Of the second register, numbered from 64 on, at odd places.
     let places: [u8; BLOCK] = std::array::from_fn(|i| (i / 4 * 4) as u8 + N + (i % 2 * 64) as u8);
-    let places = bytemuck::cast(places);
+    let places = register(bytemuck::cast(places));
     let [a, b, c, d] = x;
     let first = _mm512_permutex2var_epi8(a, places, b);
     let second = _mm512_permutex2var_epi8(c, places, d);
