@@ -446,6 +446,7 @@ impl Group {
         let arrived = || awaited.arrived(&self.shared);
         self.shared.ring();
         if self.patience.spin_until(arrived) {
+            self.deadline = None;
             return Ok(());
         }
         let me = self.shared.words.control(self.rank());
@@ -463,6 +464,8 @@ impl Group {
             self.sleep(awaited, bell, deadline);
             if arrived() {
                 self.show_waiting(None);
+                // However long a call takes, it is late only where nobody comes.
+                self.deadline = None;
                 return Ok(());
             }
         }

@@ -39,7 +39,7 @@ pub struct TcpGroup {
     under_way: VecDeque<Call>,
     /// What the message that is being received must be.
     message: Expected,
-    /// When the current call gives up; set by its first wait that isn't short.
+    /// When the current call gives up, unless something moves before; set by a wait that isn't short.
     deadline: Option<Deadline>,
 }
 

@@ -342,6 +342,10 @@ impl Mesh {
             }
             if moved {
                 idle = None;
+                // However long a call takes, it is late only where nothing moves.
+                if deadline.take().is_some() {
+                    self.asked_at = None;
+                }
                 continue;
             }
             let now = Instant::now();
@@ -353,8 +357,9 @@ impl Mesh {
                 }
                 continue;
             }
+            let known = std::mem::replace(&mut slept, true) && deadline.is_some();
             let deadline = *deadline.get_or_insert_with(|| Deadline::after(timeout));
-            if !std::mem::replace(&mut slept, true) {
+            if !known {
                 around.shared.set_waits(Some(deadline));
             }
             self.sleep(goal, around, message, deadline, memory)?;

@@ -42,7 +42,8 @@ impl FromStr for Congestion {
 /// What can be set about a group over TCP, TLS or QUIC.
 #[derive(Clone, Debug)]
 pub struct TcpOptions {
-    /// How long a call, or joining the group, waits for peers. `TENSORWIRE_TIMEOUT`, in seconds.
+    /// How long joining the group takes at most, and how long a call waits while nothing comes of the peers it waits for.
+    /// `TENSORWIRE_TIMEOUT`, in seconds.
     pub timeout: Duration,
     /// After how long a host that answers nothing counts as cut off: at least 2 seconds. `TENSORWIRE_PEER_TIMEOUT`, in
     /// seconds.
