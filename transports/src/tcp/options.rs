@@ -111,6 +111,17 @@ impl TcpOptions {
         TcpOptions::from_lookup(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
     }
 
+    /// The same for a job over `transport`, whatever `TENSORWIRE_TRANSPORT` says.
+    ///
+    /// # Errors
+    /// See [`from_env`](TcpOptions::from_env).
+    pub fn for_transport(transport: Transport) -> Result<TcpOptions> {
+        TcpOptions::from_lookup(|name| match name {
+            TRANSPORT_VAR => Some(transport.name().to_owned()),
+            _ => std::env::var(name).ok().filter(|v| !v.is_empty()),
+        })
+    }
+
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<TcpOptions> {
         let mut options = TcpOptions::default();
         let seconds = |name: &str, default: Duration| match lookup(name) {
