@@ -30,7 +30,7 @@ const MAX_ARRIVALS: usize = 128;
 /// How soon a dial is tried again that the peer refused for its own, which it was about to make.
 const CROSSED: Duration = Duration::from_millis(50);
 
-/// How soon a dial that was cut is tried again.
+/// How soon a dial that was cut is tried again, for the first time; each further time is so much later.
 const RETRY: Duration = Duration::from_millis(5);
 
 /// How often: a rank that ends hangs up too, and then nobody listens there; one that has another secret goes on.
@@ -372,7 +372,9 @@ impl Inner {
             Err(Refusal::Status(Status::Crossed)) => return self.again(request, now, CROSSED),
             Err(Refusal::Cut | Refusal::Unproved | Refusal::Untrusted) if request.tries > 0 => {
                 request.tries -= 1;
-                return self.again(request, now, RETRY);
+                // Over a second in all: a flood that pushes handshakes out may take that long to pass.
+                let after = RETRY * (RETRIES - request.tries);
+                return self.again(request, now, after);
             }
             Err(refusal) => self.refused(&request, &refusal),
         }
