@@ -461,15 +461,7 @@ fn a_call_may_take_longer_than_the_timeout_while_its_ranks_come() {
     std::thread::scope(|s| {
         for mut group in shm::in_process(2, &options).unwrap() {
             s.spawn(move || {
-                let barrier = Call {
-                    op: Op::Barrier,
-                    dtype: None,
-                    reduce: None,
-                    count: 0,
-                    root: None,
-                    layout: 0,
-                    wire: None,
-                };
+                let barrier = Call::bare(Op::Barrier);
                 group.begin(barrier).unwrap();
                 for _ in 0..STEPS {
                     let step = group.next_step().unwrap();

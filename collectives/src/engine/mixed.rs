@@ -48,8 +48,7 @@ const BLOCK: usize = 8 << 20;
 /// Bytes that a rank tells the others while memory is shared: a name and its length.
 const NAME: usize = 128;
 
-const FORMING: Call =
-    Call { op: Op::Split, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
+const FORMING: Call = Call::bare(Op::Split);
 
 /// Where the ranks of a group that shares memory on its hosts are.
 #[derive(Debug)]

@@ -146,15 +146,7 @@ impl Group {
             recorded: 0,
             unrecorded: false,
             label: Label::NONE,
-            call: Call {
-                op: Op::Barrier,
-                dtype: None,
-                reduce: None,
-                count: 0,
-                root: None,
-                layout: 0,
-                wire: None,
-            },
+            call: Call::bare(Op::Barrier),
             fingerprint: 0,
             deadline: None,
             above: Vec::new(),
@@ -616,8 +608,7 @@ impl Handle {
     /// Ends the group: every rank's current or next call fails with [`Error::Aborted`] and `why`. Does nothing
     /// if the group has ended already.
     pub fn abort(&self, why: &str) {
-        let call =
-            Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
+        let call = Call::bare(Op::Barrier);
         self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
     }
 
