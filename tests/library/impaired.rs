@@ -14,6 +14,8 @@ use tensorwire::transports::store::{Store, StoreServer, UnixStore};
 use tensorwire::transports::tcp::{Secret, TcpOptions};
 use tensorwire::{Communicator, Deadline, Error, ReduceOp, Result};
 
+use crate::common::tcp_threads;
+
 /// Far above what any of these jobs takes.
 const HANG: Duration = Duration::from_secs(60);
 
@@ -362,4 +364,43 @@ fn without_checksums_damage_neither_crashes_nor_hangs() {
         };
         assert!(all.iter().all(known), "{plan:?}: {all:?}");
     });
+}
+
+/// Megabytes that the kernel holds for either side don't stand between a rank and the reason why its group has ended: not
+/// where the peer reads nothing, for it computes, nor where this rank leaves, and hasn't read what the peer sends.
+#[test]
+fn the_cause_reaches_a_rank_behind_full_buffers() {
+    for (round, computes) in [true, false, false, false].into_iter().enumerate() {
+        let (gone, is_gone) = mpsc::channel();
+        let is_gone = Mutex::new(is_gone);
+        tcp_threads(2, &TcpOptions { timeout: HANG, ..TcpOptions::default() }, |_, comm| {
+            comm.barrier().unwrap();
+            let mut data = vec![1f32; 16 << 20];
+            let mut calls = || loop {
+                if let Err(error) = comm.all_reduce(&mut data, ReduceOp::Sum) {
+                    return error;
+                }
+            };
+            let error = match comm.rank() {
+                0 => std::thread::scope(|s| {
+                    s.spawn(|| {
+                        std::thread::sleep(Duration::from_millis(100 + 7 * round as u64));
+                        comm.abort("pressed stop");
+                    });
+                    calls()
+                }),
+                _ if computes => {
+                    is_gone.lock().unwrap().recv_timeout(HANG).unwrap();
+                    calls()
+                }
+                _ => calls(),
+            };
+            let named = matches!(&error, Error::Aborted { by: 0, why, .. } if why == "pressed stop");
+            assert!(named, "rank {}: {error}", comm.rank());
+            if comm.rank() == 0 {
+                drop(comm);
+                gone.send(()).unwrap();
+            }
+        });
+    }
 }

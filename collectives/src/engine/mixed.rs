@@ -389,6 +389,10 @@ impl NetEngine {
         let place = hosts.members()[host].iter().position(|r| *r == me).unwrap_or(0);
         let across = self.network.between(hosts.count());
         let (timeout, contributions) = (options.timeout, Vec::new());
+        // Each rank tells another of a host, so that not all come to the same.
+        let others = hosts.members().iter().enumerate().filter(|(h, _)| *h != host);
+        let elsewhere = others.map(|(_, ranks)| ranks[place % ranks.len()]).collect();
+        self.group.tie(engine.as_ref().map(|engine| engine.group.handle()), elsewhere);
         self.local = Some(Box::new(Local { engine, hosts, host, place, across, timeout, contributions }));
         Ok(Either::Tcp(Box::new(self)))
     }

@@ -612,6 +612,11 @@ impl Handle {
         self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
     }
 
+    /// Ends the group for every rank because of an error that another layer has met, unless it has ended.
+    pub fn end_with(&self, error: &Error) {
+        self.shared.end_with(error);
+    }
+
     /// What every rank is doing, and did last.
     pub fn flight_record(&self) -> FlightRecord {
         FlightRecord::of(&self.shared, &self.liveness)
