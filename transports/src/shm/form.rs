@@ -67,15 +67,7 @@ impl Group {
     /// color gets none. Every rank of this group calls it. A failure to get memory is every rank's, and leaves
     /// this group as it was.
     pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Group>, Failure> {
-        self.begin(Call {
-            op: Op::Split,
-            dtype: None,
-            reduce: None,
-            count: 0,
-            root: None,
-            layout: 0,
-            wire: None,
-        })?;
+        self.begin(Call::bare(Op::Split))?;
         let ranks = color::members(color, &self.exchange(color::choice(color, key))?);
 
         // The first of each new group takes its memory and tells the others where it starts; 0 says it failed.

@@ -156,15 +156,7 @@ impl Group {
             recorded: 0,
             unrecorded: false,
             label: Label::NONE,
-            call: Call {
-                op: Op::Barrier,
-                dtype: None,
-                reduce: None,
-                count: 0,
-                root: None,
-                layout: 0,
-                wire: None,
-            },
+            call: Call::bare(Op::Barrier),
             fingerprint: 0,
             deadline: None,
             above: Vec::new(),
@@ -459,6 +451,7 @@ impl Group {
         let arrived = || awaited.arrived(&self.shared);
         self.shared.ring();
         if self.patience.spin_until(arrived) {
+            self.deadline = None;
             return Ok(());
         }
         let me = self.shared.words.control(self.rank());
@@ -476,6 +469,8 @@ impl Group {
             self.sleep(awaited, bell, deadline);
             if arrived() {
                 self.show_waiting(None);
+                // However long a call takes, it is late only where nobody comes.
+                self.deadline = None;
                 return Ok(());
             }
         }
@@ -626,9 +621,13 @@ impl Handle {
     /// Ends the group: every rank's current or next call fails with [`Error::Aborted`] and `why`. Does nothing
     /// if the group has ended already.
     pub fn abort(&self, why: &str) {
-        let call =
-            Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
+        let call = Call::bare(Op::Barrier);
         self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
+    }
+
+    /// Ends the group for every rank because of an error that another layer has met, unless it has ended.
+    pub fn end_with(&self, error: &Error) {
+        self.shared.end_with(error);
     }
 
     /// What every rank is doing, and did last.

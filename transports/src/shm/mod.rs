@@ -59,7 +59,8 @@ pub type Failure = Box<Error>;
 /// What can be set about a group.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long a call, or joining the group, waits for peers. `TENSORWIRE_TIMEOUT`, in seconds.
+    /// How long joining the group takes at most, and how long a call waits while nothing comes of the peers it waits for.
+    /// `TENSORWIRE_TIMEOUT`, in seconds.
     pub timeout: Duration,
     /// Bytes of slots a rank; rank 0's value holds for all. `TENSORWIRE_SHM_BYTES`.
     pub slot_bytes: usize,

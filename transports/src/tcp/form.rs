@@ -158,15 +158,7 @@ impl TcpGroup {
     /// # Errors
     /// See [`wait`](TcpGroup::wait).
     pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<(TcpGroup, Vec<usize>)>, Failure> {
-        self.begin(Call {
-            op: Op::Split,
-            dtype: None,
-            reduce: None,
-            count: 0,
-            root: None,
-            layout: 0,
-            wire: None,
-        })?;
+        self.begin(Call::bare(Op::Split))?;
         let ranks = color::members(color, &self.exchange(color::choice(color, key))?);
         let made = color.map(|_| {
             // The same for all of them, and for no other group: no other split of this group has this number, and no
