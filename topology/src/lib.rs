@@ -12,6 +12,7 @@
 //!
 //! * [`discover`]: what the machine is, read from procfs and sysfs.
 //! * [`table`]: what was measured on the machine about the collectives, kept in a file.
+//! * [`svg`]: drawing.
 //!
 //! Nothing here talks to a peer. Reading `config.json` and the safetensors headers, [`discover`] and [`table`]'s
 //! file are all its I/O.
@@ -47,6 +48,7 @@ mod error;
 pub mod model;
 pub mod plan;
 pub mod shard;
+pub mod svg;
 pub mod table;
 
 pub use error::{Error, Result};

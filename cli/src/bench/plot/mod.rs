@@ -1,16 +1,16 @@
 //! Pictures of a measurement: time and bus bandwidth against size, both axes logarithmic.
 
 mod scale;
-mod svg;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
+use tensorwire::topology::svg::{Anchor, Svg};
+
 use super::report::Row;
 use crate::failure::Failure;
 use scale::{LogScale, bytes_label, number_label, powers_of_two, round_numbers};
-use svg::{Anchor, Svg};
 
 const GROUND: &str = "#ffffff";
 const INK: &str = "#24292f";
@@ -105,7 +105,7 @@ impl<'a> Series<'a> {
 
 /// Draws the rows under a title and a line that says where and when.
 pub(super) fn draw(rows: &[Row], title: &str, subtitle: &str) -> String {
-    let mut svg = Svg::new(WIDTH, HEIGHT, GROUND);
+    let mut svg = Svg::new();
     svg.text((LEFTS[0], 30.0), 17.0, INK, Anchor::Start, title);
     svg.text((LEFTS[0], 50.0), 12.0, FAINT, Anchor::Start, subtitle);
     let times = [
@@ -116,7 +116,7 @@ pub(super) fn draw(rows: &[Row], title: &str, subtitle: &str) -> String {
     panel(&mut svg, LEFTS[0], "time a call, µs", "µs", &times);
     let bandwidth = [Series::new("bus bandwidth", BLUE, "", rows, |r| Some(r.busbw_gbps))];
     panel(&mut svg, LEFTS[1], "bus bandwidth, GB/s", "GB/s", &bandwidth);
-    svg.finish()
+    svg.finish(WIDTH, HEIGHT, GROUND)
 }
 
 fn panel(svg: &mut Svg, left: f64, title: &str, unit: &str, series: &[Series<'_>]) {
