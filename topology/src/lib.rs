@@ -12,7 +12,7 @@
 //!
 //! * [`discover`]: what the machine is, read from procfs and sysfs.
 //! * [`table`]: what was measured on the machine about the collectives, kept in a file.
-//! * [`svg`]: drawing.
+//! * [`mod@svg`]: a writer of pictures.
 //!
 //! Nothing here talks to a peer. Reading `config.json` and the safetensors headers, [`discover`] and [`table`]'s
 //! file are all its I/O.

@@ -6,10 +6,13 @@
 //! exchange. [`Plan::check`] proves that the slices cover the model.
 
 mod check;
+mod html;
 mod json;
 mod notes;
 mod summary;
+mod svg;
 mod types;
+mod view;
 
 use crate::cost::CostModel;
 use crate::model::{Axis, ModelSpec, TensorSpec};

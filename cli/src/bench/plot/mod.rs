@@ -2,14 +2,9 @@
 
 mod scale;
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
-use std::path::{Path, PathBuf};
-
 use tensorwire::topology::svg::{Anchor, Svg};
 
 use super::report::Row;
-use crate::failure::Failure;
 use scale::{LogScale, bytes_label, number_label, powers_of_two, round_numbers};
 
 const GROUND: &str = "#ffffff";
@@ -30,55 +25,6 @@ const LEFTS: [f64; 2] = [66.0, 66.0 + PANEL + 84.0];
 
 /// The most numbers beside an axis.
 const LABELS: usize = 10;
-
-/// The file that will hold the picture: known to be writable before anything is measured.
-pub(super) struct PlotFile {
-    path: PathBuf,
-    file: File,
-    /// Made by us and still empty.
-    unused: bool,
-}
-
-impl PlotFile {
-    pub(super) fn open(path: &Path) -> Result<PlotFile, Failure> {
-        let file = match OpenOptions::new().write(true).create_new(true).open(path) {
-            Ok(file) => Ok((file, true)),
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-                OpenOptions::new().write(true).open(path).map(|file| (file, false))
-            }
-            Err(e) => Err(e),
-        };
-        match file {
-            Ok((file, unused)) => Ok(PlotFile { path: path.to_owned(), file, unused }),
-            Err(e) => Err(Failure::usage(format!("--plot {}: {e}", path.display()))),
-        }
-    }
-
-    /// Replaces what the file held.
-    pub(super) fn write(mut self, picture: &str) -> Result<(), Failure> {
-        self.replace(picture)
-            .map_err(|e| Failure::run(format!("cannot write the plot {}: {e}", self.path.display())))
-    }
-
-    fn replace(&mut self, picture: &str) -> io::Result<()> {
-        // A pipe or a terminal has no length.
-        if self.file.metadata()?.is_file() {
-            self.file.set_len(0)?;
-        }
-        self.file.write_all(picture.as_bytes())?;
-        self.unused = false;
-        Ok(())
-    }
-}
-
-impl Drop for PlotFile {
-    /// A run that failed leaves no empty file behind.
-    fn drop(&mut self) {
-        if self.unused {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
 
 /// One measured quantity over sizes.
 struct Series<'a> {
@@ -215,20 +161,5 @@ mod tests {
                 "{key}: {values:?}"
             );
         }
-    }
-
-    #[test]
-    fn a_file_is_replaced_only_by_a_whole_picture() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("new.svg");
-        drop(PlotFile::open(&path).unwrap());
-        assert!(!path.exists(), "nothing was drawn");
-        PlotFile::open(&path).unwrap().write("a long first picture").unwrap();
-        drop(PlotFile::open(&path).unwrap());
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "a long first picture");
-        PlotFile::open(&path).unwrap().write("second").unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "second");
-        assert!(PlotFile::open(directory.path()).is_err());
-        assert!(PlotFile::open(&directory.path().join("none/x.svg")).is_err());
     }
 }
