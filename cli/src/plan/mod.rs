@@ -1,5 +1,7 @@
 //! `tensorwire plan`: how a model is sharded.
 
+mod diff;
+
 use std::path::{Path, PathBuf};
 
 use tensorwire::topology::{ModelSpec, Planner};
@@ -11,12 +13,28 @@ const EXAMPLES: &str = "\
 Examples:
   tensorwire plan --model ./Llama-3.2-1B --tp 4
   tensorwire plan --model ./config.json --tp 7 --json > plan.json
-  tensorwire plan --model ./config.json --tp 7 --html plan.html";
+  tensorwire plan --model ./config.json --tp 7 --html plan.html
+  tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3";
 
 /// Show how a model is sharded over ranks
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    #[command(flatten)]
+    one: Option<One>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Diff(diff::Args),
+}
+
+/// One plan.
+#[derive(clap::Args)]
+struct One {
     /// A model directory, or a config.json alone
     #[arg(long, value_name = "DIR|config.json")]
     model: PathBuf,
@@ -39,6 +57,14 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    match (&args.command, &args.one) {
+        (Some(Command::Diff(args)), _) => diff::main(args),
+        (None, Some(args)) => one(args),
+        (None, None) => Err(Failure::usage("plan needs --model and --tp (see tensorwire plan --help)")),
+    }
+}
+
+fn one(args: &One) -> Result<(), Failure> {
     let open = |option, path: &Option<PathBuf>| {
         path.as_deref().map(|path: &Path| OutputFile::open(option, path)).transpose()
     };

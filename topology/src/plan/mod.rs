@@ -6,8 +6,9 @@
 //! exchange. [`Plan::check`] proves that the slices cover the model.
 
 mod check;
+mod diff;
 mod html;
-mod json;
+pub(crate) mod json;
 mod notes;
 mod summary;
 mod svg;
@@ -19,6 +20,7 @@ use crate::model::{Axis, ModelSpec, TensorSpec};
 use crate::shard::Shares;
 use crate::{Error, Result};
 
+pub use diff::{ClassDiff, DIFF_SCHEMA, Diff, Move, RankDiff, Source};
 pub use types::{
     Attention, Collective, Layer, Mlp, ModelSummary, Plan, Predicted, RankShare, SCHEMA, Slice, Span,
     TensorShard, Vocab,
@@ -172,8 +174,9 @@ fn shard(tensor: &TensorSpec, shares: &Shares, head_dim: usize, world: usize, ra
     TensorShard {
         name: tensor.name.clone(),
         rank,
-        slices,
         replicated: world > 1 && (whole_everywhere || shared_kv),
+        bytes: shard_bytes(tensor, &slices),
+        slices,
     }
 }
 
