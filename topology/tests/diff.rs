@@ -173,5 +173,10 @@ fn plans_of_two_models_have_no_diff() {
     // One whose tensors aren't all there.
     let mut cut = llama.clone();
     cut.tensors.truncate(cut.tensors.len() - 2);
-    assert!(llama.diff(&cut).unwrap_err().to_string().contains("the same tensors"));
+    for (a, b) in [(&llama, &cut), (&cut, &llama)] {
+        assert!(a.diff(b).unwrap_err().to_string().contains("aren't all that rank 0 holds"));
+    }
+    let mut other = llama.clone();
+    other.tensors.iter_mut().filter(|t| t.name == "lm_head.weight").for_each(|t| t.name += "_2");
+    assert!(llama.diff(&other).unwrap_err().to_string().contains("don't name the same tensors"));
 }

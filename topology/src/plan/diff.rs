@@ -108,10 +108,14 @@ impl Plan {
     /// # Ok::<(), tensorwire_topology::Error>(())
     /// ```
     ///
-    /// Error: [`Error::InvalidPlan`] if the two are of different models.
+    /// Error: [`Error::InvalidPlan`] if the two are of different models, or one doesn't list its tensors.
     pub fn diff(&self, to: &Plan) -> Result<Diff> {
         if self.model != to.model {
             return Err(different("their models have other dimensions"));
+        }
+        if let Some(rank) = self.not_listed().or_else(|| to.not_listed()) {
+            let what = format!("its tensors aren't all that rank {rank} holds: make it again");
+            return Err(Error::InvalidPlan(what));
         }
         let (before, after) = (by_tensor(&self.tensors), by_tensor(&to.tensors));
         if !before.keys().eq(after.keys()) {
@@ -138,6 +142,15 @@ impl Plan {
             classes: tally.classes.into_iter().map(|(class, bytes)| ClassDiff { class, bytes }).collect(),
             moves: tally.moves,
         })
+    }
+}
+
+impl Plan {
+    /// The first rank whose tensors don't add up to its weights, as in an outline, which lists none.
+    fn not_listed(&self) -> Option<usize> {
+        let mut bytes = vec![0; self.world];
+        self.tensors.iter().for_each(|t| bytes[t.rank] += t.bytes);
+        self.ranks.iter().zip(bytes).find(|(r, bytes)| r.weight_bytes != *bytes).map(|(r, _)| r.rank)
     }
 }
 

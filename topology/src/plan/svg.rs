@@ -156,7 +156,7 @@ impl Picture {
         }
         for stage in &group.stages {
             for row in &stage.rows {
-                self.row(stage.title, row);
+                self.row(row);
             }
             for exchange in &stage.exchanges {
                 self.exchange(exchange, group.times);
@@ -182,7 +182,7 @@ impl Picture {
         self.svg.text((28.0, y), size, colour, Anchor::Start, text);
     }
 
-    fn row(&mut self, stage: &str, row: &Row<'_>) {
+    fn row(&mut self, row: &Row<'_>) {
         let (largest, smallest) = row.extremes();
         let copies: usize = row.held.iter().map(Span::len).sum::<usize>() - row.total;
         let each = match (largest == smallest, copies) {
@@ -194,11 +194,7 @@ impl Picture {
             1 => ", 1 copy".to_owned(),
             n => format!(", {n} copies"),
         };
-        let what = match stage {
-            "attention" | "feed-forward" => row.what.to_owned(),
-            _ => format!("{stage}: {}", row.what),
-        };
-        self.label(&what, &format!("{} in all, {each}{copies}", row.total));
+        self.label(row.what, &format!("{} in all, {each}{copies}", row.total));
         let grid = row.countable.then(|| Grid::new(largest, self.width() - 2.0 * self.margin())).flatten();
         let height = grid.as_ref().map_or(30.0, |g| (g.lines as f64 * g.side + 2.0 * GAP).max(30.0));
         for rank in 0..self.drawn {
@@ -253,7 +249,8 @@ impl Picture {
 
     /// A band across all ranks, filled up to its part of all that is exchanged for a token.
     fn exchange(&mut self, exchange: &Collective, times: usize) {
-        let Collective { op, after, bytes_per_token: bytes, predicted_us } = exchange;
+        let Collective { op, after, bytes_per_token: bytes, predicted_us, stream } = exchange;
+        let token = if stream.is_empty() { "a token" } else { "a token of the context" };
         self.side(self.y + 10.0, op, 12.0, INK);
         self.side(self.y + 22.0, &format!("after {after}"), 10.5, FAINT);
         let width = self.right() - LEFT - self.gap();
@@ -263,10 +260,10 @@ impl Picture {
         let share = all as f64 / self.traffic.max(1) as f64;
         self.svg.rect(Rect { width: (width * share).max(2.0), ..band }, 3.0, TRAFFIC);
         let text = if times == 1 {
-            format!("{} a token, {}", size(*bytes), time(*predicted_us))
+            format!("{} {token}, {}", size(*bytes), time(*predicted_us))
         } else {
             let us = predicted_us * times as f64;
-            format!("{} x {times} layers = {} a token, {}", size(*bytes), size(all), time(us))
+            format!("{} x {times} layers = {} {token}, {}", size(*bytes), size(all), time(us))
         };
         self.svg.text((LEFT + width / 2.0, self.y + 16.0), 12.0, INK, Anchor::Middle, &text);
         self.y += 34.0;
