@@ -13,7 +13,7 @@ const EXAMPLES: &str = "\
 Examples:
   tensorwire plan --model ./Llama-3.2-1B --tp 4
   tensorwire plan --model ./config.json --tp 7 --json > plan.json
-  tensorwire plan --model ./config.json --tp 7 --html plan.html
+  tensorwire plan --model ./config.json --tp 7 --explain --html plan.html
   tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3";
 
 /// Show how a model is sharded over ranks
@@ -47,6 +47,11 @@ struct One {
     #[arg(long)]
     json: bool,
 
+    /// Say what binds, what each note costs, and what else there was with its predicted cost; with --json in the
+    /// field `explain`
+    #[arg(long)]
+    explain: bool,
+
     /// Draw the plan: ranks, what each holds, what they exchange
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
@@ -70,13 +75,23 @@ fn one(args: &One) -> Result<(), Failure> {
     };
     let (svg, html) = (open("--svg", &args.svg)?, open("--html", &args.html)?);
     let spec = ModelSpec::load(&args.model).map_err(Failure::usage)?;
-    let plan = Planner::new(&spec).plan(args.tp).map_err(Failure::usage)?;
+    let planner = Planner::new(&spec);
+    let plan = planner.plan(args.tp).map_err(|e| match planner.instead_of(args.tp) {
+        Some(instead) => Failure::usage(format!("{e}. {instead}")),
+        None => Failure::usage(e),
+    })?;
+    let explanation = if args.explain { Some(planner.explain(&plan).map_err(Failure::usage)?) } else { None };
     if let Some(file) = svg {
         file.write(&plan.svg())?;
     }
     if let Some(file) = html {
         file.write(&plan.html())?;
     }
-    let text = if args.json { plan.to_json() } else { plan.summary() };
+    let text = match (args.json, &explanation) {
+        (true, Some(why)) => plan.to_json_with(why),
+        (true, None) => plan.to_json(),
+        (false, Some(why)) => plan.summary_with(why),
+        (false, None) => plan.summary(),
+    };
     print(format_args!("{}\n", text.trim_end()))
 }
