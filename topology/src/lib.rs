@@ -45,6 +45,7 @@ pub mod cost;
 pub mod discover;
 mod error;
 pub mod model;
+pub mod place;
 pub mod plan;
 pub mod shard;
 pub mod table;
