@@ -114,6 +114,15 @@ pub enum Error {
         expected: Vec<usize>,
     },
 
+    /// A description of machines and links contradicts itself or makes no sense.
+    #[error("{what}: {problem}")]
+    Fabric {
+        /// The file, or what it stands for.
+        what: String,
+        /// What is wrong with it, and what to do.
+        problem: String,
+    },
+
     /// A plan for no ranks was asked for.
     #[error("a plan needs at least 1 rank, not 0")]
     NoRanks,

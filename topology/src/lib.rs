@@ -10,6 +10,7 @@
 //! * [`cost`]: what an exchange and a decode step are expected to take.
 //! * [`plan`]: which rank holds what. [`Planner`] makes a [`Plan`]; a [`Plan`] is plain data.
 //!
+//! * [`fabric`]: what a plan runs on: hosts, devices, and what messages between them cost.
 //! * [`discover`]: what the machine is, read from procfs and sysfs.
 //! * [`table`]: what was measured on the machine about the collectives, kept in a file.
 //!
@@ -44,6 +45,7 @@
 pub mod cost;
 pub mod discover;
 mod error;
+pub mod fabric;
 pub mod model;
 pub mod place;
 pub mod plan;
@@ -51,5 +53,6 @@ pub mod shard;
 pub mod table;
 
 pub use error::{Error, Result};
+pub use fabric::Fabric;
 pub use model::ModelSpec;
 pub use plan::{Plan, Planner};

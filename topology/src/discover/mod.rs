@@ -102,7 +102,7 @@ fn kilobytes(text: &str) -> Option<u64> {
 const MOST_PROCESSORS: usize = 1 << 16;
 
 /// The numbers in a list such as `0-3,8,10-11`.
-fn list(text: &str) -> Option<Vec<usize>> {
+pub(crate) fn list(text: &str) -> Option<Vec<usize>> {
     let mut numbers = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));

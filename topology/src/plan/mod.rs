@@ -6,7 +6,7 @@
 //! exchange. [`Plan::check`] proves that the slices cover the model.
 
 mod check;
-mod json;
+pub(crate) mod json;
 mod notes;
 mod summary;
 mod types;
