@@ -87,7 +87,7 @@ impl fmt::Display for Degrees {
 
 /// All degrees that are tried on a machine for `batch` sequences, in ascending order.
 ///
-/// Tensor-parallel degrees are all up to 16, and above that those that divide the number of devices of an island, as
+/// Tensor-parallel degrees are all up to 8, and above that those that divide the number of devices of an island, as
 /// others leave devices idle. The other axes go by powers of two, besides those that use a machine's devices up.
 pub fn candidates(workload: &Workload, machine: &Machine, batch: usize) -> Vec<Degrees> {
     let devices = machine.workers.len();
@@ -102,7 +102,7 @@ pub fn candidates(workload: &Workload, machine: &Machine, batch: usize) -> Vec<D
     let tp_limit = tp_limit(workload).map_or(1, |(_, most)| most.min(devices));
 
     let mut found = Vec::new();
-    for tp in (1..=tp_limit).filter(|tp| *tp <= 16 || divides(*tp)) {
+    for tp in (1..=tp_limit).filter(|tp| *tp <= 8 || divides(*tp)) {
         for (cp, cp_by) in contexts(workload, tp, devices / tp) {
             for cfg in powers(branches.min(devices / (tp * cp))) {
                 let inner = tp * cp * cfg;

@@ -93,7 +93,11 @@ mod tests {
     use super::*;
 
     fn span(legs: &[(usize, f64, f64)]) -> Span {
-        let leg = |(level, &(ways, alpha_us, bytes_per_us))| Leg { level, ways, link: Link { alpha_us, bytes_per_us } };
+        let leg = |(level, &(ways, alpha_us, bytes_per_us))| Leg {
+            level,
+            ways,
+            link: Link { alpha_us, bytes_per_us },
+        };
         Span { legs: legs.iter().enumerate().map(leg).collect() }
     }
 

@@ -1,5 +1,9 @@
 //! What the search runs a model on: devices in the order in which ranks are laid on them, and islands of links.
 
+use std::collections::BTreeSet;
+
+use crate::fabric::{Class, Fabric, Kind};
+
 /// Devices, and the islands that their links form.
 ///
 /// Devices are in the order in which ranks are laid on them: members of an island are neighbours, and among equals
@@ -69,7 +73,7 @@ impl Link {
 }
 
 /// How a group of ranks lies over the levels: `ways` islands of the level before, in each island of this one.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Span {
     /// From the nearest links to the farthest. The product of their ways is the group's size; none for one rank.
     pub legs: Vec<Leg>,
@@ -86,13 +90,78 @@ pub struct Leg {
     pub link: Link,
 }
 
+/// What is taken of a kind of device of which nothing is known: `(GB/s, TFLOP/s)`. Round figures of the right order of
+/// magnitude: a socket's memory and vector units, a present accelerator's.
+fn assumed(kind: Kind) -> (f64, f64) {
+    match kind {
+        Kind::Cpu => (100.0, 2.0),
+        Kind::Gpu | Kind::Accelerator => (1000.0, 100.0),
+    }
+}
+
 impl Machine {
+    /// Some devices of a fabric, for operands of 8, 16 or 32 bits; and what had to be assumed of them.
+    ///
+    /// A device is one rank: several on one would share its memory and its speed, and gain nothing.
+    ///
+    /// # Panics
+    /// If there is no such device.
+    pub fn of(fabric: &Fabric, devices: &[usize], bits: u32) -> (Machine, Vec<String>) {
+        let mut unknown = BTreeSet::new();
+        let worker = |device: &usize| {
+            let model = fabric.model(*device);
+            let (gbps, tflops) = assumed(model.kind);
+            let mut or = |known: Option<f64>, what: &str, assumed: f64, unit: &str| {
+                known.unwrap_or_else(|| {
+                    unknown
+                        .insert(format!("{what} of {} isn't known: {assumed} {unit} is assumed", model.name));
+                    assumed
+                })
+            };
+            let bytes_per_us = 1e3 * or(model.memory_gbps, "the memory's bandwidth", gbps, "GB/s");
+            let flops_per_us = 1e6 * or(model.tflops.of_bits(bits), "the speed", tflops, "TFLOP/s");
+            let memory_bytes = model.memory_bytes.unwrap_or_else(|| {
+                unknown.insert(format!(
+                    "how much memory {} has isn't known: any amount is taken to fit",
+                    model.name
+                ));
+                u64::MAX
+            });
+            let at = &fabric.devices()[*device];
+            let (name, host) = (at.name.clone(), at.host as usize);
+            Worker { device: *device, name, host, memory_bytes, bytes_per_us, flops_per_us }
+        };
+        let workers: Vec<Worker> = devices.iter().map(worker).collect();
+        let mut place = vec![0; fabric.devices().len()];
+        devices.iter().enumerate().for_each(|(at, d)| place[*d] = at);
+        let levels = fabric.classes(devices).into_iter().map(|hop| {
+            let islands = fabric.islands(devices, hop.class);
+            let mut island_of = vec![0; devices.len()];
+            let mut links = Vec::new();
+            for (i, island) in islands.iter().enumerate() {
+                island.iter().for_each(|d| island_of[place[*d]] = i);
+                let own = fabric.classes(island).into_iter().find(|h| h.class == hop.class).unwrap_or(hop);
+                links.push(Link { alpha_us: own.link.alpha_us, bytes_per_us: 1e3 * own.link.gbps });
+            }
+            Level {
+                class: hop.class.name().to_owned(),
+                island_of,
+                links,
+                network: hop.class == Class::Network,
+            }
+        });
+        let levels = levels.collect();
+        let interfaces = fabric.hosts().iter().map(|h| h.nics.len().max(1) as u32).collect();
+        (Machine::new(workers, levels, interfaces), unknown.into_iter().collect())
+    }
+
     /// Puts devices into the order in which ranks are laid on them. Before, `levels` count them as they come.
     pub fn new(workers: Vec<Worker>, levels: Vec<Level>, interfaces: Vec<u32>) -> Machine {
         // The best device of each island, so that whole islands are sorted by it: from the farthest level in.
         let order = |a: &usize, b: &usize| {
             let (x, y) = (&workers[*a], &workers[*b]);
-            let speed = y.flops_per_us.total_cmp(&x.flops_per_us).then(y.bytes_per_us.total_cmp(&x.bytes_per_us));
+            let speed =
+                y.flops_per_us.total_cmp(&x.flops_per_us).then(y.bytes_per_us.total_cmp(&x.bytes_per_us));
             speed.then(y.memory_bytes.cmp(&x.memory_bytes)).then(a.cmp(b))
         };
         let mut best_first: Vec<usize> = (0..workers.len()).collect();
@@ -134,14 +203,19 @@ impl Machine {
                 break;
             }
             heads.sort_by_key(|d| at.island_of[*d]);
-            let islands: Vec<&[usize]> = heads.chunk_by(|a, b| at.island_of[*a] == at.island_of[*b]).collect();
+            let islands: Vec<&[usize]> =
+                heads.chunk_by(|a, b| at.island_of[*a] == at.island_of[*b]).collect();
             let ways = islands[0].len();
             even &= islands.iter().all(|i| i.len() == ways);
             let used = islands.iter().filter(|i| i.len() > 1).map(|i| self.link(level, i, active));
             if let Some(link) = used.reduce(Link::slower) {
                 legs.push(Leg { level, ways, link });
                 let ways = group.len();
-                worst = Some(worst.map_or(Leg { level, ways, link }, |w| Leg { level, ways, link: w.link.slower(link) }));
+                worst = Some(worst.map_or(Leg { level, ways, link }, |w| Leg {
+                    level,
+                    ways,
+                    link: w.link.slower(link),
+                }));
             }
             heads = islands.iter().map(|i| i[0]).collect();
         }
@@ -163,9 +237,29 @@ impl Machine {
         Link { alpha_us, bytes_per_us: bytes_per_us / shared }
     }
 
-    /// Whether all devices are alike in speed and memory.
-    pub fn is_uniform(&self) -> bool {
-        self.workers.windows(2).all(|w| w[0].is_like(&w[1]))
+    /// Whether two lists of devices are alike place by place, in speed and memory and in the links between them.
+    pub fn alike(&self, a: &[usize], b: &[usize], active: &[u32]) -> bool {
+        let crowd = |d: usize| {
+            let host = self.workers[d].host;
+            (active[host], self.interfaces[host])
+        };
+        let mut pairs = a.iter().zip(b);
+        // Islands, numbered as they first appear in each list.
+        let mut numbers: Vec<[usize; 2]> = Vec::new();
+        pairs.all(|(a, b)| self.workers[*a].is_like(&self.workers[*b]) && crowd(*a) == crowd(*b))
+            && self.levels.iter().all(|level| {
+                numbers.clear();
+                a.iter().zip(b).all(|(a, b)| {
+                    let pair = [level.island_of[*a], level.island_of[*b]];
+                    // Neighbours are mostly on the island that was seen last.
+                    let known = numbers.iter().rev().find(|known| known[0] == pair[0] || known[1] == pair[1]);
+                    if let Some(known) = known {
+                        return *known == pair;
+                    }
+                    numbers.push(pair);
+                    level.links[pair[0]] == level.links[pair[1]]
+                })
+            })
     }
 }
 
@@ -186,6 +280,11 @@ impl Span {
     /// The slowest of its links; none for one rank.
     pub fn slowest(&self) -> Option<Link> {
         self.legs.iter().map(|l| l.link).reduce(Link::slower)
+    }
+
+    /// What a mebibyte takes over the slowest of its links: by this, spans are compared.
+    pub fn us_of_mib(&self) -> f64 {
+        self.slowest().map_or(0.0, |link| link.us(1_048_576.0))
     }
 
     /// The level of its farthest links.

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::degrees::{ContextBy, Degrees};
-use super::workload::{Attention, Keys, Kind, Workload};
+use super::degrees::ContextBy;
+use super::workload::{Attention, Keys};
 
 /// Tokens of prompts that are computed at once, unless a single sequence of a model that can't be cut has more. A
 /// longer prompt goes through in pieces, so that its activations don't grow with it.
@@ -20,6 +20,11 @@ pub enum Goal {
     Prefill,
     /// The fewest bytes on the fullest device.
     Memory,
+    /// The time of a whole request: its prompt and then so many tokens; of a model that makes none, a whole pass.
+    Request {
+        /// Tokens to be made.
+        new_tokens: usize,
+    },
 }
 
 /// One wave through the model, as one data-parallel rank has it.
@@ -73,15 +78,6 @@ impl Pass {
         Pass { phase, tokens, sequences: (tokens / context).max(1.0), context, waves: (all / tokens).ceil() }
     }
 
-    /// The wave that `goal` is about, of a data-parallel rank with so many sequences.
-    pub fn of_goal(workload: &Workload, goal: Goal, d: &Degrees, sequences: usize, context: usize) -> Pass {
-        match (workload.kind, goal) {
-            (Kind::Forward { .. }, _) => Pass::forward(sequences, context),
-            (Kind::Decoder, Goal::Prefill) => Pass::prefill(sequences, context, d.cp),
-            (Kind::Decoder, Goal::Decode | Goal::Memory) => Pass::decode(sequences, context),
-        }
-    }
-
     /// Tokens that a rank computes, of this wave: a context is divided except while decoding, where the cache is.
     pub fn local_tokens(&self, cp: usize) -> f64 {
         if self.phase == Phase::Decode { self.tokens } else { self.tokens / cp as f64 }
@@ -130,4 +126,3 @@ impl Pass {
         }
     }
 }
-

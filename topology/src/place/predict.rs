@@ -88,7 +88,7 @@ pub(super) struct Group {
 
 impl Group {
     /// Whether another is as good, rank by rank.
-    pub fn is_like(&self, other: &Group, machine: &Machine) -> bool {
+    pub(super) fn is_like(&self, other: &Group, machine: &Machine) -> bool {
         let alike = |(a, b): (&usize, &usize)| machine.workers[*a].is_like(&machine.workers[*b]);
         (&self.tp, &self.cp, &self.ep) == (&other.tp, &other.cp, &other.ep)
             && self.workers.iter().zip(&other.workers).all(alike)
@@ -112,14 +112,15 @@ pub(super) struct Pricer<'a> {
 
 impl Pricer<'_> {
     /// How fast each device of a group is with this model: the whole of a pass in its time, relative to the fastest.
-    pub fn speeds(&self, workers: &[usize], pass: &Pass) -> Vec<f64> {
+    pub(super) fn speeds(&self, workers: &[usize], pass: &Pass) -> Vec<f64> {
         let first = &self.machine.workers[workers[0]];
         if workers.iter().all(|w| self.machine.workers[*w].is_like(first)) {
             return vec![1.0; workers.len()];
         }
         let all = Share { cut: Fraction::ALL, kv: Fraction::ALL };
         let us = |w: &usize| -> f64 {
-            let part = |p: &Part| self.compute_us(p, all, false, pass, &Degrees::ONE, &self.machine.workers[*w]);
+            let part =
+                |p: &Part| self.compute_us(p, all, false, pass, &Degrees::ONE, &self.machine.workers[*w]);
             self.workload.parts().map(|p| part(p).iter().sum::<f64>()).sum()
         };
         let times: Vec<f64> = workers.iter().map(us).collect();
@@ -128,7 +129,12 @@ impl Pricer<'_> {
     }
 
     /// Shares of ranks with these speeds; what runs out if some rank would get nothing.
-    pub fn shares(&self, d: &Degrees, speeds: &[f64], memo: &mut Memo) -> Result<Shares, &'static str> {
+    pub(super) fn shares(
+        &self,
+        d: &Degrees,
+        speeds: &[f64],
+        memo: &mut Memo,
+    ) -> Result<Shares, &'static str> {
         let alike = speeds.iter().all(|s| *s == speeds[0]);
         let mut of = |part: &Part| -> Result<PartShares, &'static str> {
             let ranks = match part.split {
@@ -153,7 +159,7 @@ impl Pricer<'_> {
     }
 
     /// What one wave through each kind of block costs a group.
-    pub fn blocks(&self, shares: &Shares, group: &Group, d: &Degrees, pass: &Pass) -> Vec<Tally> {
+    pub(super) fn blocks(&self, shares: &Shares, group: &Group, d: &Degrees, pass: &Pass) -> Vec<Tally> {
         let blocks = self.workload.blocks.iter().zip(&shares.0);
         blocks.map(|(block, shares)| self.block(block, shares, group, d, pass)).collect()
     }
@@ -164,7 +170,12 @@ impl Pricer<'_> {
             let on = |(share, w): (&Share, &usize)| {
                 self.compute_us(part, *share, shares.whole_experts, pass, d, &self.machine.workers[*w])
             };
-            let slowest = shares.ranks.iter().zip(&group.workers).map(on).reduce(|a, b| if b[0] + b[1] > a[0] + a[1] { b } else { a });
+            let slowest = shares
+                .ranks
+                .iter()
+                .zip(&group.workers)
+                .map(on)
+                .reduce(|a, b| if b[0] + b[1] > a[0] + a[1] { b } else { a });
             let [memory, compute] = slowest.unwrap_or_default();
             tally.add(Cause::Memory, memory, 0.0);
             tally.add(Cause::Compute, compute, 0.0);
@@ -175,7 +186,15 @@ impl Pricer<'_> {
     }
 
     /// What a rank takes for a part: for reading, or for computing, whichever takes longer.
-    fn compute_us(&self, part: &Part, share: Share, whole_experts: bool, pass: &Pass, d: &Degrees, on: &Worker) -> [f64; 2] {
+    fn compute_us(
+        &self,
+        part: &Part,
+        share: Share,
+        whole_experts: bool,
+        pass: &Pass,
+        d: &Degrees,
+        on: &Worker,
+    ) -> [f64; 2] {
         let tokens = pass.local_tokens(d.cp);
         // Experts see the tokens of all that share them.
         let seen = if whole_experts { tokens * d.sharing_experts() as f64 } else { tokens };
@@ -186,7 +205,8 @@ impl Pricer<'_> {
             _ => 1.0,
         };
         let (cut, kv) = (share.cut.value(), share.kv.value());
-        let mut bytes = part.cut.reads as f64 * cut * touched + part.kv.reads as f64 * kv + part.whole.reads as f64;
+        let mut bytes =
+            part.cut.reads as f64 * cut * touched + part.kv.reads as f64 * kv + part.whole.reads as f64;
         let work = |work: &super::workload::Work, tokens: f64| {
             work.flops_per_token * tokens + work.flops_per_sequence * pass.sequences
         };
@@ -205,10 +225,20 @@ impl Pricer<'_> {
     }
 
     /// What follows a part within a tensor-parallel group and with the experts' ranks.
-    fn exchange_tokens(&self, part: &Part, shares: &PartShares, group: &Group, d: &Degrees, pass: &Pass, tally: &mut Tally) {
+    fn exchange_tokens(
+        &self,
+        part: &Part,
+        shares: &PartShares,
+        group: &Group,
+        d: &Degrees,
+        pass: &Pass,
+        tally: &mut Tally,
+    ) {
         let tokens = pass.local_tokens(d.cp);
         let stream = tokens * self.workload.stream_bytes as f64;
-        if let (true, Split::Experts { per_token, .. }) = (shares.whole_experts && d.sharing_experts() > 1, part.split) {
+        if let (true, Split::Experts { per_token, .. }) =
+            (shares.whole_experts && d.sharing_experts() > 1, part.split)
+        {
             // There and back: each rank sends its part of the group's tokens to the ranks of their experts.
             let sent = stream / d.tp as f64 * per_token as f64;
             tally.add(Cause::Ep, 2.0 * all_to_all_us(&group.ep, sent), 2.0 * gather_wire(d.ep, sent));
@@ -222,7 +252,9 @@ impl Pricer<'_> {
             Exchange::Sum if d.sp => {
                 tally.add(Cause::Tp, 2.0 * all_gather_us(&group.tp, stream), all_reduce_wire(d.tp, stream));
             }
-            Exchange::Sum => tally.add(Cause::Tp, all_reduce_us(&group.tp, stream), all_reduce_wire(d.tp, stream)),
+            Exchange::Sum => {
+                tally.add(Cause::Tp, all_reduce_us(&group.tp, stream), all_reduce_wire(d.tp, stream))
+            }
             Exchange::Gather { row_bytes } => {
                 let rows = pass.sequences * row_bytes as f64;
                 tally.add(Cause::Tp, all_gather_us(&group.tp, rows), gather_wire(d.tp, rows));
@@ -233,17 +265,29 @@ impl Pricer<'_> {
     /// What attention over a divided context exchanges. A ring passes keys and values on while it attends to those it
     /// has, for which `busy` microseconds are there.
     #[allow(clippy::too_many_arguments)]
-    fn exchange_context(&self, part: &Part, shares: &PartShares, group: &Group, d: &Degrees, pass: &Pass, busy: f64, tally: &mut Tally) {
+    fn exchange_context(
+        &self,
+        part: &Part,
+        shares: &PartShares,
+        group: &Group,
+        d: &Degrees,
+        pass: &Pass,
+        busy: f64,
+        tally: &mut Tally,
+    ) {
         let Some(attention) = &part.attention else { return };
         let (queries, keys) = pass.context_bytes(attention, d.cp, d.cp_by);
         if queries + keys == 0.0 {
             return;
         }
-        let largest = |of: fn(&Share) -> Fraction| shares.ranks.iter().map(|s| of(s).value()).fold(0.0, f64::max);
+        let largest =
+            |of: fn(&Share) -> Fraction| shares.ranks.iter().map(|s| of(s).value()).fold(0.0, f64::max);
         let (queries, keys) = (queries * largest(|s| s.cut), keys * largest(|s| s.kv));
         let span = &group.cp;
         match (pass.phase, d.cp_by) {
-            (Phase::Decode, _) => tally.add(Cause::Cp, all_reduce_us(span, queries), all_reduce_wire(d.cp, queries)),
+            (Phase::Decode, _) => {
+                tally.add(Cause::Cp, all_reduce_us(span, queries), all_reduce_wire(d.cp, queries))
+            }
             (_, ContextBy::Ulysses) => {
                 // Queries there and results back, keys, values.
                 let us = 2.0 * all_to_all_us(span, queries / 2.0) + 2.0 * all_to_all_us(span, keys / 2.0);
@@ -274,13 +318,14 @@ pub(super) struct Needs {
 impl Pricer<'_> {
     /// What each rank of a group needs for each kind of block, `[block][rank]`, while `pass` runs, with caches for
     /// `cached` tokens.
-    pub fn needs(&self, shares: &Shares, d: &Degrees, pass: &Pass, cached: u64) -> Vec<Vec<Needs>> {
+    pub(super) fn needs(&self, shares: &Shares, d: &Degrees, pass: &Pass, cached: u64) -> Vec<Vec<Needs>> {
         let tokens = pass.local_tokens(d.cp);
         let rank = |block: &Block, shares: &[PartShares], r: usize| {
             let mut needs = Needs::default();
             for (part, shares) in block.parts.iter().zip(shares) {
                 let share = shares.ranks[r];
-                needs.weights += share.cut.bytes(part.cut.bytes) + share.kv.bytes(part.kv.bytes) + part.whole.bytes;
+                needs.weights +=
+                    share.cut.bytes(part.cut.bytes) + share.kv.bytes(part.kv.bytes) + part.whole.bytes;
                 if let (Some(a), super::workload::Kind::Decoder) = (&part.attention, self.workload.kind) {
                     let kv = if a.kv_whole { a.kv_bytes } else { share.kv.bytes(a.kv_bytes) };
                     needs.cache += (u128::from(kv) * u128::from(cached) / d.cp as u128) as u64;
@@ -288,7 +333,8 @@ impl Pricer<'_> {
                 let seen = if shares.whole_experts { tokens * d.sharing_experts() as f64 } else { tokens };
                 needs.wide = needs.wide.max((share.cut.bytes(part.wide_bytes) as f64 * seen) as u64);
                 let whole = part.largest[1];
-                let cut = if shares.whole_experts { part.largest[0] } else { share.cut.bytes(part.largest[0]) };
+                let cut =
+                    if shares.whole_experts { part.largest[0] } else { share.cut.bytes(part.largest[0]) };
                 needs.largest = needs.largest.max(whole).max(cut);
                 let buffer = match (part.after, part.split) {
                     (Exchange::Gather { row_bytes }, _) => (pass.sequences * row_bytes as f64) as u64,

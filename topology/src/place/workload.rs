@@ -182,7 +182,17 @@ impl Part {
     pub fn new(name: &str, split: Split) -> Part {
         let (cut, kv, whole) = (Work::default(), Work::default(), Work::default());
         let after = Exchange::None;
-        Part { name: name.to_owned(), split, cut, kv, whole, attention: None, wide_bytes: 0, largest: [0; 2], after }
+        Part {
+            name: name.to_owned(),
+            split,
+            cut,
+            kv,
+            whole,
+            attention: None,
+            wide_bytes: 0,
+            largest: [0; 2],
+            after,
+        }
     }
 }
 
