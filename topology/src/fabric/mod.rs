@@ -36,9 +36,11 @@
 
 mod check;
 mod describe;
+mod gpus;
 mod json;
 mod link;
 mod lookup;
+mod machine;
 #[cfg(test)]
 mod tests;
 
