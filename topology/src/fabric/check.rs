@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use super::{Basis, Class, Device, DeviceModel, Link, MAX_DEVICES, MAX_PAIRED_DEVICES, Parts};
-use crate::discover::list;
+use crate::discover::{is_bus, list};
 use crate::{Error, Result};
 
 /// The most network interfaces of a host.
@@ -179,17 +179,6 @@ fn bad_devices(parts: &Parts) -> Option<String> {
         "device {:?} comes after {:?}, of a later host: devices come host by host",
         unordered[1].name, unordered[0].name
     ))
-}
-
-/// Whether this is a PCI address as Linux writes it, `0000:07:00.0`.
-pub(super) fn is_bus(text: &str) -> bool {
-    let (groups, separators): (Vec<&str>, String) =
-        (text.split([':', '.']).collect(), text.matches([':', '.']).collect());
-    let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
-    let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
-    separators == "::."
-        && matches!(lengths[..], [4..=8, 2, 2, 1])
-        && groups.iter().all(|group| group.chars().all(hex))
 }
 
 fn not_bus(text: &str) -> String {

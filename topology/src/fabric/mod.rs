@@ -35,9 +35,12 @@
 //! ```
 
 mod check;
+mod describe;
+mod gpus;
 mod json;
 mod link;
 mod lookup;
+mod machine;
 #[cfg(test)]
 mod tests;
 
@@ -244,6 +247,12 @@ impl Device {
         let (bus, processors) = (None, None);
         Device { name: name.into(), host, model, socket, numa, switch, card, nvlink, bus, processors }
     }
+}
+
+/// The network as a host's fastest interface is rated, with a latency that is usual.
+fn nic_link(nics: &[Nic]) -> Option<Link> {
+    let fastest = nics.iter().filter_map(|nic| nic.mbit_per_s).max()?;
+    Some(Link::rated(Link::assumed(Class::Network).alpha_us, fastest as f64 / 8000.0))
 }
 
 impl Tflops {
