@@ -1,17 +1,16 @@
 //! One arrangement in full: which device has which blocks, what they take and what they need.
 
 use std::ops::Range;
-use std::rc::Rc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::degrees::Degrees;
-use super::layout::Layouts;
+use super::groups::{Laid, Layer, Replica};
 use super::machine::{Machine, Span};
 use super::pass::{Goal, Pass};
-use super::predict::{Cause, Group, Pricer, Tally};
+use super::predict::{Cause, Pricer, Tally};
 use super::share::Memo;
-use super::stages::{Fixed, StageCost, counts, cut};
+use super::stages::{Counts, Fixed, StageCost, counts, cut};
 use super::workload::{Kind, Workload};
 
 /// What is to be placed, and for what.
@@ -30,7 +29,7 @@ pub struct Task<'a> {
 }
 
 /// What one rank's memory holds at most, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Weights.
     pub weights: u64,
@@ -61,10 +60,19 @@ impl Memory {
 pub struct Stage {
     /// Blocks, as a range of [`Workload::order`].
     pub blocks: Range<usize>,
-    /// Each rank's memory, the innermost axis first: as many as the stage has ranks.
-    pub memory: Vec<Memory>,
-    /// How fast each rank of a tensor-parallel group is, relative to its fastest: its shares follow this.
-    pub speeds: Vec<Vec<f64>>,
+    /// Of each kind of tensor-parallel group, its ranks.
+    pub groups: Vec<Vec<RankNeeds>>,
+    /// Each tensor-parallel group's kind, in rank order.
+    pub which: Vec<usize>,
+}
+
+/// What a rank needs, whichever device it is on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RankNeeds {
+    /// Its memory.
+    pub memory: Memory,
+    /// How fast it is, relative to the fastest of its tensor-parallel group: shares follow this.
+    pub speed: f64,
 }
 
 /// One arrangement in full.
@@ -103,9 +111,15 @@ pub enum Misfit {
 }
 
 impl Arrangement {
+    /// What each rank needs, in rank order.
+    pub fn ranks(&self) -> impl Iterator<Item = &RankNeeds> {
+        let stages = self.replicas.iter().flat_map(|kind| &self.kinds[*kind].0);
+        stages.flat_map(|stage| stage.which.iter().flat_map(|group| &stage.groups[*group]))
+    }
+
     /// Each rank's memory, in rank order.
     pub fn memory(&self) -> impl Iterator<Item = &Memory> {
-        self.replicas.iter().flat_map(|kind| &self.kinds[*kind].0).flat_map(|s| &s.memory)
+        self.ranks().map(|rank| &rank.memory)
     }
 
     /// The most bytes on any device.
@@ -133,24 +147,6 @@ impl Arrangement {
     }
 }
 
-/// One replica's devices as groups that exchange.
-struct Replica {
-    /// Of each stage its groups, each as often as it is there.
-    stages: Vec<Vec<Group>>,
-    /// Between a stage and the next.
-    hops: Vec<Span>,
-    cfg: Span,
-}
-
-/// Degrees laid on devices.
-struct Laid {
-    /// Each kind of replica once.
-    replicas: Vec<Replica>,
-    /// Each replica's kind.
-    which: Vec<usize>,
-    workers: Vec<usize>,
-}
-
 /// What a replica makes of its sequences.
 struct Outcome {
     stages: Vec<Stage>,
@@ -163,20 +159,19 @@ struct Outcome {
 pub struct Arranger<'a> {
     task: Task<'a>,
     memo: Memo,
-    layouts: Layouts,
-    last: Option<([usize; 6], Rc<Laid>)>,
+    layer: Layer<'a>,
 }
 
 impl<'a> Arranger<'a> {
     /// For this task.
     pub fn new(task: Task<'a>) -> Arranger<'a> {
-        Arranger { task, memo: Memo::new(), layouts: Layouts::default(), last: None }
+        Arranger { task, memo: Memo::new(), layer: Layer::new(task.machine) }
     }
 
     /// The arrangement of these degrees.
     pub fn arrange(&mut self, d: &Degrees) -> Result<Arrangement, Misfit> {
         let machine = self.task.machine;
-        let laid = self.laid(d)?;
+        let laid = self.layer.lay(d).ok_or(Misfit::Devices)?;
         let sequences = self.divide(d, &laid)?;
         let mut outcomes = Vec::new();
         for (replica, n) in laid.replicas.iter().zip(&sequences) {
@@ -209,81 +204,6 @@ impl<'a> Arranger<'a> {
         let peak = arrangement.peak_bytes();
         let fullest = arrangement.memory().position(|m| m.peak() == peak).unwrap_or(0);
         Ok(Arrangement { tightest, fullest, ..arrangement })
-    }
-
-    /// Where ranks are; the same as last time for degrees that differ in nothing that matters to that.
-    fn laid(&mut self, d: &Degrees) -> Result<Rc<Laid>, Misfit> {
-        if let Some((nested, laid)) = &self.last
-            && *nested == d.nested()
-        {
-            return Ok(laid.clone());
-        }
-        let machine = self.task.machine;
-        let workers = self.layouts.lay(machine, &d.nested()).ok_or(Misfit::Devices)?;
-        let mut active = vec![0; machine.interfaces.len()];
-        workers.iter().for_each(|w| active[machine.workers[*w].host] += 1);
-        let mut firsts: Vec<&[usize]> = Vec::new();
-        let mut which = Vec::new();
-        for ranks in workers.chunks(d.ranks() / (d.dp / d.sharing_experts())) {
-            let alike = firsts.iter().position(|first| machine.alike(first, ranks, &active));
-            which.push(alike.unwrap_or(firsts.len()));
-            if alike.is_none() {
-                firsts.push(ranks);
-            }
-        }
-        let replicas = firsts.iter().map(|ranks| self.groups(d, ranks, &active)).collect::<Option<Vec<_>>>();
-        let laid = Rc::new(Laid { replicas: replicas.ok_or(Misfit::Devices)?, which, workers });
-        self.last = Some((d.nested(), laid.clone()));
-        Ok(laid)
-    }
-
-    /// A replica's ranks as groups; nothing if some have no path to each other.
-    fn groups(&self, d: &Degrees, ranks: &[usize], active: &[u32]) -> Option<Replica> {
-        let machine = self.task.machine;
-        let sharing = d.sharing_experts();
-        let per_stage = ranks.len() / d.pp;
-        let span = |of: Vec<usize>| machine.span(&of, active);
-        let slower = |a: Option<Span>, b: Span| match a {
-            Some(a) if a.us_of_mib() >= b.us_of_mib() => a,
-            _ => b,
-        };
-        let mut cfg = None;
-        let mut stages = Vec::new();
-        for stage in ranks.chunks(per_stage) {
-            let every = |from: usize, step: usize, n: usize| -> Vec<usize> {
-                (0..n).map(|i| stage[from + i * step]).collect()
-            };
-            // The slowest of the groups that a tensor-parallel group's ranks are in counts for all of them.
-            let worst = |first: usize, step: usize, n: usize| -> Option<Span> {
-                let mut found = None;
-                for rank in 0..d.tp {
-                    found = Some(slower(found, span(every(first + rank, step, n))?));
-                }
-                found
-            };
-            let mut groups = Vec::new();
-            for (g, tp_ranks) in stage.chunks(d.tp).enumerate() {
-                let (in_cp, in_cfg) = (g % d.cp, g / d.cp % d.cfg);
-                let base = (g - in_cp) * d.tp;
-                let cp = if d.cp > 1 { worst(base, d.tp, d.cp)? } else { Span::default() };
-                let ep = if sharing > 1 { span(stage.to_vec())? } else { Span::default() };
-                groups.push(Group { workers: tp_ranks.to_vec(), tp: span(tp_ranks.to_vec())?, cp, ep });
-                if d.cfg > 1 && in_cfg == 0 && in_cp == 0 {
-                    cfg = Some(slower(cfg, worst(g * d.tp, d.tp * d.cp, d.cfg)?));
-                }
-            }
-            stages.push(groups);
-        }
-        let mut hops = Vec::new();
-        for next in 1..d.pp {
-            let mut hop = None;
-            for rank in 0..per_stage {
-                let (to, from) = (next * per_stage + rank, (next - 1) * per_stage + rank);
-                hop = Some(slower(hop, span(vec![ranks[from], ranks[to]])?));
-            }
-            hops.extend(hop);
-        }
-        Some(Replica { stages, hops, cfg: cfg.unwrap_or_default() })
     }
 
     /// Sequences of a data-parallel rank in each kind of replica: as many as let all be done soonest.
@@ -324,7 +244,9 @@ impl<'a> Arranger<'a> {
         let pricer = Pricer { workload, machine };
         let (main, prompt) = match workload.kind {
             Kind::Decoder => {
-                (Pass::decode(sequences, context), Some(Pass::prefill(sequences, context, d.cp)))
+                let made = if let Goal::Request { new_tokens } = goal { new_tokens } else { 0 };
+                let prompt = context.saturating_sub(made).max(1);
+                (Pass::decode(sequences, context), Some(Pass::prefill(sequences, prompt, d.cp)))
             }
             Kind::Forward { .. } => (Pass::forward(sequences, context), None),
         };
@@ -332,17 +254,10 @@ impl<'a> Arranger<'a> {
         let widest = prompt.unwrap_or(main);
         let cached = (sequences as u64).saturating_mul(context as u64);
 
-        let mut costs = Vec::new();
+        let mut kinds = Vec::new();
         for stage in &replica.stages {
             let mut cost = StageCost::default();
-            let mut seen: Vec<(&Group, usize)> = Vec::new();
-            for group in stage {
-                if let Some((_, at)) = seen.iter().find(|(g, _)| g.is_like(group, machine)) {
-                    cost.groups.push(*at);
-                    continue;
-                }
-                seen.push((group, cost.needs.len()));
-                cost.groups.push(cost.needs.len());
+            for group in &stage.groups {
                 let speeds = pricer.speeds(&group.workers, &of_goal);
                 let shares = pricer.shares(d, &speeds, &mut self.memo).map_err(Misfit::TooFine)?;
                 slower_blocks(&mut cost.main, pricer.blocks(&shares, group, d, &main));
@@ -353,27 +268,27 @@ impl<'a> Arranger<'a> {
                 cost.memory.push(group.workers.iter().map(|w| machine.workers[*w].memory_bytes).collect());
                 cost.speeds.push(speeds);
             }
-            costs.push(cost);
+            kinds.push(cost);
         }
+        let costs: Vec<&StageCost> = replica.which.iter().map(|kind| &kinds[*kind]).collect();
 
         let fixed = Fixed::of(workload, d, &widest);
         let ranges = cut(workload, &costs, &fixed, goal);
-        let fits =
-            ranges.iter().zip(&costs).enumerate().all(|(s, (r, c))| c.fits(&counts(workload, r), s, &fixed));
+        let counts: Vec<Counts> = ranges.iter().map(|r| counts(workload, r)).collect();
         let mut outcome =
-            Outcome { stages: Vec::new(), step: Tally::default(), prefill: Tally::default(), fits };
-        for (s, (range, cost)) in ranges.iter().zip(&costs).enumerate() {
-            let memory = cost.memory_of(&counts(workload, range), s, &fixed);
+            Outcome { stages: Vec::new(), step: Tally::default(), prefill: Tally::default(), fits: true };
+        for (s, (range, cost)) in ranges.into_iter().zip(&costs).enumerate() {
+            outcome.fits &= cost.fits(&counts[s], s, &fixed);
             outcome.stages.push(Stage {
-                blocks: range.clone(),
-                memory: cost.groups.iter().flat_map(|g| memory[*g].iter().copied()).collect(),
-                speeds: cost.groups.iter().map(|g| cost.speeds[*g].clone()).collect(),
+                blocks: range,
+                groups: cost.ranks(&counts[s], s, &fixed),
+                which: replica.stages[replica.which[s]].which.clone(),
             });
         }
         let time = |blocks: fn(&StageCost) -> &Vec<Tally>, pass: &Pass| {
-            let stages = ranges.iter().zip(&costs).map(|(range, cost)| {
+            let stages = counts.iter().zip(&costs).map(|(counts, cost)| {
                 let mut tally = Tally::default();
-                workload.order[range.clone()].iter().for_each(|b| tally.plus(&blocks(cost)[*b], 1.0));
+                blocks(cost).iter().zip(counts).for_each(|(block, n)| tally.plus(block, *n as f64));
                 tally
             });
             through(stages.collect(), replica, workload, d, pass)
@@ -436,7 +351,7 @@ fn levels(replicas: &[Replica]) -> [Option<usize>; 7] {
         *at = (*at).max(span.level());
     };
     for replica in replicas {
-        for group in replica.stages.iter().flatten() {
+        for group in replica.stages.iter().flat_map(|s| &s.groups) {
             note(Cause::Tp, &group.tp);
             note(Cause::Cp, &group.cp);
             note(Cause::Ep, &group.ep);

@@ -4,8 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::machine::Machine;
-use super::workload::{Keys, Kind, Workload};
+use super::machine::{Level, Machine};
+use super::pass::Goal;
+use super::workload::{Keys, Kind, Split, Workload};
 
 /// How many ways each axis divides the work. The product of all but `ep` is the number of ranks.
 ///
@@ -89,7 +90,8 @@ impl fmt::Display for Degrees {
 ///
 /// Tensor-parallel degrees are all up to 8, and above that those that divide the number of devices of an island, as
 /// others leave devices idle. The other axes go by powers of two, besides those that use a machine's devices up.
-pub fn candidates(workload: &Workload, machine: &Machine, batch: usize) -> Vec<Degrees> {
+/// While decoding, a ring exchanges what Ulysses does, so it is tried only where heads don't allow Ulysses.
+pub fn candidates(workload: &Workload, machine: &Machine, batch: usize, goal: Goal) -> Vec<Degrees> {
     let devices = machine.workers.len();
     let branches = match workload.kind {
         Kind::Decoder => 1,
@@ -101,9 +103,10 @@ pub fn candidates(workload: &Workload, machine: &Machine, batch: usize) -> Vec<D
     let divides = |n: usize| sizes.iter().any(|s| s.is_multiple_of(n));
     let tp_limit = tp_limit(workload).map_or(1, |(_, most)| most.min(devices));
 
+    let rings = workload.kind != Kind::Decoder || !matches!(goal, Goal::Decode | Goal::Memory);
     let mut found = Vec::new();
     for tp in (1..=tp_limit).filter(|tp| *tp <= 8 || divides(*tp)) {
-        for (cp, cp_by) in contexts(workload, tp, devices / tp) {
+        for (cp, cp_by) in contexts(workload, tp, devices / tp, rings) {
             for cfg in powers(branches.min(devices / (tp * cp))) {
                 let inner = tp * cp * cfg;
                 for pp in degrees(workload.order.len().min(devices / inner)) {
@@ -128,11 +131,11 @@ pub fn candidates(workload: &Workload, machine: &Machine, batch: usize) -> Vec<D
 pub fn tp_limit(workload: &Workload) -> Option<(&'static str, usize)> {
     // Experts can be spread whole, so their columns limit nothing: arrangements that cut them finer are refused later.
     let parts = workload.blocks.iter().flat_map(|b| &b.parts);
-    let limits = parts.filter(|p| !matches!(p.split, super::workload::Split::Experts { .. }));
+    let limits = parts.filter(|p| !matches!(p.split, Split::Experts { .. }));
     limits.filter_map(|p| p.split.limit()).min_by_key(|(_, most)| *most)
 }
 
-fn island_sizes(level: &super::machine::Level) -> Vec<usize> {
+fn island_sizes(level: &Level) -> Vec<usize> {
     let mut sizes = vec![0; level.links.len()];
     level.island_of.iter().for_each(|i| sizes[*i] += 1);
     sizes
@@ -152,20 +155,23 @@ fn degrees(most: usize) -> Vec<usize> {
 }
 
 /// Ways to divide the context; Ulysses only where each rank gets as many query heads.
-fn contexts(workload: &Workload, tp: usize, most: usize) -> Vec<(usize, ContextBy)> {
+fn contexts(workload: &Workload, tp: usize, most: usize, rings: bool) -> Vec<(usize, ContextBy)> {
     let attends = |keys: Keys| !matches!(keys, Keys::Other { .. });
     let mut parts = workload.blocks.iter().flat_map(|b| &b.parts);
     let heads = parts.find_map(|p| match (p.split, p.attention) {
-        (super::workload::Split::Heads { q, .. }, Some(a)) if attends(a.keys) => Some(q),
+        (Split::Heads { q, .. }, Some(a)) if attends(a.keys) => Some(q),
         _ => None,
     });
     let mut found = vec![(1, ContextBy::Ulysses)];
     if let Some(q) = heads {
         for cp in powers(most).skip(1) {
-            if q.is_multiple_of(tp * cp) {
+            let ulysses = q.is_multiple_of(tp * cp);
+            if ulysses {
                 found.push((cp, ContextBy::Ulysses));
             }
-            found.push((cp, ContextBy::Ring));
+            if rings || !ulysses {
+                found.push((cp, ContextBy::Ring));
+            }
         }
     }
     found

@@ -119,7 +119,10 @@ impl Machine {
                 })
             };
             let bytes_per_us = 1e3 * or(model.memory_gbps, "the memory's bandwidth", gbps, "GB/s");
-            let flops_per_us = 1e6 * or(model.tflops.of_bits(bits), "the speed", tflops, "TFLOP/s");
+            // Wider operands than those with a figure take twice as long.
+            let wider = model.tflops.f16.map(|half| half / 2.0);
+            let known = model.tflops.of_bits(bits).or(wider);
+            let flops_per_us = 1e6 * or(known, "the speed", tflops, "TFLOP/s");
             let memory_bytes = model.memory_bytes.unwrap_or_else(|| {
                 unknown.insert(format!(
                     "how much memory {} has isn't known: any amount is taken to fit",

@@ -20,9 +20,10 @@ pub enum Goal {
     Prefill,
     /// The fewest bytes on the fullest device.
     Memory,
-    /// The time of a whole request: its prompt and then so many tokens; of a model that makes none, a whole pass.
+    /// The time of a whole request: its prompt and then the tokens that are made; of a model that makes none, a whole
+    /// pass.
     Request {
-        /// Tokens to be made.
+        /// Tokens to be made, the last ones of the context.
         new_tokens: usize,
     },
 }

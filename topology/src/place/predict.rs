@@ -13,7 +13,8 @@
 
 use super::degrees::{ContextBy, Degrees};
 use super::exchange::{all_gather_us, all_reduce_us, all_reduce_wire, all_to_all_us, gather_wire, ring_us};
-use super::machine::{Machine, Span, Worker};
+use super::groups::Group;
+use super::machine::{Machine, Worker};
 use super::pass::{Pass, Phase};
 use super::share::{self, Fraction, Memo, Share};
 use super::workload::{Block, Exchange, Part, Split, Workload};
@@ -41,6 +42,33 @@ impl Cause {
     /// All of them.
     pub const ALL: [Cause; 7] =
         [Cause::Memory, Cause::Compute, Cause::Tp, Cause::Cp, Cause::Cfg, Cause::Ep, Cause::Pp];
+
+    /// As a placement's JSON names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::Memory => "memory",
+            Cause::Compute => "compute",
+            Cause::Tp => "tp",
+            Cause::Cp => "cp",
+            Cause::Cfg => "cfg",
+            Cause::Ep => "ep",
+            Cause::Pp => "pp",
+        }
+    }
+
+    /// The axis whose ranks exchange; none for what a device does alone.
+    pub fn axis(self) -> Option<&'static str> {
+        (!matches!(self, Cause::Memory | Cause::Compute)).then(|| self.name())
+    }
+
+    /// For a sentence.
+    pub(super) fn in_words(self) -> &'static str {
+        match self {
+            Cause::Memory => "reading memory",
+            Cause::Compute => "computing",
+            Cause::Tp | Cause::Cp | Cause::Cfg | Cause::Ep | Cause::Pp => "exchanges",
+        }
+    }
 }
 
 /// Time and bytes sent by a rank, by [`Cause`].
@@ -73,25 +101,6 @@ impl Tally {
             self.us[i] += times * other.us[i];
             self.wire[i] += times * other.wire[i];
         }
-    }
-}
-
-/// A tensor-parallel group, and what it exchanges over with groups like it.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Group {
-    /// Its devices, as places in [`Machine::workers`].
-    pub workers: Vec<usize>,
-    pub tp: Span,
-    pub cp: Span,
-    pub ep: Span,
-}
-
-impl Group {
-    /// Whether another is as good, rank by rank.
-    pub(super) fn is_like(&self, other: &Group, machine: &Machine) -> bool {
-        let alike = |(a, b): (&usize, &usize)| machine.workers[*a].is_like(&machine.workers[*b]);
-        (&self.tp, &self.cp, &self.ep) == (&other.tp, &other.cp, &other.ep)
-            && self.workers.iter().zip(&other.workers).all(alike)
     }
 }
 
@@ -331,7 +340,8 @@ impl Pricer<'_> {
                     needs.cache += (u128::from(kv) * u128::from(cached) / d.cp as u128) as u64;
                 }
                 let seen = if shares.whole_experts { tokens * d.sharing_experts() as f64 } else { tokens };
-                needs.wide = needs.wide.max((share.cut.bytes(part.wide_bytes) as f64 * seen) as u64);
+                let items = part.item_bytes as f64 * pass.sequences;
+                needs.wide = needs.wide.max((share.cut.bytes(part.wide_bytes) as f64 * seen + items) as u64);
                 let whole = part.largest[1];
                 let cut =
                     if shares.whole_experts { part.largest[0] } else { share.cut.bytes(part.largest[0]) };

@@ -32,7 +32,7 @@ pub fn search(task: Task<'_>) -> Found {
     let mut arranger = Arranger::new(task);
     let mut tried = Vec::new();
     let mut ties = Vec::new();
-    for degrees in candidates(task.workload, task.machine, task.batch) {
+    for degrees in candidates(task.workload, task.machine, task.batch, task.goal) {
         match arranger.arrange(&degrees) {
             Ok(a) => {
                 ties.push(a.step.total_us());

@@ -59,7 +59,10 @@ pub fn weighted(split: Split, weights: &[f64]) -> Option<Vec<Share>> {
         sizes.iter().all(|s| *s > 0).then(|| sizes.iter().map(share).collect())
     };
     match split {
-        Split::Whole => Some(vec![Share { cut: Fraction::ALL, kv: Fraction::ALL }; ranks]),
+        Split::Shared { units } if units >= ranks => of(apportion(units, weights), units),
+        Split::Shared { .. } | Split::Whole => {
+            Some(vec![Share { cut: Fraction::ALL, kv: Fraction::ALL }; ranks])
+        }
         Split::Heads { q, kv } => {
             let spans = if alike { shard::heads(q, kv, ranks).ok()?.q } else { heads(q, kv, weights)? };
             let share = |s: &Span| Share {

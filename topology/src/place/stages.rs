@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::arrange::Memory;
+use super::arrange::{Memory, RankNeeds};
 use super::degrees::Degrees;
 use super::pass::{Goal, Pass};
 use super::predict::{Needs, Tally};
@@ -11,8 +11,6 @@ use super::workload::{Kind, Workload};
 /// A stage's costs by kind of block. Groups that are alike are there once.
 #[derive(Default)]
 pub(super) struct StageCost {
-    /// Which of the kinds of groups each group is.
-    pub(super) groups: Vec<usize>,
     pub(super) main: Vec<Tally>,
     pub(super) prompt: Vec<Tally>,
     /// `[kind of group][block][rank]`.
@@ -64,10 +62,14 @@ pub(super) fn counts(workload: &Workload, range: &Range<usize>) -> Counts {
 
 impl StageCost {
     /// `[kind of group][rank]`.
-    pub(super) fn memory_of(&self, counts: &Counts, stage: usize, fixed: &Fixed) -> Vec<Vec<Memory>> {
-        let kinds = self.needs.iter().zip(&self.memory);
-        let group = |(needs, ranks): (&Vec<Vec<Needs>>, &Vec<u64>)| {
-            (0..ranks.len()).map(|r| rank_memory(needs, r, counts, stage, fixed)).collect()
+    pub(super) fn ranks(&self, counts: &Counts, stage: usize, fixed: &Fixed) -> Vec<Vec<RankNeeds>> {
+        let kinds = self.needs.iter().zip(&self.speeds);
+        let group = |(needs, speeds): (&Vec<Vec<Needs>>, &Vec<f64>)| {
+            let rank = |(r, speed): (usize, &f64)| {
+                let memory = rank_memory(needs, r, counts, stage, fixed);
+                RankNeeds { memory, speed: *speed }
+            };
+            speeds.iter().enumerate().map(rank).collect()
         };
         kinds.map(group).collect()
     }
@@ -110,7 +112,7 @@ fn rank_memory(needs: &[Vec<Needs>], rank: usize, counts: &Counts, stage: usize,
 
 /// Cuts the blocks into one range for each stage, such that each has its memory and the slowest is as fast as can be.
 /// Where memory doesn't suffice, blocks are cut evenly, to say what lacks.
-pub(super) fn cut(workload: &Workload, costs: &[StageCost], fixed: &Fixed, goal: Goal) -> Vec<Range<usize>> {
+pub(super) fn cut(workload: &Workload, costs: &[&StageCost], fixed: &Fixed, goal: Goal) -> Vec<Range<usize>> {
     let (blocks, n) = (workload.order.len(), costs.len());
     if n == 1 {
         return vec![0..blocks];

@@ -67,6 +67,8 @@ pub struct Part {
     pub attention: Option<Attention>,
     /// Bytes a token of the widest values between two products, cut along `split`.
     pub wide_bytes: u64,
+    /// Bytes of activations of a sequence, however many tokens it has.
+    pub item_bytes: u64,
     /// The largest single tensor, in bytes, that is cut; and the largest that isn't.
     pub largest: [u64; 2],
     /// What the ranks of a tensor-parallel group exchange afterwards.
@@ -100,6 +102,11 @@ pub enum Split {
     },
     /// Columns, in whole units: quantisation groups, or single ones.
     Columns {
+        /// How many units.
+        units: usize,
+    },
+    /// Columns that every rank has whole where there are fewer units than ranks: a shared expert's.
+    Shared {
         /// How many units.
         units: usize,
     },
@@ -190,6 +197,7 @@ impl Part {
             whole,
             attention: None,
             wide_bytes: 0,
+            item_bytes: 0,
             largest: [0; 2],
             after,
         }
@@ -204,7 +212,7 @@ impl Split {
             Split::Columns { units } => Some(("groups of feed-forward columns", units)),
             Split::Experts { units, .. } => Some(("groups of an expert's columns", units)),
             Split::Rows { rows } => Some(("vocabulary rows", rows)),
-            Split::Whole => None,
+            Split::Shared { .. } | Split::Whole => None,
         }
     }
 }

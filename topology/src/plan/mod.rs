@@ -8,7 +8,7 @@
 mod check;
 mod collectives;
 pub(crate) mod json;
-mod notes;
+pub(crate) mod notes;
 mod share;
 mod summary;
 mod types;
