@@ -39,6 +39,7 @@ mod describe;
 mod options;
 mod plan;
 mod solve;
+mod summary;
 
-pub use describe::{Model, Pipeline, SCHEMA, Stage};
-pub use plan::{DeviceUse, PipelinePlan, StagePlan, Transfer, place};
+pub use describe::{MAX_STAGES, Model, Pipeline, SCHEMA, Stage};
+pub use plan::{DeviceUse, ModelPlan, PipelinePlan, StagePlan, Transfer, place};

@@ -11,10 +11,9 @@ use crate::place::{Degrees, Goal, Machine, Workload};
 
 use super::describe::Stage;
 
-/// Ways that are kept for one model on one kind of group: the fastest, and slower ones that need less memory.
+/// Ways that are kept for one model on one kind of group: the fastest, and slower ones that need less memory; besides
+/// these, the one that needs least.
 const KEPT: usize = 4;
-/// How many of the fastest are looked at for those.
-const LOOKED_AT: usize = 48;
 
 /// One model of a pipeline, with all stages that call it: its weights are loaded once, so it is placed once, for the
 /// largest of what its stages ask.
@@ -144,17 +143,16 @@ pub(super) fn choices(unit: &Unit, classes: &[Class], fabric: &Fabric) -> (Vec<C
         let task = unit.task(&machine);
         let found = search(task);
         explored += found.tried.len();
-        let mut arranger = Arranger::new(task);
-        let mut least = u64::MAX;
-        let mut kept = 0;
+        // Slower ones are of use only if they need less memory.
         let using_all = found.tried.iter().filter(|t| t.lacks == 0 && t.degrees.ranks() == group.len());
-        for tried in using_all.take(LOOKED_AT) {
-            let Ok(arrangement) = arranger.arrange(&tried.degrees) else { continue };
-            let choice = Choice::of(unit, c, group, &machine, &arrangement);
-            if choice.peak() < least && kept < KEPT {
-                least = choice.peak();
-                kept += 1;
-                all.push(choice);
+        let mut least = u64::MAX;
+        let front: Vec<_> =
+            using_all.filter(|t| std::mem::replace(&mut least, least.min(t.peak)) > t.peak).collect();
+        let (fastest, rest) = front.split_at(front.len().min(KEPT));
+        let mut arranger = Arranger::new(task);
+        for tried in fastest.iter().chain(rest.last()) {
+            if let Ok(arrangement) = arranger.arrange(&tried.degrees) {
+                all.push(Choice::of(unit, c, group, &machine, &arrangement));
             }
         }
     }

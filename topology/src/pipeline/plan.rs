@@ -8,6 +8,7 @@ use crate::fabric::Fabric;
 use crate::place::arrange::Arranger;
 use crate::place::search::search;
 use crate::place::{Alternative, Machine, RankPlace, Reason, Rejected, Reporter, rounded};
+use crate::plan::json::lines;
 use crate::plan::notes::{size, time};
 use crate::{Error, Result};
 
@@ -112,6 +113,13 @@ pub struct DeviceUse {
     /// Bytes that it has; none if that isn't known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub has_bytes: Option<u64>,
+}
+
+impl PipelinePlan {
+    /// The plan as JSON, schema [`SCHEMA`]. The same plan gives the same bytes.
+    pub fn to_json(&self) -> String {
+        lines(self) + "\n"
+    }
 }
 
 /// Places a pipeline's models on a fabric's devices.

@@ -71,6 +71,7 @@ mod report;
 pub mod search;
 pub mod share;
 mod stages;
+mod summary;
 #[cfg(test)]
 mod tests;
 pub mod workload;

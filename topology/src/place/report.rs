@@ -11,6 +11,7 @@ use super::pass::Goal;
 use super::predict::Cause;
 use super::search::{Found, Tried};
 use crate::plan::Span;
+use crate::plan::json::lines;
 use crate::plan::notes::{size, time};
 
 /// The schema that [`Placement::schema`] names.
@@ -46,6 +47,13 @@ pub struct Placement {
     pub rejected: Vec<Rejected>,
     /// What a person should know: what was assumed, what was left out, that one device is fastest.
     pub notes: Vec<String>,
+}
+
+impl Placement {
+    /// The placement as JSON, schema [`SCHEMA`]. The same placement gives the same bytes.
+    pub fn to_json(&self) -> String {
+        lines(self) + "\n"
+    }
 }
 
 /// One way to arrange the model.

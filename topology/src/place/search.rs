@@ -12,6 +12,8 @@ pub struct Tried {
     pub cost: f64,
     /// By how many bytes a device is too small for it; 0 if it fits.
     pub lacks: u64,
+    /// Bytes on its fullest device.
+    pub peak: u64,
 }
 
 /// What the search found.
@@ -36,7 +38,8 @@ pub fn search(task: Task<'_>) -> Found {
         match arranger.arrange(&degrees) {
             Ok(a) => {
                 ties.push(a.step.total_us());
-                tried.push(Tried { degrees, cost: a.cost(task.goal), lacks: a.lacks(task.machine) });
+                let (cost, lacks) = (a.cost(task.goal), a.lacks(task.machine));
+                tried.push(Tried { degrees, cost, lacks, peak: a.peak_bytes() });
             }
             Err(Misfit::Devices | Misfit::TooFine(_)) => {}
         }
