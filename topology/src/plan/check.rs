@@ -116,7 +116,12 @@ impl Plan {
                 return Some(format!("tensor {}: {what}", tensor.name));
             }
             for shard in shards {
-                bytes[shard.rank] += elements(tensor, &shard.slices) * tensor.stored.size();
+                let size = elements(tensor, &shard.slices) * tensor.stored.size();
+                if shard.bytes != size {
+                    let TensorShard { name, rank, bytes, .. } = shard;
+                    return Some(format!("tensor {name}: rank {rank}'s part is {size} bytes, not {bytes}"));
+                }
+                bytes[shard.rank] += size;
             }
         }
         if let Some(shard) = rest.first() {

@@ -7,17 +7,22 @@
 
 mod check;
 mod collectives;
+mod diff;
+mod html;
 pub(crate) mod json;
 pub(crate) mod notes;
 mod share;
 mod summary;
+mod svg;
 mod types;
+mod view;
 
 use crate::cost::CostModel;
 use crate::model::{ModelSpec, Stream, TensorSpec};
 use crate::shard::{Experts, Options, Shares};
 use crate::{Error, Result};
 
+pub use diff::{ClassDiff, DIFF_SCHEMA, Diff, Move, RankDiff, Source};
 pub use types::{
     Attention, Collective, DimensionPlan, Layer, LayerShare, Mlp, ModelSummary, Plan, Predicted, RankShare,
     SCHEMA, Slice, Span, TensorShard, Vocab,
@@ -168,7 +173,8 @@ impl Plan {
 fn shard(tensor: &TensorSpec, shares: &Shares, rank: usize) -> Option<TensorShard> {
     let slices = shares.slices(tensor, rank)?;
     let replicated = shares.is_replicated(tensor, rank);
-    Some(TensorShard { name: tensor.name.clone(), rank, slices, replicated })
+    let bytes = share::elements(tensor, &slices) * tensor.stored.size();
+    Some(TensorShard { name: tensor.name.clone(), rank, slices, replicated, bytes })
 }
 
 /// Which of a layer's dimensions each rank has what of; its name and what follows from that are left empty.

@@ -249,6 +249,8 @@ pub struct TensorShard {
     pub slices: Vec<Slice>,
     /// Whether other ranks hold the same elements, or some of them.
     pub replicated: bool,
+    /// How many bytes it is, as stored in the file.
+    pub bytes: u64,
 }
 
 /// A part of one dimension.

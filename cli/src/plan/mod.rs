@@ -1,0 +1,82 @@
+//! `tensorwire plan`: how a model is sharded.
+
+mod diff;
+
+use std::path::{Path, PathBuf};
+
+use tensorwire::topology::{ModelSpec, Planner};
+
+use crate::failure::{Failure, print, ranks};
+use crate::output::OutputFile;
+
+const EXAMPLES: &str = "\
+Examples:
+  tensorwire plan --model ./Llama-3.2-1B --tp 4
+  tensorwire plan --model ./config.json --tp 7 --json > plan.json
+  tensorwire plan --model ./config.json --tp 7 --html plan.html
+  tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3";
+
+/// Show how a model is sharded over ranks
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    #[command(flatten)]
+    one: Option<One>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Diff(diff::Args),
+}
+
+/// One plan.
+#[derive(clap::Args)]
+struct One {
+    /// A model directory, or a config.json alone
+    #[arg(long, value_name = "DIR|config.json")]
+    model: PathBuf,
+
+    /// Tensor-parallel ranks
+    #[arg(long, value_name = "N", value_parser = ranks)]
+    tp: usize,
+
+    /// Print the whole plan as JSON, schema tensorwire.plan/v1
+    #[arg(long)]
+    json: bool,
+
+    /// Draw the plan: ranks, what each holds, what they exchange
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+
+    /// Write a page with the picture, tables and notes, which needs nothing else
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    match (&args.command, &args.one) {
+        (Some(Command::Diff(args)), _) => diff::main(args),
+        (None, Some(args)) => one(args),
+        (None, None) => Err(Failure::usage("plan needs --model and --tp (see tensorwire plan --help)")),
+    }
+}
+
+fn one(args: &One) -> Result<(), Failure> {
+    let open = |option, path: &Option<PathBuf>| {
+        path.as_deref().map(|path: &Path| OutputFile::open(option, path)).transpose()
+    };
+    let (svg, html) = (open("--svg", &args.svg)?, open("--html", &args.html)?);
+    let spec = ModelSpec::load(&args.model).map_err(Failure::usage)?;
+    let plan = Planner::new(&spec).plan(args.tp).map_err(Failure::usage)?;
+    if let Some(file) = svg {
+        file.write(&plan.svg())?;
+    }
+    if let Some(file) = html {
+        file.write(&plan.html())?;
+    }
+    let text = if args.json { plan.to_json() } else { plan.summary() };
+    print(format_args!("{}\n", text.trim_end()))
+}
