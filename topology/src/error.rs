@@ -172,6 +172,19 @@ pub enum Error {
         limit: u128,
     },
 
+    /// A model, or a pipeline of models, that can't be placed on the devices there are.
+    #[error("{0}")]
+    NoPlacement(String),
+
+    /// A description of a pipeline of models contradicts itself or makes no sense.
+    #[error("{what}: {problem}")]
+    Pipeline {
+        /// The pipeline, or the stage or model of it.
+        what: String,
+        /// What is wrong with it, and what to do.
+        problem: String,
+    },
+
     /// A plan contradicts itself or the model it is for.
     #[error("this plan can't be used: {0}")]
     InvalidPlan(String),

@@ -48,6 +48,8 @@ pub mod discover;
 mod error;
 pub mod fabric;
 pub mod model;
+pub mod pipeline;
+pub mod place;
 pub mod plan;
 pub mod shard;
 pub mod svg;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use super::{Basis, Class, Device, DeviceModel, Link, MAX_DEVICES, MAX_PAIRED_DEVICES, Parts};
+use crate::discover::{is_bus, list};
 use crate::{Error, Result};
 
 /// The most network interfaces of a host.
@@ -77,12 +78,8 @@ fn bad_model(model: &DeviceModel) -> Option<String> {
         return Some(format!("a model's name {why}"));
     }
     let name = &model.name;
-    if !MEMORY.contains(&model.memory_bytes) {
-        return Some(format!(
-            "the model {name:?} has {} bytes of memory, not 1 to {}",
-            model.memory_bytes,
-            MEMORY.end()
-        ));
+    if let Some(bytes) = model.memory_bytes.filter(|bytes| !MEMORY.contains(bytes)) {
+        return Some(format!("the model {name:?} has {bytes} bytes of memory, not 1 to {}", MEMORY.end()));
     }
     if !(1..=MAX_DEVICES as u32).contains(&model.ranks) {
         return Some(format!("the model {name:?} runs {} ranks, not 1 to {MAX_DEVICES}", model.ranks));
@@ -137,8 +134,13 @@ fn bad_hosts(parts: &Parts) -> Option<String> {
                 host.nics.len()
             ));
         }
-        if let Some(why) = host.nics.iter().find_map(|nic| bad_name(&nic.name)) {
-            return Some(format!("on host {name:?}, a network interface's name {why}"));
+        for nic in &host.nics {
+            if let Some(why) = bad_name(&nic.name) {
+                return Some(format!("on host {name:?}, a network interface's name {why}"));
+            }
+            if let Some(bus) = nic.bus.as_ref().filter(|bus| !is_bus(bus)) {
+                return Some(format!("on host {name:?}, {:?} has {}", nic.name, not_bus(bus)));
+            }
         }
     }
     None
@@ -154,6 +156,16 @@ fn bad_devices(parts: &Parts) -> Option<String> {
         if !names.insert(name) {
             return Some(format!("two devices are named {name:?}"));
         }
+        if let Some(bus) = device.bus.as_ref().filter(|bus| !is_bus(bus)) {
+            return Some(format!("device {name:?} has {}", not_bus(bus)));
+        }
+        if let Some(text) = device.processors.as_ref().filter(|text| list(text).is_none_or(|l| l.is_empty()))
+        {
+            return Some(format!(
+                "device {name:?} has processors = {:?}, not a list such as 0-31,64-95",
+                short(text)
+            ));
+        }
         for (what, at, count) in
             [("host", device.host, parts.hosts.len()), ("model", device.model, parts.models.len())]
         {
@@ -167,6 +179,10 @@ fn bad_devices(parts: &Parts) -> Option<String> {
         "device {:?} comes after {:?}, of a later host: devices come host by host",
         unordered[1].name, unordered[0].name
     ))
+}
+
+fn not_bus(text: &str) -> String {
+    format!("bus = {:?}, not a PCI address such as 0000:07:00.0", short(text))
 }
 
 /// What holds a device lies within one thing of each wider class: a card under one switch, a switch in one node.

@@ -21,7 +21,7 @@
 //! let device = |host, name: &str| Device { numa: Some(0), ..Device::new(name, host, 0) };
 //! let fabric = Fabric::new(Parts {
 //!     name: "two hosts".to_owned(),
-//!     models: vec![DeviceModel::new("gpu", Kind::Gpu, 80 << 30)],
+//!     models: vec![DeviceModel::new("gpu", Kind::Gpu, Some(80 << 30))],
 //!     hosts: vec![Host::new("a"), Host::new("b")],
 //!     devices: vec![device(0, "a0"), device(0, "a1"), device(1, "b0"), device(1, "b1")],
 //!     links: [(Class::Numa, Link::rated(3.0, 20.0)), (Class::Network, Link::rated(10.0, 12.5))].into(),
@@ -35,9 +35,12 @@
 //! ```
 
 mod check;
+mod describe;
+mod gpus;
 mod json;
 mod link;
 mod lookup;
+mod machine;
 #[cfg(test)]
 mod tests;
 
@@ -111,6 +114,9 @@ pub struct Nic {
     /// The PCIe switch that it hangs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switch: Option<u32>,
+    /// Its PCI address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
 }
 
 /// A kind of device.
@@ -121,8 +127,9 @@ pub struct DeviceModel {
     pub name: String,
     /// What computes in it.
     pub kind: Kind,
-    /// Its memory, in bytes.
-    pub memory_bytes: u64,
+    /// Its memory, in bytes, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
     /// What it reads of its memory, in GB/s (1e9 bytes a second), where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_gbps: Option<f64>,
@@ -132,6 +139,9 @@ pub struct DeviceModel {
     /// How many ranks it can run at once: the cores of processors, 1 of others.
     #[serde(default = "one")]
     pub ranks: u32,
+    /// The compute capability of an NVIDIA GPU, such as 90 for 9.0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sm: Option<u32>,
 }
 
 fn one() -> u32 {
@@ -193,6 +203,12 @@ pub struct Device {
     /// The set of devices, of the whole fabric, that reach each other by NVLink all alike: it may span hosts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nvlink: Option<u32>,
+    /// Its PCI address, such as `0000:07:00.0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
+    /// Its processors as Linux numbers them, such as `0-31,64-95`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processors: Option<String>,
 }
 
 /// A link of two devices that is another than their class's.
@@ -218,9 +234,9 @@ impl Host {
 
 impl DeviceModel {
     /// A kind of device of unknown speed, for one rank.
-    pub fn new(name: impl Into<String>, kind: Kind, memory_bytes: u64) -> DeviceModel {
+    pub fn new(name: impl Into<String>, kind: Kind, memory_bytes: Option<u64>) -> DeviceModel {
         let (memory_gbps, tflops) = (None, Tflops::default());
-        DeviceModel { name: name.into(), kind, memory_bytes, memory_gbps, tflops, ranks: 1 }
+        DeviceModel { name: name.into(), kind, memory_bytes, memory_gbps, tflops, ranks: 1, sm: None }
     }
 }
 
@@ -228,8 +244,15 @@ impl Device {
     /// A device of which nothing is known but its host and its kind.
     pub fn new(name: impl Into<String>, host: u32, model: u32) -> Device {
         let (socket, numa, switch, card, nvlink) = (None, None, None, None, None);
-        Device { name: name.into(), host, model, socket, numa, switch, card, nvlink }
+        let (bus, processors) = (None, None);
+        Device { name: name.into(), host, model, socket, numa, switch, card, nvlink, bus, processors }
     }
+}
+
+/// The network as a host's fastest interface is rated, with a latency that is usual.
+fn nic_link(nics: &[Nic]) -> Option<Link> {
+    let fastest = nics.iter().filter_map(|nic| nic.mbit_per_s).max()?;
+    Some(Link::rated(Link::assumed(Class::Network).alpha_us, fastest as f64 / 8000.0))
 }
 
 impl Tflops {

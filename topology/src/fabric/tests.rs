@@ -49,7 +49,7 @@ fn fabric() -> impl Strategy<Value = Fabric> {
                 (a < b && b < count).then_some(Pair { a, b, class: Class::NvLink, link })
             };
             let pairs: Vec<Pair> = pairs.into_iter().filter(|_| paired).filter_map(pair).collect();
-            let models = vec![DeviceModel::new("m", Kind::Gpu, 1 << 30)];
+            let models = vec![DeviceModel::new("m", Kind::Gpu, Some(1 << 30))];
             // Devices without a switch may hang elsewhere than others of the same card: such places contradict each other.
             let parts = Parts { name: "any".to_owned(), models, hosts, devices, links, pairs };
             Fabric::new(parts)
@@ -143,7 +143,7 @@ fn parts() -> Parts {
     devices[4].switch = Some(7);
     Parts {
         name: "test".to_owned(),
-        models: vec![DeviceModel::new("gpu", Kind::Gpu, 16 << 30)],
+        models: vec![DeviceModel::new("gpu", Kind::Gpu, Some(16 << 30))],
         hosts: vec![Host::new("a"), Host::new("b")],
         devices,
         links: [(Class::Host, Link::rated(5.0, 10.0)), (Class::Network, Link::rated(20.0, 1.0))].into(),
@@ -187,7 +187,7 @@ fn what_makes_no_sense_is_refused_and_says_why() {
         (|p| p.models.clear(), "0 models, not 1 to 65536"),
         (|p| p.devices.clear(), "0 devices"),
         (|p| p.hosts = vec![Host::new("h"); 65_537], "65537 hosts"),
-        (|p| p.models[0].memory_bytes = 0, "0 bytes of memory"),
+        (|p| p.models[0].memory_bytes = Some(0), "0 bytes of memory"),
         (|p| p.models[0].ranks = 0, "0 ranks"),
         (|p| p.models[0].tflops.f16 = Some(-1.0), "tflops.f16 = -1, not"),
         (|p| p.models[0].memory_gbps = Some(f64::NAN), "memory_gbps = NaN"),
@@ -201,6 +201,13 @@ fn what_makes_no_sense_is_refused_and_says_why() {
         (|p| p.devices[1].numa = Some(0), "numa 0 but not of the same socket"),
         (|p| p.links = [(Class::Network, Link::rated(-1.0, 1.0))].into(), "link network has alpha_us = -1"),
         (|p| p.links = [(Class::Network, Link::rated(1.0, 0.0))].into(), "link network has gbps = 0"),
+        (|p| p.devices[0].bus = Some("0000:07:00".into()), "not a PCI address"),
+        (|p| p.devices[0].bus = Some("0000:07:0g.0".into()), "not a PCI address"),
+        (|p| p.devices[0].processors = Some("0-".into()), "not a list such as"),
+        (|p| p.devices[0].processors = Some(String::new()), "not a list such as"),
+        (|p| p.hosts[0].nics = vec![nic("")], "interface's name is empty"),
+        (|p| p.hosts[0].nics = vec![Nic { bus: Some("7".into()), ..nic("eth0") }], "not a PCI address"),
+        (|p| p.hosts[0].nics = vec![nic("eth0"); 257], "257 network interfaces"),
         (|p| p.links.clear(), "host \"a\" has no path to the others"),
         (|p| p.pairs = vec![pair(1, 1)], "not a lower and a higher"),
         (|p| p.pairs = vec![pair(0, 9)], "not a lower and a higher"),
@@ -208,6 +215,9 @@ fn what_makes_no_sense_is_refused_and_says_why() {
         (|p| p.pairs = vec![Pair { class: Class::Numa, ..pair(0, 2) }], "can't have a link of class numa"),
         (|p| p.pairs = vec![Pair { class: Class::Device, ..pair(0, 1) }], "class device"),
     ];
+    fn nic(name: &str) -> Nic {
+        Nic { name: name.into(), mbit_per_s: None, numa: None, switch: None, bus: None }
+    }
     fn pair(a: u32, b: u32) -> Pair {
         Pair { a, b, class: Class::NvLink, link: Link::rated(1.0, 1.0) }
     }

@@ -371,12 +371,12 @@ fn count(n: usize, one: &str, many: &str) -> String {
 }
 
 /// A time for a person.
-pub(super) fn time(us: f64) -> String {
+pub(crate) fn time(us: f64) -> String {
     if us < 10_000.0 { format!("{us:.1} us") } else { format!("{:.1} ms", us / 1e3) }
 }
 
 /// Bytes for a person, in powers of 1000.
-pub(super) fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     match bytes {
         0..10_000 => format!("{bytes} B"),
         10_000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
