@@ -11,6 +11,7 @@ mod form;
 mod infer;
 mod job;
 mod launch;
+mod output;
 mod plan;
 mod simulate;
 mod topo;

@@ -10,8 +10,10 @@
 //! * [`cost`]: what an exchange and a decode step are expected to take.
 //! * [`plan`]: which rank holds what. [`Planner`] makes a [`Plan`]; a [`Plan`] is plain data.
 //!
+//! * [`fabric`]: what a plan runs on: hosts, devices, and what messages between them cost.
 //! * [`discover`]: what the machine is, read from procfs and sysfs.
 //! * [`table`]: what was measured on the machine about the collectives, kept in a file.
+//! * [`mod@svg`]: a writer of pictures.
 //!
 //! Nothing here talks to a peer. Reading `config.json` and the safetensors headers, [`discover`] and [`table`]'s
 //! file are all its I/O.
@@ -44,11 +46,16 @@
 pub mod cost;
 pub mod discover;
 mod error;
+pub mod fabric;
 pub mod model;
+pub mod pipeline;
+pub mod place;
 pub mod plan;
 pub mod shard;
+pub mod svg;
 pub mod table;
 
 pub use error::{Error, Result};
+pub use fabric::Fabric;
 pub use model::ModelSpec;
 pub use plan::{Plan, Planner};

@@ -32,6 +32,8 @@ pub struct Node {
     pub total: Option<u64>,
     /// What of it is free.
     pub free: Option<u64>,
+    /// How far its memory is from the processors of each node, by the firmware: 10 is the node itself.
+    pub distances: Vec<u32>,
 }
 
 /// When memory comes in huge pages: `always`, `never`, or as the program (`madvise`, `advise`) asks.
@@ -71,10 +73,15 @@ impl Node {
                 processors: processors.and_then(|text| list(&text)).unwrap_or_default(),
                 total: size("MemTotal"),
                 free: size("MemFree"),
+                distances: distances(&root.read(format!("{NODES}/node{node}/distance")).unwrap_or_default()),
             }
         };
         root.numbered(NODES, "node").into_iter().map(node).collect()
     }
+}
+
+fn distances(text: &str) -> Vec<u32> {
+    text.split_whitespace().map_while(|n| n.parse().ok()).collect()
 }
 
 impl HugePages {
@@ -118,6 +125,7 @@ mod tests {
             ("proc/meminfo", "MemTotal:       1000 kB\nMemFree: 1 kB\nMemAvailable:    400 kB\n"),
             ("proc/mounts", "tmpfs /dev/shm tmpfs rw,nosuid 0 0\n"),
             ("sys/devices/system/node/node0/cpulist", "0-1\n"),
+            ("sys/devices/system/node/node0/distance", "10 21 31\n"),
             ("sys/devices/system/node/node0/meminfo", "Node 0 MemTotal: 600 kB\nNode 0 MemFree: 30 kB\n"),
             ("sys/devices/system/node/node10/cpulist", "\n"),
             ("sys/devices/system/node/node2/cpulist", "2-3\n"),
@@ -139,6 +147,7 @@ mod tests {
             (Some(614_400), Some(30_720), None)
         );
         assert_eq!((&*m.nodes[1].processors, m.nodes[2].processors.len()), (&[2, 3][..], 0));
+        assert_eq!((&*m.nodes[0].distances, m.nodes[1].distances.len()), (&[10, 21, 31][..], 0));
         assert_eq!(m.huge_pages.anonymous.as_deref(), Some("madvise"));
         assert_eq!(m.huge_pages.shared.as_deref(), Some("never"));
     }

@@ -6,6 +6,7 @@
 mod cgroup;
 mod memory;
 mod network;
+mod pci;
 mod processors;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +15,8 @@ use serde::Serialize;
 
 pub use memory::{HugePages, Memory, Node};
 pub use network::Interface;
+pub use pci::{Accelerator, Slot};
+pub(crate) use pci::{is_bus, pcie_gbps};
 pub use processors::{Cache, Fingerprint, Processors};
 
 /// A machine, as far as a process on it may use it.
@@ -25,6 +28,10 @@ pub struct Machine {
     pub memory: Memory,
     /// Its network interfaces, but for the loopback, by name.
     pub interfaces: Vec<Interface>,
+    /// GPUs and other accelerators on PCI, by address.
+    pub accelerators: Vec<Accelerator>,
+    /// The switches between GPUs' NVLinks.
+    pub nvswitches: usize,
 }
 
 impl Machine {
@@ -36,10 +43,13 @@ impl Machine {
     /// ```
     pub fn read(root: &Path) -> Machine {
         let root = Root(root);
+        let (accelerators, nvswitches) = pci::accelerators(root);
         Machine {
             processors: Processors::read(root),
             memory: Memory::read(root),
             interfaces: Interface::all(root),
+            accelerators,
+            nvswitches,
         }
     }
 }
@@ -102,7 +112,7 @@ fn kilobytes(text: &str) -> Option<u64> {
 const MOST_PROCESSORS: usize = 1 << 16;
 
 /// The numbers in a list such as `0-3,8,10-11`.
-fn list(text: &str) -> Option<Vec<usize>> {
+pub(crate) fn list(text: &str) -> Option<Vec<usize>> {
     let mut numbers = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -127,6 +137,9 @@ pub fn as_list(numbers: &[usize]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod machines;
 
 #[cfg(test)]
 mod tests {

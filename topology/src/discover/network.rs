@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::Root;
+use super::{Root, Slot};
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -15,6 +15,8 @@ pub struct Interface {
     pub mbit_per_s: Option<u64>,
     /// The largest packet, in bytes.
     pub mtu: Option<u64>,
+    /// Where its device is, if it has one on PCI.
+    pub at: Option<Slot>,
 }
 
 impl Interface {
@@ -24,9 +26,10 @@ impl Interface {
             let path = |what| format!("{FOLDER}/{name}/{what}");
             Some(Interface {
                 state: root.read(path("operstate"))?,
-                // -1 where there is no carrier.
-                mbit_per_s: root.number(path("speed")),
+                // -1 where there is no carrier, in older drivers as a number of 32 bits.
+                mbit_per_s: root.number(path("speed")).filter(|speed| (1..=i32::MAX as u64).contains(speed)),
                 mtu: root.number(path("mtu")),
+                at: Slot::of(root, path("device").as_ref()),
                 name,
             })
         };

@@ -19,6 +19,8 @@ pub struct Processors {
     pub usable: usize,
     /// Cores that the allowed processors are threads of.
     pub cores: usize,
+    /// The sockets of the allowed processors, one for each of them, where they are known.
+    pub sockets: Vec<Option<usize>>,
     /// Caches of the allowed processors, the nearest first.
     pub caches: Vec<Cache>,
 }
@@ -55,10 +57,14 @@ impl Processors {
                 root.read(format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
             siblings.and_then(|text| list(&text)?.first().copied()).unwrap_or(*cpu)
         };
+        let socket = |cpu: &usize| {
+            root.number(format!("/sys/devices/system/cpu/cpu{cpu}/topology/physical_package_id"))
+        };
         let caches: BTreeSet<Cache> = allowed.iter().flat_map(|cpu| Cache::of(root, *cpu)).collect();
         Processors {
             model: model(root),
             cores: allowed.iter().map(core).collect::<BTreeSet<_>>().len(),
+            sockets: allowed.iter().map(socket).collect(),
             caches: caches.into_iter().collect(),
             allowed,
             quota,
@@ -119,13 +125,16 @@ fn model(root: Root<'_>) -> String {
 pub(super) mod tests {
     use super::*;
 
-    /// A folder with these files in it.
+    /// A folder with these files in it; a text that begins with `->` is where a link leads, from the folder.
     pub(in crate::discover) fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for (path, text) in files {
             let path = dir.path().join(path);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
+            match text.strip_prefix("->") {
+                Some(target) => std::os::unix::fs::symlink(dir.path().join(target), path).unwrap(),
+                None => std::fs::write(path, text).unwrap(),
+            }
         }
         dir
     }

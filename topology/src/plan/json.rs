@@ -11,13 +11,7 @@ use crate::{Error, Result};
 impl Plan {
     /// The plan as JSON, schema [`SCHEMA`](super::SCHEMA). The same plan gives the same bytes.
     pub fn to_json(&self) -> String {
-        let mut out = Vec::new();
-        let mut serializer =
-            Serializer::with_formatter(&mut out, Lines { pretty: PrettyFormatter::new(), depth: 0 });
-        // Writing to memory can't fail, and no map in a plan has keys that aren't strings.
-        let written = self.serialize(&mut serializer);
-        debug_assert!(written.is_ok());
-        String::from_utf8_lossy(&out).into_owned()
+        lines(self)
     }
 
     /// Reads a plan's JSON and checks that it doesn't contradict itself.
@@ -27,6 +21,17 @@ impl Plan {
         plan.validate()?;
         Ok(plan)
     }
+}
+
+/// A value without maps that have keys other than strings, as JSON that is read and compared by lines.
+pub(crate) fn lines(value: &impl Serialize) -> String {
+    let mut out = Vec::new();
+    let mut serializer =
+        Serializer::with_formatter(&mut out, Lines { pretty: PrettyFormatter::new(), depth: 0 });
+    // Writing to memory can't fail.
+    let written = value.serialize(&mut serializer);
+    debug_assert!(written.is_ok());
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 /// Indented down to this depth, and on one line below it.
