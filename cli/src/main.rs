@@ -67,6 +67,9 @@ enum Command {
     /// One rank that measures calls: started by `topo --probe` and `plan verify`, not by hand.
     #[command(name = measure::calls::RANK_COMMAND, hide = true)]
     CallsRank(measure::calls::RankArgs),
+    /// One rank that measures a decoder's layers: started by `topo --probe` and `plan verify`, not by hand.
+    #[command(name = measure::layers::RANK_COMMAND, hide = true)]
+    LayersRank(measure::layers::Subject),
 }
 
 fn main() {
@@ -83,6 +86,7 @@ fn main() {
         Command::Topo(args) => topo::main(&args),
         Command::TopoRank => topo::rank_main(),
         Command::CallsRank(args) => measure::calls::rank_main(&args),
+        Command::LayersRank(subject) => measure::layers::rank_main(&subject),
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
         Command::BenchRank(args) => bench::rank_main(&args),

@@ -2,6 +2,7 @@
 
 pub(crate) mod calls;
 mod distance;
+pub(crate) mod layers;
 mod memory;
 
 use tensorwire::topology::table::one_distance;
