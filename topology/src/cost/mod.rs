@@ -112,17 +112,23 @@ impl CostModel {
     /// assert!(estimate.us > 2.0 && estimate.band.is_none(), "from constants");
     /// ```
     pub fn collective(&self, name: &str, bytes: u64, world: usize) -> Option<Estimate> {
+        self.estimate(name, bytes as f64, world)
+    }
+
+    fn estimate(&self, name: &str, bytes: f64, world: usize) -> Option<Estimate> {
         let constant = self.constant_us(name, bytes, world)?;
         let measured = self.measured.as_ref().filter(|_| world > 1);
         let timing = measured.and_then(|m| m.profile.timing(name, &m.transport, world, false));
         Some(match timing {
-            Some(timing) => Estimate { us: timing.p50.us(bytes), band: Some(timing.p50.band()) },
+            Some(timing) => {
+                Estimate { us: timing.p50.us(bytes.round() as u64), band: Some(timing.p50.band()) }
+            }
             None => Estimate { us: constant, band: None },
         })
     }
 
     /// What a step of a decoder takes beside its collectives, where each of `world` ranks reads up to `bytes` of weights
-    /// in `layers` layers.
+    /// in `layers` layers, the output head one of them.
     pub fn step(&self, layers: usize, bytes: u64, world: usize) -> Estimate {
         match self.measured.as_ref().and_then(|m| m.profile.step(world)) {
             Some(step) => Estimate { us: step.us(layers, bytes), band: Some(step.band) },
@@ -137,11 +143,16 @@ impl CostModel {
 
     /// An all-gather whose result is `bytes` on each of `world` ranks, in microseconds.
     pub fn all_gather_us(&self, bytes: u64, world: usize) -> f64 {
-        self.collective("all_gather", bytes / world.max(1) as u64, world).map_or(0.0, |e| e.us)
+        self.estimate("all_gather", bytes as f64 / world as f64, world).map_or(0.0, |e| e.us)
     }
 
-    fn constant_us(&self, name: &str, bytes: u64, world: usize) -> Option<f64> {
-        let (n, wire) = (world as f64, bytes as f64 / self.link_bytes_per_us);
+    /// A reduce-scatter or an all-to-all of `bytes` on each of `world` ranks, by its name, in microseconds.
+    pub fn exchange_us(&self, name: &str, bytes: u64, world: usize) -> f64 {
+        self.collective(name, bytes, world).map_or(0.0, |e| e.us)
+    }
+
+    fn constant_us(&self, name: &str, bytes: f64, world: usize) -> Option<f64> {
+        let (n, wire) = (world as f64, bytes / self.link_bytes_per_us);
         let us = match name {
             "all_reduce" => {
                 let one_step = self.alpha_us + (n - 1.0) * wire;
