@@ -69,7 +69,8 @@ impl Curve {
         Some(Curve { knots, band: band(&sizes) })
     }
 
-    /// What `bytes` take, in microseconds. Below the least size as that; beyond the largest, the last piece goes on.
+    /// What `bytes` take, in microseconds. Below the least size as that; beyond the largest it grows
+    /// as it does on average.
     pub fn us(&self, bytes: u64) -> f64 {
         at(&self.knots, bytes)
     }
@@ -130,12 +131,16 @@ fn by_size(samples: &[(u64, f64)]) -> Option<Vec<Size>> {
 /// A curve's time at a size.
 fn at(knots: &[(u64, f64)], bytes: u64) -> f64 {
     let (first, last) = (knots[0], knots[knots.len() - 1]);
-    if bytes <= first.0 || knots.len() == 1 {
-        return if bytes <= first.0 { first.1 } else { last.1 };
+    let on = |((from, low), (to, high)): ((u64, f64), (u64, f64))| {
+        low + (high - low) * (bytes - from) as f64 / (to - from) as f64
+    };
+    match knots.partition_point(|(at, _)| *at < bytes) {
+        0 => first.1,
+        after if after < knots.len() => on((knots[after - 1], knots[after])),
+        _ if knots.len() == 1 => last.1,
+        // Not along the last piece, whose slope a single disturbed size makes.
+        _ => on((first, last)),
     }
-    let after = knots.partition_point(|(at, _)| *at < bytes).min(knots.len() - 1);
-    let ((from, low), (to, high)) = (knots[after - 1], knots[after]);
-    low + (high - low) * (bytes - from) as f64 / (to - from) as f64
 }
 
 /// The breakpoints of the best runs of lines through points in ascending order of size.
