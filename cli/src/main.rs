@@ -13,6 +13,7 @@ mod job;
 mod launch;
 mod measure;
 mod plan;
+mod plan_verify;
 mod simulate;
 mod topo;
 

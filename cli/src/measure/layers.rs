@@ -106,7 +106,8 @@ impl Subject {
         let mut steps = None;
         run_self(RANK_COMMAND, self.args(), ranks, transport, |line| {
             let read = serde_json::from_slice(line);
-            steps = Some(read.map_err(|e| Failure::run(format!("rank 0 wrote what is no measurement: {e}")))?);
+            steps =
+                Some(read.map_err(|e| Failure::run(format!("rank 0 wrote what is no measurement: {e}")))?);
             Ok(())
         })?;
         steps.ok_or_else(|| Failure::run("the ranks ended without a measurement"))
@@ -144,7 +145,8 @@ pub(crate) fn rank_main(subject: &Subject) -> Result<(), Failure> {
         .map_err(Failure::run)?;
     // The first token's is the whole prompt's.
     let steps = taken.get(1..).filter(|steps| !steps.is_empty()).and_then(summary);
-    let steps = steps.ok_or_else(|| Failure::run("the model ended its text at once: there is no step to measure"))?;
+    let steps =
+        steps.ok_or_else(|| Failure::run("the model ended its text at once: there is no step to measure"))?;
     if comm.rank() == 0 {
         let json = serde_json::to_string(&steps).map_err(Failure::run)?;
         print(format_args!("{json}\n"))?;

@@ -4,7 +4,7 @@ mod network;
 mod probe;
 pub(crate) mod profile;
 mod rank;
-mod report;
+pub(crate) mod report;
 mod sample;
 
 use std::path::Path;

@@ -139,7 +139,12 @@ pub(super) fn run(
     save(&table)?;
     // By the algorithms that are chosen from now on.
     if let Some((transport, effort)) = over.effort(args, machine.processors) {
-        for profile in profile::measure(transport, &effort, now, show)? {
+        let mut profiles = profile::measure(transport, &effort, now, show)?;
+        if args.full {
+            let worlds: Vec<usize> = [1].into_iter().chain(powers(machine.processors)).collect();
+            profile::steps(&mut profiles, transport, &worlds, 2, now)?;
+        }
+        for profile in profiles {
             table.set_profile(profile);
         }
         save(&table)?;

@@ -1,14 +1,18 @@
 //! What a probe measures of the collectives: curves of time by size, one profile for each distance of the processors.
 
 use clap::ValueEnum;
-use tensorwire::topology::table::{Curve, Profile, Timing};
+use tensorwire::topology::Planner;
+use tensorwire::topology::cost::CostModel;
+use tensorwire::topology::table::{Curve, Profile, Reading, Step, Timing};
 use tensorwire::transports::launch::Transport;
 
 use super::report;
 use crate::bench::Collective;
 use crate::failure::Failure;
 use crate::measure::calls::{Call, Taken, take};
+use crate::measure::layers::Subject;
 use crate::measure::{Neighbour, Stint, readings, stint};
+use crate::plan_verify::bytes_read;
 
 /// The collectives that a model's ranks make.
 pub(crate) const COLLECTIVES: [Collective; 7] = [
@@ -72,7 +76,7 @@ struct Group {
     distance_ns: Option<u32>,
     /// Beside a neighbour or not, over how many ranks, and what.
     taken: Vec<(bool, usize, Taken)>,
-    reads: Vec<tensorwire::topology::table::Reading>,
+    reads: Vec<Reading>,
 }
 
 /// Measures collectives in passes, and fits a profile to those of each distance. Passes during which the processors were
@@ -121,6 +125,40 @@ pub(crate) fn measure(
     }
     let profiles: Option<Vec<Profile>> = groups.into_iter().map(|group| fit(group, transport, now)).collect();
     profiles.ok_or_else(|| Failure::run("topo --probe: the clock says that calls took no time"))
+}
+
+/// Measures a decoder's layers over so many ranks, and fits what they take into the profile of the distance at which that
+/// was; where there is none of that distance, the measurement is of no use.
+pub(crate) fn steps(
+    profiles: &mut [Profile],
+    transport: Transport,
+    worlds: &[usize],
+    passes: usize,
+    now: u64,
+) -> Result<(), Failure> {
+    for ranks in worlds.iter().copied() {
+        let mut measured: Vec<(usize, (f64, f64, f64))> = Vec::new();
+        for _ in 0..passes {
+            for subject in Subject::shapes() {
+                let model = subject.open()?;
+                let Some(run) = stint(|| subject.run(transport, ranks))? else { continue };
+                let Some(at) = profiles.iter().position(|p| p.is_at(run.distance_ns)) else { continue };
+                let costs = CostModel::measured(&profiles[at], transport.name());
+                let plan = Planner::new(model.spec()).with_costs(costs).plan(ranks).map_err(Failure::run)?;
+                let (layers, head) = bytes_read(model.spec(), &plan);
+                let beside = run.found.step_us - plan.predicted.comm_us_per_token;
+                let bytes = layers.iter().sum::<u64>() + head;
+                measured.push((at, ((layers.len() + 1) as f64, bytes as f64, beside)));
+            }
+        }
+        for (i, profile) in profiles.iter_mut().enumerate() {
+            let of: Vec<_> = measured.iter().filter(|(at, _)| *at == i).map(|(_, m)| *m).collect();
+            if let Some(step) = Step::fit(ranks, &of, now) {
+                profile.steps.push(step);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The group of a distance.

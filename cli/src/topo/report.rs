@@ -333,12 +333,12 @@ pub(super) fn table_json(table: &Result<Table, Absent>, machine: &Fingerprint) -
     }
 }
 
-fn seconds_since(then: u64) -> u64 {
+pub(crate) fn seconds_since(then: u64) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     now.saturating_sub(then)
 }
 
-fn age(seconds: u64) -> String {
+pub(crate) fn age(seconds: u64) -> String {
     match seconds {
         0..120 => count(seconds as usize, "second"),
         120..7200 => format!("{} minutes", seconds / 60),
