@@ -150,11 +150,14 @@ pub(crate) fn run_self(
 ) -> Result<(), Failure> {
     let job = Job::new(ranks, transport)?;
     let program = std::env::current_exe().map_err(|e| Failure::run(format!("finding this program: {e}")))?;
+    // Ranks that compute share the processors out.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from) / ranks;
     let mut broken = None;
     let outcome = job
         .launcher(program)
         .arg(command)
         .args(args)
+        .env("RAYON_NUM_THREADS", threads.max(1).to_string())
         .forward_signals()
         .on_line(|line| {
             // What a failing rank says on standard error is part of the outcome.

@@ -24,7 +24,7 @@ use report::{Floor, Row, Table};
 
 pub(crate) use case::Case;
 pub(crate) use collective::Collective;
-pub(crate) use rank::{batch, main as rank_main};
+pub(crate) use rank::{batch, main as rank_main, percentiles};
 
 /// The hidden command that one rank runs.
 pub(crate) const RANK_COMMAND: &str = "__bench-rank";

@@ -150,7 +150,7 @@ pub(crate) fn batch<T: Element>(
 }
 
 /// Percentiles, in seconds, of single calls, each the slowest rank's.
-fn percentiles<T: Element, const N: usize>(
+pub(crate) fn percentiles<T: Element, const N: usize>(
     case: &mut Case<'_, T>,
     comm: &Communicator,
     touch: bool,

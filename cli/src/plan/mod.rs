@@ -14,7 +14,8 @@ Examples:
   tensorwire plan --model ./Llama-3.2-1B --tp 4
   tensorwire plan --model ./config.json --tp 7 --json > plan.json
   tensorwire plan --model ./config.json --tp 7 --explain --html plan.html
-  tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3";
+  tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3
+  tensorwire plan verify --tp 2";
 
 /// Show how a model is sharded over ranks
 #[derive(clap::Args)]
@@ -30,6 +31,7 @@ pub(crate) struct Args {
 #[derive(clap::Subcommand)]
 enum Command {
     Diff(diff::Args),
+    Verify(crate::plan_verify::Args),
 }
 
 /// One plan.
@@ -64,6 +66,7 @@ struct One {
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     match (&args.command, &args.one) {
         (Some(Command::Diff(args)), _) => diff::main(args),
+        (Some(Command::Verify(args)), _) => crate::plan_verify::main(args),
         (None, Some(args)) => one(args),
         (None, None) => Err(Failure::usage("plan needs --model and --tp (see tensorwire plan --help)")),
     }

@@ -98,8 +98,8 @@ impl Planner<'_> {
     ) -> Collective {
         let us = match op {
             "all_reduce" => self.costs.all_reduce_us(bytes_per_token, world),
-            // A rank's part travels to each other rank: as much as an all-gather of that result.
-            "all_to_all" => self.costs.all_gather_us(bytes_per_token / world as u64, world),
+            "reduce_scatter" => self.costs.exchange_us(op, bytes_per_token, world),
+            "all_to_all" => self.costs.exchange_us(op, bytes_per_token / world as u64, world),
             _ => self.costs.all_gather_us(bytes_per_token, world),
         };
         Collective {

@@ -141,8 +141,9 @@ impl<'a> Planner<'a> {
         let comm: f64 = in_layers.chain(&vocab.collectives).filter(own).map(|c| c.predicted_us).sum();
         // The slowest rank sets the pace.
         let read = (0..world).map(|rank| carried.read_bytes(self.spec, rank)).max().unwrap_or(0);
+        let blocks = layers.iter().filter(|l| l.stream.is_empty()).count() + 1;
         Predicted {
-            decode_us_per_token: rounded(self.costs.read_us(read) + comm),
+            decode_us_per_token: rounded(self.costs.step(blocks, read, world).us + comm),
             comm_us_per_token: rounded(comm),
         }
     }
@@ -155,7 +156,8 @@ impl<'a> Planner<'a> {
     fn one_rank_us(&self) -> f64 {
         let all = Shares::of(self.spec, 1, &Options::default());
         all.map_or(0.0, |all| {
-            self.costs.read_us(share::Carried::of(self.spec, &all).read_bytes(self.spec, 0))
+            let read = share::Carried::of(self.spec, &all).read_bytes(self.spec, 0);
+            self.costs.step(self.spec.layers.len() + 1, read, 1).us
         })
     }
 }
