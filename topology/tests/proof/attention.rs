@@ -82,21 +82,28 @@ pub(crate) enum Pairs {
 /// Rotates the first `rotary` elements of each head of `dim` by the row's position.
 pub(crate) fn rotate(x: &Tensor, dim: usize, rotary: usize, theta: f64, pairs: Pairs) -> Tensor {
     let half = rotary / 2;
-    let rows = (0..x.rows()).flat_map(|position| {
-        let mut row = x.row(position).to_vec();
+    let angles = |position: usize| {
+        (0..half).map(move |i| position as f64 * theta.powf(-(i as f64) / half as f64)).collect()
+    };
+    rotate_by(x, dim, &(0..x.rows()).map(angles).collect::<Vec<_>>(), pairs)
+}
+
+/// Rotates the first pairs of each head of `dim` by the angles of its row.
+pub(crate) fn rotate_by(x: &Tensor, dim: usize, angles: &[Vec<f64>], pairs: Pairs) -> Tensor {
+    let turned = angles.iter().enumerate().flat_map(|(row, angles)| {
+        let mut row = x.row(row).to_vec();
         for head in row.chunks_mut(dim) {
-            for i in 0..half {
+            for (i, (sin, cos)) in angles.iter().map(|a| a.sin_cos()).enumerate() {
                 let (a, b) = match pairs {
-                    Pairs::Halves => (i, i + half),
+                    Pairs::Halves => (i, i + angles.len()),
                     Pairs::Neighbours => (2 * i, 2 * i + 1),
                 };
-                let (sin, cos) = (position as f64 * theta.powf(-(i as f64) / half as f64)).sin_cos();
                 (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
             }
         }
         row
     });
-    Tensor::new(&[x.rows(), x.cols()], rows.collect())
+    Tensor::new(&[x.rows(), x.cols()], turned.collect())
 }
 
 /// T5's bucket of a relative position (key minus query).

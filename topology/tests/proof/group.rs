@@ -9,8 +9,11 @@ use tensorwire_topology::plan::{Collective, Span, TensorShard};
 use tensorwire_topology::{ModelSpec, Plan};
 
 use super::attention::{Scores, attend};
-use super::tensor::{Tensor, rms, standardise};
+use super::tensor::{Tensor, dot, rms, standardise};
 use super::weights::seeded;
+
+/// What the tensor of a module's weight may be called.
+const WEIGHTS: [&str; 2] = ["weight", "qweight"];
 
 /// A model's config.json.
 pub(crate) struct Config(pub(crate) Value);
@@ -38,6 +41,35 @@ impl Config {
 
     pub(crate) fn text(&self, field: &str) -> &str {
         self.0[field].as_str().unwrap_or_default()
+    }
+
+    pub(crate) fn reals(&self, field: &str) -> Vec<f64> {
+        self.0[field].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+    }
+
+    pub(crate) fn list(&self, field: &str) -> Vec<usize> {
+        self.reals(field).into_iter().map(|v| v as usize).collect()
+    }
+}
+
+/// The heads of one attention, over all ranks.
+pub(crate) struct Heads {
+    /// The layer that it is in.
+    layer: String,
+    q: usize,
+    kv: usize,
+    /// Elements of a query and of a key.
+    dim: usize,
+}
+
+impl Heads {
+    pub(crate) fn new(layer: String, q: usize, kv: usize, dim: usize) -> Heads {
+        Heads { layer, q, kv, dim }
+    }
+
+    /// Which key/value head a query head reads.
+    fn read_by(&self, q: usize) -> usize {
+        q * self.kv / self.q
     }
 }
 
@@ -77,7 +109,7 @@ pub(crate) struct Group<'a> {
 impl<'a> Group<'a> {
     /// One rank with every tensor whole.
     pub(crate) fn whole(config: &'a Config, spec: &ModelSpec) -> Group<'a> {
-        let all = spec.tensors.iter().map(|t| (t.name.clone(), seeded(t))).collect();
+        let all = spec.tensors.iter().map(|t| (t.name.clone(), seeded(&t.name, &t.shape))).collect();
         Group::new(config, None, vec![all])
     }
 
@@ -85,7 +117,7 @@ impl<'a> Group<'a> {
     pub(crate) fn sharded(config: &'a Config, spec: &ModelSpec, plan: &'a Plan) -> Group<'a> {
         let mut weights = vec![BTreeMap::new(); plan.world];
         for tensor in &spec.tensors {
-            let whole = seeded(tensor);
+            let whole = seeded(&tensor.name, &tensor.shape);
             for (rank, held) in weights.iter_mut().enumerate() {
                 if let Some(shard) = plan.tensor(&tensor.name, rank) {
                     held.insert(tensor.name.clone(), cut(&whole, shard));
@@ -95,7 +127,7 @@ impl<'a> Group<'a> {
         Group::new(config, Some(plan), weights)
     }
 
-    fn new(
+    pub(crate) fn new(
         config: &'a Config,
         plan: Option<&'a Plan>,
         weights: Vec<BTreeMap<String, Tensor>>,
@@ -125,7 +157,16 @@ impl<'a> Group<'a> {
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.weights[0].contains_key(name)
+        self.weights.iter().any(|held| held.contains_key(name))
+    }
+
+    pub(crate) fn has_module(&self, module: &str) -> bool {
+        WEIGHTS.iter().any(|name| self.has(&format!("{module}.{name}")))
+    }
+
+    /// Whether a rank has something of a module's weight.
+    pub(crate) fn holds(&self, rank: usize, module: &str) -> bool {
+        WEIGHTS.iter().any(|name| self.weights[rank].contains_key(&format!("{module}.{name}")))
     }
 
     /// A rank's part of a tensor.
@@ -136,7 +177,11 @@ impl<'a> Group<'a> {
 
     /// A rank's part of a module's weight, `[output, input]`.
     pub(crate) fn weight(&self, rank: usize, module: &str) -> Tensor {
-        self.tensor(rank, &format!("{module}.weight")).clone()
+        let weight = self.tensor(rank, &format!("{module}.weight"));
+        match self.config.text("model_type") {
+            "gpt2" if module.contains(".c_") => weight.transpose(),
+            _ => weight.reshape(&[weight.rows(), weight.cols()]),
+        }
     }
 
     /// `x` times the module's weight: a part of the output, or a part of the sum.
@@ -158,9 +203,14 @@ impl<'a> Group<'a> {
         self.bias(module, self.product(module, x))
     }
 
-    /// A linear layer whose input is split: what is summed gets the bias once.
+    /// A linear layer whose input is split.
     pub(crate) fn row_linear(&self, module: &str, x: &Each) -> Each {
-        self.bias(module, self.exchange(module, self.product(module, x)))
+        self.row_end(module, self.product(module, x))
+    }
+
+    /// The end of a linear layer whose input is split: what is summed gets the bias once.
+    pub(crate) fn row_end(&self, module: &str, part: Each) -> Each {
+        self.bias(module, self.exchange(module, part))
     }
 
     /// RMSNorm over the whole row; `from` is 1 where the weight is stored as its difference from 1.
@@ -172,9 +222,20 @@ impl<'a> Group<'a> {
     /// RMSNorm of each head by itself, all with the same weight.
     pub(crate) fn head_norm(&self, module: &str, x: &Each, eps: f64, from: f64) -> Each {
         self.each(|rank| {
-            let weight = self.tensor(rank, &format!("{module}.weight")).map(|w| w + from);
-            let normed = rms(&x.0[rank], weight.data.len(), eps);
-            Tensor::of(&normed.shape, |i| normed.data[i] * weight.data[i % weight.data.len()])
+            let weight = self.tensor(rank, &format!("{module}.weight")).map(|w| w + from).data;
+            let normed = rms(&x.0[rank], weight.len(), eps);
+            Tensor::of(&normed.shape, |i| normed.data[i] * weight[i % weight.len()])
+        })
+    }
+
+    /// RMSNorm over the heads of all ranks, `width` elements in all: the ranks sum their squares.
+    pub(crate) fn norm_across(&self, module: &str, x: &Each, width: usize, eps: f64) -> Each {
+        let squares = self.exchange(module, x.map(|t| t.each_row(|row| vec![dot(row, row)])));
+        self.each(|rank| {
+            let (x, squares) = (&x.0[rank], &squares.0[rank]);
+            let scale = |r| 1.0 / (squares.at(r, 0) / width as f64 + eps).sqrt();
+            let normed = Tensor::matrix(x.rows(), x.cols(), |r, c| x.at(r, c) * scale(r));
+            normed.mul(self.tensor(rank, &format!("{module}.weight")))
         })
     }
 
@@ -200,9 +261,9 @@ impl<'a> Group<'a> {
     }
 
     /// The output head: every rank gets the scores of all tokens, without those of padding.
-    pub(crate) fn logits(&self, module: &str, weight: &str, x: &Each) -> Each {
+    pub(crate) fn logits(&self, weight: &str, x: &Each) -> Each {
         let vocab = self.config.get("vocab_size");
-        let part = self.bias(module, self.product(weight, x));
+        let part = self.linear(weight, x);
         // Ranks whose part ends early send scores of padding, so that all send as many.
         let share = self.plan.filter(|p| p.vocab.padded != vocab).map(|p| p.vocab.padded / p.world);
         let padded = part.map(|t| {
@@ -217,29 +278,61 @@ impl<'a> Group<'a> {
         self.plan.map_or(0..rows, |plan| range(plan.vocab.ranges[rank]))
     }
 
-    /// The local key/value head that each of the rank's query heads reads, in a layer.
-    fn reads(&self, layer: &str, rank: usize, heads: usize, kv_heads: usize) -> Vec<usize> {
-        let (q, kv) = match self.plan {
-            None => (0..heads, 0..kv_heads),
-            Some(plan) => {
-                let attention = &plan.layers.iter().find(|l| l.name == layer).unwrap().attention;
-                (range(attention.q_heads[rank]), range(attention.kv_heads[rank]))
-            }
-        };
-        q.map(|head| head * kv_heads / heads - kv.start).collect()
+    /// The query and the key/value heads that a rank has.
+    fn held(&self, heads: &Heads, rank: usize) -> (Range<usize>, Range<usize>) {
+        let Some(plan) = self.plan else { return (0..heads.q, 0..heads.kv) };
+        let attention = &plan.layers.iter().find(|l| l.name == heads.layer).unwrap().attention;
+        (range(attention.q_heads[rank]), range(attention.kv_heads[rank]))
     }
 
-    /// Attention over the heads that each rank has of a layer.
-    pub(crate) fn attention(
+    /// The parts of a rank's `[Q|K|V]`.
+    pub(crate) fn split_qkv(&self, heads: &Heads, fused: &Each) -> [Each; 3] {
+        [0, 1, 2].map(|part| {
+            self.each(|rank| {
+                let (q, kv) = self.held(heads, rank);
+                let (q, kv) = (q.len() * heads.dim, kv.len() * heads.dim);
+                assert_eq!(fused.0[rank].cols(), q + 2 * kv, "the fused layer has the rank's heads");
+                fused.0[rank].columns([0..q, q..q + kv, q + kv..q + 2 * kv][part].clone())
+            })
+        })
+    }
+
+    /// The parts of what has, for each key/value head, the rank's query heads that read it, a key and a value.
+    pub(crate) fn split_groups(&self, heads: &Heads, fused: &Each) -> [Each; 3] {
+        [0, 1, 2].map(|part| {
+            self.each(|rank| {
+                let (q, kv) = self.held(heads, rank);
+                let group = |kv: usize| {
+                    let readers = q.clone().filter(|&q| heads.read_by(q) == kv).count();
+                    std::iter::repeat_n(0, readers).chain([1, 2])
+                };
+                let which: Vec<usize> = kv.clone().flat_map(group).collect();
+                assert_eq!(fused.0[rank].cols(), which.len() * heads.dim, "the fused layer has the rank's heads");
+                let columns = (0..fused.0[rank].cols()).filter(|c| which[c / heads.dim] == part);
+                fused.0[rank].select(1, &columns.collect::<Vec<_>>())
+            })
+        })
+    }
+
+    /// Attention over the heads that each rank has.
+    pub(crate) fn attention(&self, heads: &Heads, scores: &Scores, qkv: (&Each, &Each, &Each)) -> Each {
+        self.attention_with(heads, scores, qkv, |_, _, _, _| 0.0, |_| None)
+    }
+
+    /// The same with a bias for each (rank, head of the rank, query, key), and with the sinks of a rank.
+    pub(crate) fn attention_with(
         &self,
-        layer: &str,
-        (heads, kv_heads): (usize, usize),
+        heads: &Heads,
         scores: &Scores,
         (q, k, v): (&Each, &Each, &Each),
+        bias: impl Fn(usize, usize, usize, usize) -> f64,
+        sinks: impl Fn(usize) -> Option<Vec<f64>>,
     ) -> Each {
         self.each(|rank| {
-            let reads = self.reads(layer, rank, heads, kv_heads);
-            attend(scores, &reads, (&q.0[rank], &k.0[rank], &v.0[rank]), &|_, _, _| 0.0, None)
+            let (mine, kv) = self.held(heads, rank);
+            let reads: Vec<usize> = mine.map(|q| heads.read_by(q) - kv.start).collect();
+            let bias = |head, i, j| bias(rank, head, i, j);
+            attend(scores, &reads, (&q.0[rank], &k.0[rank], &v.0[rank]), &bias, sinks(rank).as_deref())
         })
     }
 

@@ -8,31 +8,19 @@
 mod attention;
 mod decoders;
 mod encoders;
+mod diffusion;
 mod group;
+mod moe;
 mod tensor;
+mod toys;
 mod weights;
 
-use group::{Config, Each, Group};
+use group::{Config, Group};
 use tensorwire_topology::{ModelSpec, Plan, Planner};
+use toys::{TOYS, Toy};
 
 /// Relative to the largest number of the result.
 const TOLERANCE: f64 = 1e-10;
-
-/// A family at toy size.
-struct Toy {
-    config: &'static str,
-    forward: fn(&Group) -> Each,
-    /// How many ranks it is split over.
-    worlds: &'static [usize],
-}
-
-const LLAMA: Toy = Toy {
-    config: r#"{"model_type": "llama", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "head_dim": 4, "intermediate_size": 37, "vocab_size": 155,
-        "rms_norm_eps": 1e-6, "rope_theta": 100.0, "attention_bias": true, "mlp_bias": true}"#,
-    forward: decoders::llama,
-    worlds: &[2, 3, 4, 5],
-};
 
 /// How far the plan's result is from the whole model's, relative to its largest number.
 fn difference(toy: &Toy, spec: &ModelSpec, plan: &Plan) -> f64 {
@@ -53,10 +41,56 @@ fn difference(toy: &Toy, spec: &ModelSpec, plan: &Plan) -> f64 {
 
 #[test]
 fn llama() {
-    let spec = ModelSpec::from_config(LLAMA.config).unwrap();
-    for &world in LLAMA.worlds {
+    let spec = ModelSpec::from_config(TOYS[0].config).unwrap();
+    for &world in TOYS[0].worlds {
         let plan = Planner::new(&spec).plan(world).unwrap();
-        let d = difference(&LLAMA, &spec, &plan);
+        let d = difference(&TOYS[0], &spec, &plan);
         assert!(d < TOLERANCE, "{world} {d}");
+    }
+}
+
+#[test]
+#[ignore]
+fn dev_config() {
+    for toy in TOYS {
+        let dir = std::path::Path::new("/tmp/proof/toys").join(toy.name.replace(' ', "_"));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("config.json"), toy.config).unwrap();
+    }
+}
+
+#[test]
+#[ignore]
+fn dev_run() {
+    for toy in TOYS {
+        let dir = std::path::Path::new("/tmp/proof/toys").join(toy.name.replace(' ', "_"));
+        let Ok(text) = std::fs::read_to_string(dir.join("tensors.json")) else { continue };
+        let list: std::collections::BTreeMap<String, Vec<usize>> = serde_json::from_str(&text).unwrap();
+        let all: std::collections::BTreeMap<_, _> =
+            list.iter().map(|(n, s)| (n.clone(), weights::seeded(n, s))).collect();
+        let mut header = serde_json::Map::new();
+        let mut data = Vec::new();
+        for (name, t) in &all {
+            let start = data.len();
+            data.extend(t.data.iter().flat_map(|v| v.to_le_bytes()));
+            header.insert(
+                name.clone(),
+                serde_json::json!({"dtype": "F64", "shape": t.shape, "data_offsets": [start, data.len()]}),
+            );
+        }
+        let header = serde_json::to_string(&header).unwrap().into_bytes();
+        let file = [(header.len() as u64).to_le_bytes().to_vec(), header, data].concat();
+        std::fs::write(dir.join("model.safetensors"), file).unwrap();
+        let config = Config::parse(toy.config);
+        let r = std::panic::catch_unwind(|| {
+            let g = Group::new(&config, None, vec![all]);
+            let out = (toy.forward)(&g).0.remove(0);
+            g.finish();
+            out
+        });
+        if let Ok(out) = r {
+            println!("{} {:?}", toy.name, out.shape);
+            std::fs::write(dir.join("output.json"), serde_json::to_string(&out.data).unwrap()).unwrap();
+        } else { println!("{} PANIC", toy.name); }
     }
 }

@@ -1,7 +1,5 @@
 //! Weights made from a tensor's name, so that a test needs no files and another program can make the same.
 
-use tensorwire_topology::model::TensorSpec;
-
 use super::tensor::Tensor;
 
 /// The first number of the sequence that belongs to a name: FNV-1a.
@@ -23,14 +21,13 @@ pub(crate) fn uniform(name: &str, i: usize) -> f64 {
 }
 
 /// A toy's tensor: matrices that keep the size of what they multiply, vectors around 1 or, for biases, 0.
-pub(crate) fn seeded(spec: &TensorSpec) -> Tensor {
-    let name = spec.name.as_str();
-    let matrix = spec.shape.len() > 1;
-    let spread = (3.0 / spec.shape[1..].iter().product::<usize>() as f64).sqrt();
+pub(crate) fn seeded(name: &str, shape: &[usize]) -> Tensor {
+    let matrix = shape.len() > 1;
+    let spread = (3.0 / shape[1..].iter().product::<usize>() as f64).sqrt();
     let value = |i: usize| match uniform(name, i) {
         u if matrix => u * spread,
         u if name.ends_with("weight") => 1.0 + u / 2.0,
         u => u / 2.0,
     };
-    Tensor::of(&spec.shape, value)
+    Tensor::of(shape, value)
 }
