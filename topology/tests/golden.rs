@@ -328,7 +328,18 @@ fn json_has_the_contracts_fields_and_is_the_same_each_time() {
     let keys = |v: &serde_json::Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
     assert_eq!(
         keys(&value),
-        ["schema", "model", "world", "layers", "vocab", "ranks", "tensors", "predicted", "notes"]
+        [
+            "schema",
+            "model",
+            "world",
+            "layers",
+            "dimensions",
+            "vocab",
+            "ranks",
+            "tensors",
+            "predicted",
+            "notes"
+        ]
     );
     assert_eq!(value["schema"], "tensorwire.plan/v1");
     assert_eq!(value["layers"][0]["attention"]["q_heads"], serde_json::json!([[0, 5], [5, 9]]));

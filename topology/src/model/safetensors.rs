@@ -75,7 +75,7 @@ impl StoredType {
         TYPES.into_iter().find(|t| t.dtype == Some(dtype))
     }
 
-    fn named(name: &str) -> Option<StoredType> {
+    pub(super) fn named(name: &str) -> Option<StoredType> {
         TYPES.into_iter().find(|t| t.name == name)
     }
 }

@@ -1,28 +1,31 @@
 //! The plan's notes: every replication, padding and imbalance, and what it costs.
 
+use std::collections::BTreeMap;
+
 use super::{Predicted, Span};
 use crate::cost::CostModel;
-use crate::model::{Axis, ModelSpec, TensorSpec};
-use crate::shard::Shares;
+use crate::model::{Cache, Cut, Dimension, ModelSpec, TensorSpec, Use};
+use crate::shard::{DimensionShares, Experts, Options, Shares};
 
 /// Notes for a plan with these shares; `one_rank_us` is the predicted time of one rank alone.
 pub(super) fn notes(
     spec: &ModelSpec,
     shares: &Shares,
+    options: &Options,
     costs: &CostModel,
     predicted: &Predicted,
     one_rank_us: f64,
 ) -> Vec<String> {
-    let world = shares.ffn.len();
-    let about = About { spec, shares, costs, world };
-    let mut notes = Vec::new();
-    if world == 1 {
+    let about = About { spec, shares, costs, world: shares.world };
+    let mut notes = spec.notes.clone();
+    if shares.world == 1 {
         notes.push("one rank: nothing is sharded and nothing exchanged".to_owned());
     } else {
-        notes.extend(about.heads());
-        notes.extend(about.kv_heads());
-        notes.extend(about.ffn());
-        notes.extend(about.vocabulary());
+        notes.extend(about.experts(options));
+        for (id, (d, s)) in spec.dims.iter().zip(&shares.dims).enumerate() {
+            notes.extend(about.dimension(id, d, s));
+        }
+        notes.extend(about.latent());
         notes.extend(about.replicated());
         if one_rank_us <= predicted.decode_us_per_token {
             notes.push(format!(
@@ -37,7 +40,11 @@ pub(super) fn notes(
         notes.push("the output head is the embedding: one tensor, sharded by vocabulary row".to_owned());
     }
     if !spec.has_weights() {
-        notes.push(format!("planned from config.json alone, every tensor taken to be {}", spec.dtype));
+        let stored = spec.quantization.as_ref().map_or_else(
+            || format!("every tensor taken to be {}", spec.dtype),
+            |q| format!("linear layers taken to be {}, all else {}", q.format.name(), spec.dtype),
+        );
+        notes.push(format!("planned from config.json alone, {stored}"));
     }
     notes.push(format!("predicted times are from {}", costs.source));
     notes
@@ -51,33 +58,48 @@ struct About<'a> {
 }
 
 impl About<'_> {
-    fn heads(&self) -> Option<String> {
-        let q = &self.shares.heads.q;
-        let note = self.uneven("query heads", q, &[Axis::QueryHeads])?;
-        let evenest = self.spec.num_attention_heads.div_ceil(self.world);
-        let why =
-            if extremes(q).0 > evenest { "; evener shares would hold more key/value heads" } else { "" };
-        Some(note + why)
+    /// How a dimension is shared, where that is worth a word.
+    fn dimension(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<String> {
+        match d.cut {
+            Cut::Heads { kv } => {
+                let note = self.uneven(id, d, shares)?;
+                let evenest = d.size.div_ceil(self.world).next_multiple_of(d.granule);
+                let grouped = self.spec.dims[kv].size < d.size;
+                let more = extremes(&shares.ranges).0 > evenest && grouped;
+                Some(note + if more { "; evener shares would hold more key/value heads" } else { "" })
+            }
+            Cut::KvHeads { .. } => self.kv_heads(id, d, shares),
+            Cut::Vocabulary => self.vocabulary(id, d, shares),
+            Cut::SharedColumns if !shares.shared => Some(self.whole_shared_expert(id, d)),
+            _ if shares.shared => self.uneven(id, d, shares),
+            _ => None,
+        }
     }
 
-    fn ffn(&self) -> Option<String> {
-        self.uneven("feed-forward columns", &self.shares.ffn, &[Axis::Ffn])
+    /// Bytes of all tensors that a dimension cuts.
+    fn bytes_of(&self, id: usize) -> u64 {
+        let cut_by =
+            |t: &&TensorSpec| t.axes.iter().any(|a| a.has(id)) || t.owner.is_some_and(|o| o.dim == id);
+        self.spec.tensors.iter().filter(cut_by).map(TensorSpec::bytes).sum()
     }
 
     /// A note where the largest share is above the mean, with the time the others wait for it.
-    fn uneven(&self, things: &str, spans: &[Span], axes: &[Axis]) -> Option<String> {
-        let (largest, smallest) = extremes(spans);
+    fn uneven(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<String> {
+        let (largest, smallest) = extremes(&shares.ranges);
         if largest == smallest {
             return None;
         }
-        let total: usize = spans.iter().map(Span::len).sum();
+        let total = d.size;
         let mean = total as f64 / self.world as f64;
-        let cut_by = |t: &&TensorSpec| t.axes.iter().any(|a| axes.contains(a));
-        let bytes: u64 = self.spec.tensors.iter().filter(cut_by).map(TensorSpec::bytes).sum();
-        let excess = (bytes as f64 / total as f64 * (largest as f64 - mean)) as u64;
+        let excess = (self.bytes_of(id) as f64 / total as f64 * (largest as f64 - mean)) as u64;
+        let groups = match d.granule {
+            1 => String::new(),
+            g => format!(" in {} groups of {g}, which are never cut,", d.units()),
+        };
         Some(format!(
-            "{total} {things} are shared unevenly over {} ranks, from {largest} down to {smallest}: the \
+            "{total} {}{groups} are shared unevenly over {} ranks, from {largest} down to {smallest}: the \
              largest share is {:.1}% above the mean, {} more to read, about {} a token",
+            things(d),
             self.world,
             (largest as f64 / mean - 1.0) * 100.0,
             size(excess),
@@ -85,39 +107,46 @@ impl About<'_> {
         ))
     }
 
-    fn kv_heads(&self) -> Option<String> {
-        let copies = self.shares.heads.duplicated_kv_heads();
+    fn kv_heads(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<String> {
+        let held: usize = shares.ranges.iter().map(Span::len).sum();
+        let copies = held - d.size;
         if copies == 0 {
             return None;
         }
         let spec = self.spec;
         // Every duplicated head is one that two neighbours both need.
         let mut twice: Vec<usize> =
-            self.shares.heads.kv.windows(2).flat_map(|w| w[1].start..w[0].end).collect::<Vec<_>>();
+            shares.ranges.windows(2).flat_map(|w| w[1].start..w[0].end).collect::<Vec<_>>();
         twice.dedup();
-        let of_kv = spec.tensors.iter().filter(|t| t.axes.contains(&Axis::KvHeads));
-        let bytes =
-            of_kv.map(TensorSpec::bytes).sum::<u64>() / spec.num_key_value_heads as u64 * copies as u64;
-        let cache = if spec.architecture.is_decoder() {
-            let per_head = 2 * spec.head_dim * spec.dtype.size() * spec.num_layers;
+        let part = |t: &TensorSpec| {
+            let of_axis = |(axis, &size): (&crate::model::Axis, &usize)| {
+                let own = axis.segments.iter().filter(|s| s.dim == id).map(|s| s.len()).sum::<usize>();
+                (own > 0).then(|| (u128::from(t.bytes()) * own as u128 / size.max(1) as u128) as u64)
+            };
+            t.axes.iter().zip(&t.shape).find_map(of_axis).unwrap_or(0)
+        };
+        let bytes = spec.tensors.iter().map(part).sum::<u64>() / d.size as u64 * copies as u64;
+        let attentions = spec.layers.iter().flat_map(|l| &l.blocks).filter_map(|b| b.attention.as_ref());
+        let caches = attentions.filter(|a| a.kv_heads == id && a.cache == Cache::Heads && !a.cross);
+        let per_head: usize = caches.map(|a| (a.head_dim + a.v_head_dim) * spec.dtype.size()).sum();
+        let cache = if per_head > 0 {
             format!(" and {} of KV cache a token of context", size((copies * per_head) as u64))
         } else {
             String::new()
         };
         Some(format!(
-            "key/value heads on more than one rank: {} of {} ({}), {}: {} of weights{cache} more over \
-             all ranks",
+            "{} on more than one rank: {} of {} ({}), {}: {} of weights{cache} more over all ranks",
+            things(d),
             twice.len(),
-            spec.num_key_value_heads,
+            d.size,
             list(twice.iter()),
             count(copies, "copy", "copies"),
             size(bytes),
         ))
     }
 
-    fn vocabulary(&self) -> Option<String> {
-        let vocab = &self.shares.vocab;
-        let rows = self.spec.vocab_size;
+    fn vocabulary(&self, id: usize, d: &Dimension, vocab: &DimensionShares) -> Option<String> {
+        let rows = d.size;
         if vocab.padded > rows {
             let share = vocab.padded / self.world;
             let extra = vocab.padded - rows;
@@ -129,30 +158,119 @@ impl About<'_> {
                 extra as f64 / rows as f64 * 100.0
             ));
         }
-        let uneven = self.uneven("vocabulary rows", &vocab.ranges, &[Axis::Vocab])?;
+        let uneven = self.uneven(id, d, vocab)?;
         Some(format!("{uneven}; not padded, as a multiple of lcm(64, {}) would cost more", self.world))
+    }
+
+    fn whole_shared_expert(&self, id: usize, d: &Dimension) -> String {
+        let bytes = self.bytes_of(id);
+        format!(
+            "whole on every rank: the shared expert, as its {} columns are {} groups of {} for {} ranks: {} a rank, \
+             {} more over all ranks",
+            d.size,
+            d.units(),
+            d.granule,
+            self.world,
+            size(bytes),
+            size(bytes.saturating_mul(self.world as u64 - 1)),
+        )
+    }
+
+    /// Why experts are shared whole.
+    fn experts(&self, options: &Options) -> Option<String> {
+        if self.shares.experts != Experts::Parallel {
+            return None;
+        }
+        let columns = self.spec.dims.iter().find(|d| d.cut == Cut::ExpertColumns)?;
+        let experts = self.spec.dims.iter().find(|d| d.cut == Cut::Experts)?;
+        let (units, world) = (columns.units(), self.world);
+        let why = if options.experts == Experts::Parallel {
+            "as asked for".to_owned()
+        } else if units < world {
+            format!(
+                "as the {} columns of each are only {units} groups of {}, fewer than {world} ranks",
+                columns.size, columns.granule
+            )
+        } else {
+            let share = columns.size as f64 / world as f64;
+            let largest = units.div_ceil(world) * columns.granule;
+            format!(
+                "as {share} columns of each a rank can't be cut, only groups of {}: the largest share would be \
+                 {largest}, {:.0}% above the mean",
+                columns.granule,
+                (largest as f64 / share - 1.0) * 100.0
+            )
+        };
+        Some(format!(
+            "experts are shared whole (expert parallel), {} over {world} ranks, {why}; a rank's load depends on \
+             where tokens are routed",
+            experts.size
+        ))
+    }
+
+    /// What multi-head latent attention keeps on every rank.
+    fn latent(&self) -> Option<String> {
+        let caches = self.spec.layers.iter().flat_map(|l| &l.blocks).filter_map(|b| b.attention.as_ref());
+        let latent: usize = caches
+            .filter_map(|a| match a.cache {
+                Cache::Latent { elements } => Some(elements),
+                _ => None,
+            })
+            .sum();
+        (latent > 0).then(|| {
+            let bytes = (latent * self.spec.dtype.size()) as u64;
+            format!(
+                "whole on every rank: the latent KV cache, which all heads read, {} a token of context and rank, {} \
+                 more over all ranks",
+                size(bytes),
+                size(bytes * (self.world as u64 - 1))
+            )
+        })
     }
 
     /// One note for each kind of tensor that is whole on every rank.
     fn replicated(&self) -> Vec<String> {
-        let kinds = ["norms and biases added after a reduction", "position and token type embeddings"];
-        let kind_of = |t: &TensorSpec| match t.axes.as_slice() {
-            [Axis::Hidden] => Some(kinds[0]),
-            [Axis::Position | Axis::TokenType, _] => Some(kinds[1]),
-            _ => None,
+        let kinds = [
+            "norms and biases added after a reduction",
+            "position and token type embeddings",
+            "matrices that every rank needs the whole result of",
+        ];
+        let kind_of = |t: &&TensorSpec| match t.used {
+            _ if t.is_shared() => None,
+            Use::Vector => Some(0),
+            Use::Lookup => Some(1),
+            _ => Some(2),
         };
-        let note = |kind: &&str| {
-            let of_kind = self.spec.tensors.iter().filter(|t| kind_of(t) == Some(*kind));
-            let (found, bytes) = of_kind.fold((0, 0), |(found, bytes), t| (found + 1, bytes + t.bytes()));
-            (found > 0).then(|| {
+        let mut found = [(0usize, 0u64), (0, 0), (0, 0)];
+        let mut matrices: BTreeMap<&str, ()> = BTreeMap::new();
+        for t in &self.spec.tensors {
+            if let Some(kind) = kind_of(&t) {
+                found[kind] = (found[kind].0 + 1, found[kind].1 + t.bytes());
+                if kind == 2 {
+                    matrices.insert(self.local_name(t), ());
+                }
+            }
+        }
+        let names = matrices.keys().copied().collect::<Vec<_>>();
+        let note = |(kind, (n, bytes)): (&str, (usize, u64))| {
+            (n > 0).then(|| {
+                let which =
+                    if kind == kinds[2] { format!(" ({})", list(names.iter())) } else { String::new() };
                 format!(
-                    "whole on every rank: {kind}, {} in {}",
+                    "whole on every rank: {kind}{which}, {} in {}",
                     size(bytes),
-                    count(found, "tensor", "tensors")
+                    count(n, "tensor", "tensors")
                 )
             })
         };
-        kinds.iter().filter_map(note).collect()
+        kinds.into_iter().zip(found).filter_map(note).collect()
+    }
+
+    /// A tensor's name within its layer.
+    fn local_name<'t>(&self, t: &'t TensorSpec) -> &'t str {
+        let layer = t.layer.and_then(|n| t.name.strip_prefix(self.spec.layers[n].name.as_str()));
+        let name = layer.unwrap_or(&t.name).trim_start_matches('.');
+        name.strip_suffix(".weight").unwrap_or(name)
     }
 
     fn unused(&self) -> Option<String> {
@@ -161,13 +279,30 @@ impl About<'_> {
             return None;
         }
         let bytes = unused.iter().map(|t| t.bytes).fold(0, u64::saturating_add);
-        let result = if self.spec.architecture.is_decoder() { "logits" } else { "embeddings" };
+        let result = if self.spec.logits.is_some() { "logits" } else { "embeddings" };
         Some(format!(
             "on no rank, as {result} are computed without: {} ({}), {} in the file",
             count(unused.len(), "tensor", "tensors"),
             list(unused.iter().map(|t| &t.name)),
             size(bytes),
         ))
+    }
+}
+
+/// What a dimension counts, for a person.
+fn things(d: &Dimension) -> String {
+    let what = match d.cut {
+        Cut::Heads { .. } => "query heads",
+        Cut::KvHeads { .. } => "key/value heads",
+        Cut::Columns => "feed-forward columns",
+        Cut::SharedColumns => "columns of the shared expert",
+        Cut::ExpertColumns => "columns of each expert",
+        Cut::Experts => "experts",
+        Cut::Vocabulary => "vocabulary rows",
+    };
+    match d.name.split_once('.') {
+        Some((stack, _)) => format!("{stack} {what}"),
+        None => what.to_owned(),
     }
 }
 
