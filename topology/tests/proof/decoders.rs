@@ -35,7 +35,7 @@ pub(crate) fn llama(g: &Group) -> Each {
     }
     let x = norm("model.norm", &x);
     let head = if c.is("tie_word_embeddings") { "model.embed_tokens" } else { "lm_head" };
-    let logits = g.logits(head, &x);
+    let logits = g.logits("lm_head", head, &x);
     match c.0["final_logit_softcapping"].as_f64() {
         Some(cap) => logits.map(|t| t.map(|v| cap * (v / cap).tanh())),
         None => logits,
@@ -147,11 +147,11 @@ pub(crate) fn gpt2(g: &Group) -> Each {
     let dim = c.get("n_embd") / heads;
     let positions: Vec<usize> = (0..TOKENS.len()).collect();
     let mut x = g
-        .embed("transformer.wte", &TOKENS)
-        .add(&g.each(|rank| g.tensor(rank, "transformer.wpe.weight").select(0, &positions)));
+        .embed("wte", &TOKENS)
+        .add(&g.each(|rank| g.tensor(rank, "wpe.weight").select(0, &positions)));
     for n in 0..c.get("n_layer") {
-        let of = |part: &str| format!("transformer.h.{n}.{part}");
-        let heads = Heads::new(format!("transformer.h.{n}"), heads, heads, dim);
+        let of = |part: &str| format!("h.{n}.{part}");
+        let heads = Heads::new(format!("h.{n}"), heads, heads, dim);
         let normed = g.layer_norm(&of("ln_1"), &x, eps);
         let [q, k, v] = g.split_qkv(&heads, &g.linear(&of("attn.c_attn"), &normed));
         let a = g.attention(&heads, &Scores::causal(dim), (&q, &k, &v));
@@ -159,7 +159,7 @@ pub(crate) fn gpt2(g: &Group) -> Each {
         let inner = g.linear(&of("mlp.c_fc"), &g.layer_norm(&of("ln_2"), &x, eps)).map(|t| t.map(gelu));
         x = x.add(&g.row_linear(&of("mlp.c_proj"), &inner));
     }
-    g.logits("transformer.wte", &g.layer_norm("transformer.ln_f", &x, eps))
+    g.logits("lm_head", "wte", &g.layer_norm("ln_f", &x, eps))
 }
 
 /// GPT-NeoX: q, k and v fused by head, attention and feed-forward layer side by side.
@@ -181,13 +181,13 @@ pub(crate) fn gpt_neox(g: &Group) -> Each {
             g.linear(&of("mlp.dense_h_to_4h"), &normed).map(|t| t.map(gelu))
         };
         if c.is("use_parallel_residual") {
-            x = x.add(&parallel(g, &of("attention.dense"), &a, &of("mlp.dense_4h_to_h"), &mlp(&x)));
+            x = x.add(&parallel(g, &of(""), ["attention.dense", "mlp.dense_4h_to_h"], [&a, &mlp(&x)]));
         } else {
             x = x.add(&g.row_linear(&of("attention.dense"), &a));
             x = x.add(&g.row_linear(&of("mlp.dense_4h_to_h"), &mlp(&x)));
         }
     }
-    g.logits("embed_out", &g.layer_norm("gpt_neox.final_layer_norm", &x, eps))
+    g.logits("embed_out", "embed_out", &g.layer_norm("gpt_neox.final_layer_norm", &x, eps))
 }
 
 /// Falcon: attention and feed-forward layer side by side; one key/value head (7B) or groups (40B).
@@ -209,16 +209,18 @@ pub(crate) fn falcon(g: &Group) -> Each {
         let a = g.attention(&heads, &Scores::causal(dim), (&q, &k, &v));
         let normed = g.layer_norm(&of(beside), &x, eps);
         let inner = g.linear(&of("mlp.dense_h_to_4h"), &normed).map(|t| t.map(gelu));
-        x = x.add(&parallel(g, &of("self_attention.dense"), &a, &of("mlp.dense_4h_to_h"), &inner));
+        x = x.add(&parallel(g, &of(""), ["self_attention.dense", "mlp.dense_4h_to_h"], [&a, &inner]));
     }
     let head = if g.has("lm_head.weight") { "lm_head" } else { "transformer.word_embeddings" };
-    g.logits(head, &g.layer_norm("transformer.ln_f", &x, eps))
+    g.logits("lm_head", head, &g.layer_norm("transformer.ln_f", &x, eps))
 }
 
-/// Two row-parallel layers whose sum is one exchange.
-fn parallel(g: &Group, first: &str, x: &Each, second: &str, y: &Each) -> Each {
-    let sum = g.product(first, x).add(&g.product(second, y));
-    g.bias(first, g.row_end(second, sum))
+/// Two row-parallel layers that are summed by one exchange.
+fn parallel(g: &Group, layer: &str, modules: [&str; 2], inputs: [&Each; 2]) -> Each {
+    let [first, second] = modules.map(|m| format!("{layer}{m}"));
+    let sum = g.product(&first, inputs[0]).add(&g.product(&second, inputs[1]));
+    let both = format!("{layer}{} + {}", modules[0], modules[1]);
+    g.row_end_with(&both, &[&first, &second], sum)
 }
 
 /// The columns `part` of each run of `width`.

@@ -106,7 +106,7 @@ pub(crate) fn cosmos(g: &Group) -> Each {
     for n in 0..c.get("num_layers") {
         let layer = format!("transformer_blocks.{n}");
         let of = |part: &str| format!("{layer}.{part}");
-        let heads = Heads::new(layer.clone(), heads, heads, dim);
+        let heads = || Heads::new(layer.clone(), heads, heads, dim);
         x = x.add(&place);
         let modulated = |norm: &str, x: &Each| {
             let m = g.linear(&of(&format!("{norm}.linear_2")), &g.linear(&of(&format!("{norm}.linear_1")), &time));
@@ -120,6 +120,7 @@ pub(crate) fn cosmos(g: &Group) -> Each {
                 turned.map_or(normed.clone(), |by| normed.map(|t| rotate_by(t, dim, by, Pairs::Halves)))
             });
             let v = g.linear(&of("to_v"), seen);
+            let heads = if turned.is_some() { heads() } else { heads().cross() };
             g.row_linear(&of("to_out.0"), &g.attention(&heads, &Scores::full(dim), (&q, &k, &v)))
         };
         let (normed, gate) = modulated("norm1", &x);
@@ -220,16 +221,17 @@ pub(crate) fn wan(g: &Group) -> Each {
     for n in 0..c.get("num_layers") {
         let layer = format!("blocks.{n}");
         let of = |part: &str| format!("{layer}.{part}");
-        let heads = Heads::new(layer.clone(), heads, heads, dim);
+        let heads = || Heads::new(layer.clone(), heads, heads, dim);
         let table = |rank| g.tensor(rank, &of("scale_shift_table")).reshape(&[1, 6 * hidden]);
         let m = g.each(|rank| time.0[rank].add(&table(rank)));
         let attention = |module: &str, x: &Each, seen: &Each, turned: Option<&Vec<Vec<f64>>>| {
             let of = |part: &str| of(&format!("{module}.{part}"));
-            let [q, k] = [("q", x), ("k", seen)].map(|(p, x)| {
-                let normed = g.norm_across(&of(&format!("norm_{p}")), &g.linear(&of(&format!("to_{p}")), x), hidden, eps);
+            let qk = [g.linear(&of("to_q"), x), g.linear(&of("to_k"), seen)];
+            let [q, k] = g.norm_across(&format!("{layer}.{module}"), &layer, qk, hidden, eps).map(|normed| {
                 turned.map_or(normed.clone(), |by| normed.map(|t| rotate_by(t, dim, by, Pairs::Neighbours)))
             });
             let v = g.linear(&of("to_v"), seen);
+            let heads = if turned.is_some() { heads() } else { heads().cross() };
             g.row_linear(&of("to_out.0"), &g.attention(&heads, &Scores::full(dim), (&q, &k, &v)))
         };
         let normed = modulate(&x, eps, &chunk(&m, 6, 0), &chunk(&m, 6, 1));

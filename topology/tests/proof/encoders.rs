@@ -40,10 +40,10 @@ pub(crate) fn t5(g: &Group) -> Each {
     let seen = t5_stack(g, "encoder", &g.embed("shared", &TOKENS), None);
     let x = t5_stack(g, "decoder", &g.embed("shared", &WRITTEN), Some(&seen));
     if !c.is("tie_word_embeddings") {
-        return g.logits("lm_head", &x);
+        return g.logits("lm_head", "lm_head", &x);
     }
     let scale = (c.get("d_model") as f64).powf(-0.5);
-    g.logits("shared", &x.map(|t| t.map(|v| v * scale)))
+    g.logits("lm_head", "shared", &x.map(|t| t.map(|v| v * scale)))
 }
 
 /// T5's encoder, or its decoder, which looks at what the encoder has `seen`.
@@ -89,6 +89,7 @@ fn t5_attention(
     let c = g.config;
     let of = |part: &str| format!("{stack}.block.{n}.layer.{module}.{part}");
     let heads = Heads::new(format!("{stack}.block.{n}"), c.get("num_heads"), c.get("num_heads"), c.get("d_kv"));
+    let heads = if table.is_none() { heads.cross() } else { heads };
     let (q, k, v) = (g.linear(&of("q"), x), g.linear(&of("k"), seen), g.linear(&of("v"), seen));
     let decodes = stack == "decoder";
     let bias = |rank, head, i: usize, j: usize| {

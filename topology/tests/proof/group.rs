@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use serde_json::Value;
-use tensorwire_topology::plan::{Collective, Span, TensorShard};
+use tensorwire_topology::plan::{Span, TensorShard};
 use tensorwire_topology::{ModelSpec, Plan};
 
 use super::attention::{Scores, attend};
+use super::quant;
 use super::tensor::{Tensor, dot, rms, standardise};
 use super::weights::seeded;
 
@@ -60,11 +61,18 @@ pub(crate) struct Heads {
     kv: usize,
     /// Elements of a query and of a key.
     dim: usize,
+    /// Whether it is the layer's attention to the context.
+    cross: bool,
 }
 
 impl Heads {
     pub(crate) fn new(layer: String, q: usize, kv: usize, dim: usize) -> Heads {
-        Heads { layer, q, kv, dim }
+        Heads { layer, q, kv, dim, cross: false }
+    }
+
+    /// The same of the layer's attention to the context.
+    pub(crate) fn cross(self) -> Heads {
+        Heads { cross: true, ..self }
     }
 
     /// Which key/value head a query head reads.
@@ -95,21 +103,33 @@ impl Each {
     }
 }
 
+/// What a runtime may do wrong with a right plan.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Fault {
+    /// A bias of a row-parallel layer is added by every rank before the sum.
+    BiasOnEveryRank,
+    /// A token of another rank's vocabulary is looked up as if it were this rank's nearest one.
+    NoMask,
+    /// What every rank computes whole of a shared expert is summed over the ranks.
+    SharedOnEveryRank,
+}
+
 /// Ranks that compute one model together; one that has it whole is the reference.
 pub(crate) struct Group<'a> {
     pub(crate) config: &'a Config,
     plan: Option<&'a Plan>,
+    pub(crate) fault: Option<Fault>,
     weights: Vec<BTreeMap<String, Tensor>>,
     /// The tensors that were read.
     read: RefCell<BTreeSet<String>>,
-    /// The places at which something was exchanged.
-    exchanged: RefCell<BTreeSet<String>>,
+    /// How many exchanges of each layer, and of the vocabulary, were made.
+    made: RefCell<BTreeMap<String, usize>>,
 }
 
 impl<'a> Group<'a> {
     /// One rank with every tensor whole.
     pub(crate) fn whole(config: &'a Config, spec: &ModelSpec) -> Group<'a> {
-        let all = spec.tensors.iter().map(|t| (t.name.clone(), seeded(&t.name, &t.shape))).collect();
+        let all = spec.tensors.iter().map(|t| (t.name.clone(), seeded(t))).collect();
         Group::new(config, None, vec![all])
     }
 
@@ -117,7 +137,7 @@ impl<'a> Group<'a> {
     pub(crate) fn sharded(config: &'a Config, spec: &ModelSpec, plan: &'a Plan) -> Group<'a> {
         let mut weights = vec![BTreeMap::new(); plan.world];
         for tensor in &spec.tensors {
-            let whole = seeded(&tensor.name, &tensor.shape);
+            let whole = seeded(tensor);
             for (rank, held) in weights.iter_mut().enumerate() {
                 if let Some(shard) = plan.tensor(&tensor.name, rank) {
                     held.insert(tensor.name.clone(), cut(&whole, shard));
@@ -132,7 +152,7 @@ impl<'a> Group<'a> {
         plan: Option<&'a Plan>,
         weights: Vec<BTreeMap<String, Tensor>>,
     ) -> Group<'a> {
-        Group { config, plan, weights, read: RefCell::default(), exchanged: RefCell::default() }
+        Group { config, plan, fault: None, weights, read: RefCell::default(), made: RefCell::default() }
     }
 
     /// Panics if a tensor wasn't read, or if the plan has an exchange for which the forward has no place.
@@ -141,8 +161,11 @@ impl<'a> Group<'a> {
         for name in self.weights.iter().flat_map(BTreeMap::keys) {
             assert!(read.contains(name), "{name} wasn't used");
         }
-        for (place, _) in self.collectives() {
-            assert!(self.exchanged.borrow().contains(&place), "the exchange after {place} wasn't made");
+        let Some(plan) = self.plan else { return };
+        let layers = plan.layers.iter().map(|layer| (layer.name.as_str(), &layer.collectives));
+        for (name, all) in layers.chain([("", &plan.vocab.collectives)]) {
+            let made = self.made.borrow().get(name).copied().unwrap_or(0);
+            assert_eq!(made, all.len(), "exchanges that were made of {all:?} of {name:?}");
         }
     }
 
@@ -177,11 +200,34 @@ impl<'a> Group<'a> {
 
     /// A rank's part of a module's weight, `[output, input]`.
     pub(crate) fn weight(&self, rank: usize, module: &str) -> Tensor {
-        let weight = self.tensor(rank, &format!("{module}.weight"));
+        let part = |name: &str| self.tensor(rank, &format!("{module}.{name}"));
+        let quantization = &self.config.0["quantization_config"];
+        if self.has(&format!("{module}.weight_scale_inv")) {
+            let block = [0, 1].map(|i| quantization["weight_block_size"][i].as_u64().unwrap() as usize);
+            return quant::fp8(part("weight"), part("weight_scale_inv"), block);
+        }
+        if self.has(&format!("{module}.qweight")) {
+            let (words, zeros, scales) = (part("qweight"), part("qzeros"), part("scales"));
+            let group = quantization["group_size"].as_u64().unwrap() as usize;
+            if quantization["quant_method"] == "awq" {
+                return quant::awq(words, zeros, scales, group);
+            }
+            // Groups are numbered over all ranks.
+            let first = self.first(rank, &format!("{module}.scales"));
+            let groups: Vec<usize> = part("g_idx").data.iter().map(|g| *g as usize - first).collect();
+            return quant::gptq(words, zeros, scales, &groups);
+        }
+        let weight = part("weight");
         match self.config.text("model_type") {
             "gpt2" if module.contains(".c_") => weight.transpose(),
             _ => weight.reshape(&[weight.rows(), weight.cols()]),
         }
+    }
+
+    /// Where a rank's part of a tensor's first dimension begins.
+    fn first(&self, rank: usize, name: &str) -> usize {
+        let shard = self.plan.and_then(|plan| plan.tensor(name, rank));
+        shard.and_then(|s| s.slices.iter().find(|s| s.dim == 0)).map_or(0, |s| s.range.start)
     }
 
     /// `x` times the module's weight: a part of the output, or a part of the sum.
@@ -210,7 +256,16 @@ impl<'a> Group<'a> {
 
     /// The end of a linear layer whose input is split: what is summed gets the bias once.
     pub(crate) fn row_end(&self, module: &str, part: Each) -> Each {
-        self.bias(module, self.exchange(module, part))
+        self.row_end_with(module, &[module], part)
+    }
+
+    /// The same where several layers' parts are one sum.
+    pub(crate) fn row_end_with(&self, place: &str, modules: &[&str], part: Each) -> Each {
+        let biased = |x: Each| modules.iter().fold(x, |x, module| self.bias(module, x));
+        match self.fault {
+            Some(Fault::BiasOnEveryRank) => self.exchange(place, biased(part)),
+            _ => biased(self.exchange(place, part)),
+        }
     }
 
     /// RMSNorm over the whole row; `from` is 1 where the weight is stored as its difference from 1.
@@ -228,15 +283,21 @@ impl<'a> Group<'a> {
         })
     }
 
-    /// RMSNorm over the heads of all ranks, `width` elements in all: the ranks sum their squares.
-    pub(crate) fn norm_across(&self, module: &str, x: &Each, width: usize, eps: f64) -> Each {
-        let squares = self.exchange(module, x.map(|t| t.each_row(|row| vec![dot(row, row)])));
-        self.each(|rank| {
-            let (x, squares) = (&x.0[rank], &squares.0[rank]);
-            let scale = |r| 1.0 / (squares.at(r, 0) / width as f64 + eps).sqrt();
-            let normed = Tensor::matrix(x.rows(), x.cols(), |r, c| x.at(r, c) * scale(r));
-            normed.mul(self.tensor(rank, &format!("{module}.weight")))
-        })
+    /// RMSNorm of queries and keys over the heads of all ranks, `width` elements in all: the ranks sum their
+    /// squares, of both in one exchange.
+    pub(crate) fn norm_across(&self, attention: &str, layer: &str, qk: [Each; 2], width: usize, eps: f64) -> [Each; 2] {
+        let squares = |t: &Tensor| t.each_row(|row| vec![dot(row, row)]);
+        let both = qk[0].with(&qk[1], |q, k| Tensor::below(&[squares(q), squares(k)]));
+        let both = self.exchange(&format!("{layer}.sum of squares"), both);
+        let normed = |x: &Each, norm: &str, first: usize| {
+            self.each(|rank| {
+                let (x, squares) = (&x.0[rank], &both.0[rank]);
+                let scale = |row| 1.0 / (squares.at(first + row, 0) / width as f64 + eps).sqrt();
+                let normed = Tensor::matrix(x.rows(), x.cols(), |r, c| x.at(r, c) * scale(r));
+                normed.mul(self.tensor(rank, &format!("{attention}.{norm}.weight")))
+            })
+        };
+        [normed(&qk[0], "norm_q", 0), normed(&qk[1], "norm_k", qk[0].0[0].rows())]
     }
 
     pub(crate) fn layer_norm(&self, module: &str, x: &Each, eps: f64) -> Each {
@@ -253,6 +314,9 @@ impl<'a> Group<'a> {
             let held = self.vocab(rank, table.rows());
             let row = |&token: &usize| match held.contains(&token) {
                 true => table.row(token - held.start).to_vec(),
+                false if self.fault == Some(Fault::NoMask) => {
+                    table.row(token.clamp(held.start, held.end - 1) - held.start).to_vec()
+                }
                 false => vec![0.0; table.cols()],
             };
             Tensor::new(&[tokens.len(), table.cols()], tokens.iter().flat_map(row).collect())
@@ -261,7 +325,7 @@ impl<'a> Group<'a> {
     }
 
     /// The output head: every rank gets the scores of all tokens, without those of padding.
-    pub(crate) fn logits(&self, weight: &str, x: &Each) -> Each {
+    pub(crate) fn logits(&self, place: &str, weight: &str, x: &Each) -> Each {
         let vocab = self.config.get("vocab_size");
         let part = self.linear(weight, x);
         // Ranks whose part ends early send scores of padding, so that all send as many.
@@ -270,7 +334,7 @@ impl<'a> Group<'a> {
             let missing = share.map_or(0, |share| share - t.cols());
             Tensor::beside(&[t.clone(), Tensor::matrix(t.rows(), missing, |_, _| f64::NAN)])
         });
-        self.exchange("lm_head", padded).map(|t| t.columns(0..vocab))
+        self.exchange_as(place, padded, Tensor::beside).map(|t| t.columns(0..vocab))
     }
 
     /// The tokens that a rank has rows of.
@@ -281,7 +345,10 @@ impl<'a> Group<'a> {
     /// The query and the key/value heads that a rank has.
     fn held(&self, heads: &Heads, rank: usize) -> (Range<usize>, Range<usize>) {
         let Some(plan) = self.plan else { return (0..heads.q, 0..heads.kv) };
-        let attention = &plan.layers.iter().find(|l| l.name == heads.layer).unwrap().attention;
+        let Some(layer) = plan.layers.iter().find(|l| l.name == heads.layer) else {
+            return (0..heads.q, 0..heads.kv);
+        };
+        let attention = if heads.cross { layer.cross_attention.as_ref().unwrap() } else { &layer.attention };
         (range(attention.q_heads[rank]), range(attention.kv_heads[rank]))
     }
 
@@ -336,31 +403,90 @@ impl<'a> Group<'a> {
         })
     }
 
-    /// Every exchange of the plan, by its place: the full name of the module that it follows.
-    fn collectives(&self) -> impl Iterator<Item = (String, &'a Collective)> {
-        let plan = self.plan.into_iter();
-        plan.flat_map(|plan| {
-            let layers = plan.layers.iter().flat_map(|layer| {
-                layer.collectives.iter().map(|c| (format!("{}.{}", layer.name, c.after), c))
-            });
-            let vocab = plan.vocab.collectives.iter().map(|c| (c.after.clone(), c));
-            layers.chain(vocab)
-        })
+    /// What the plan has the ranks exchange after a module; nothing where that isn't the next that it names.
+    ///
+    /// Parts of a sum are rows of all tokens; what is gathered are some tokens' rows.
+    pub(crate) fn exchange(&self, place: &str, x: Each) -> Each {
+        self.exchange_as(place, x, Tensor::below)
     }
 
-    /// What the plan has the ranks exchange after a module; nothing where it names nothing.
-    pub(crate) fn exchange(&self, place: &str, mut x: Each) -> Each {
-        let here = |at: &str| at == place || place.strip_suffix(at).is_some_and(|p| p.ends_with('.'));
-        for (at, collective) in self.collectives().filter(|(at, _)| here(at)) {
-            self.exchanged.borrow_mut().insert(at);
-            let result = match collective.op.as_str() {
-                "all_reduce" => x.0.iter().skip(1).fold(x.0[0].clone(), |sum, part| sum.add(part)),
-                "all_gather" => Tensor::beside(&x.0),
+    fn exchange_as(&self, place: &str, mut x: Each, gather: fn(&[Tensor]) -> Tensor) -> Each {
+        while let Some(op) = self.next_exchange(place) {
+            let sum = || x.0.iter().skip(1).fold(x.0[0].clone(), |sum, part| sum.add(part));
+            x = match op {
+                "all_reduce" => self.same(&sum()),
+                "all_gather" => self.same(&gather(&x.0)),
+                "reduce_scatter" => {
+                    let sum = sum();
+                    self.each(|rank| sum.select(0, &self.tokens_of(rank, sum.rows())))
+                }
                 other => panic!("what is {other}?"),
             };
-            x = self.same(&result);
         }
         x
+    }
+
+    /// Every rank's messages to every rank, delivered; where the plan doesn't say so only those to itself.
+    pub(crate) fn deliver(&self, place: &str, messages: Vec<Vec<Tensor>>) -> Vec<Vec<Tensor>> {
+        let delivered = match self.next_exchange(place) {
+            None => false,
+            Some(op) => op == "all_to_all",
+        };
+        let ranks = 0..messages.len();
+        let received = |to: usize| {
+            let from = |from: usize| match delivered || from == to {
+                true => messages[from][to].clone(),
+                false => messages[from][to].map(|_| 0.0),
+            };
+            ranks.clone().map(from).collect()
+        };
+        ranks.clone().map(received).collect()
+    }
+
+    /// The experts that a rank has, of so many, where ranks have different ones; else none.
+    pub(crate) fn experts(&self, layer: &str) -> Option<Vec<Range<usize>>> {
+        let layer = self.plan?.layers.iter().find(|l| l.name == layer)?;
+        let ranges: Vec<_> = layer.mlp.experts.iter().map(|s| range(*s)).collect();
+        Some(ranges).filter(|ranges| !ranges.is_empty())
+    }
+
+    /// Whether ranks have different columns of a layer's shared expert.
+    pub(crate) fn shares_expert(&self, layer: &str) -> bool {
+        let layer = self.plan.and_then(|plan| plan.layers.iter().find(|l| l.name == layer));
+        layer.is_none_or(|layer| !layer.mlp.shared_ffn.is_empty())
+    }
+
+    /// The tokens that are a rank's own where ranks divide them.
+    pub(crate) fn tokens_of(&self, rank: usize, tokens: usize) -> Vec<usize> {
+        let start = |rank| rank * tokens / self.weights.len();
+        (start(rank)..start(rank + 1)).collect()
+    }
+
+    /// Whether the next exchange of a layer, or of the vocabulary, is this one.
+    pub(crate) fn next_is(&self, place: &str, op: &str) -> bool {
+        self.peek(place).is_some_and(|(_, next)| next == op)
+    }
+
+    /// The next exchange, if it is after this module; the caller makes it.
+    fn next_exchange(&self, place: &str) -> Option<&'a str> {
+        let (list, op) = self.peek(place)?;
+        *self.made.borrow_mut().entry(list.to_owned()).or_default() += 1;
+        Some(op)
+    }
+
+    /// The list that a module's exchanges are in, by its layer's name, and the operation of the next one of it.
+    fn peek(&self, place: &str) -> Option<(&'a str, &'a str)> {
+        let plan = self.plan?;
+        let layer = plan.layers.iter().find_map(|l| Some((l, place.strip_prefix(&l.name)?.strip_prefix('.')?)));
+        let (list, all, module) = match layer {
+            Some((layer, module)) => (layer.name.as_str(), &layer.collectives, module),
+            None => ("", &plan.vocab.collectives, place),
+        };
+        let made = self.made.borrow().get(list).copied().unwrap_or(0);
+        // The vocabulary's are named without the prefix that all names have.
+        let here = |after: &str| module == after || (list.is_empty() && module.ends_with(&format!(".{after}")));
+        let next = all.get(made).filter(|c| here(&c.after))?;
+        Some((list, &next.op))
     }
 }
 

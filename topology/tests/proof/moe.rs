@@ -1,6 +1,9 @@
 //! Feed-forward layers, and experts that a router chooses.
 
-use super::group::{Each, Group};
+use std::ops::Range;
+
+use super::group::{Each, Fault, Group};
+use super::quant::mxfp4;
 use super::tensor::{Tensor, sigmoid, silu, softmax};
 
 /// Gate and up, multiplied: what goes into `down_proj`, or, multiplied with it, a part of the sum.
@@ -10,36 +13,130 @@ pub(crate) fn gated_mlp(g: &Group, mlp: &str, x: &Each, activation: fn(f64) -> f
     g.product(&format!("{mlp}.down_proj"), &inner)
 }
 
-/// The routed experts of a layer, and the shared one where there is one: one sum.
+/// The routed experts of a layer, and the shared one where there is one.
 pub(crate) fn experts(g: &Group, layer: &str, x: &Each) -> Each {
-    let mixtral = g.config.text("model_type") == "mixtral";
-    let mlp = format!("{layer}.{}", if mixtral { "block_sparse_moe" } else { "mlp" });
-    let names = if mixtral { ["w1", "w3", "w2"] } else { ["gate_proj", "up_proj", "down_proj"] };
+    let block = match g.config.text("model_type") {
+        "mixtral" => "block_sparse_moe",
+        _ => "mlp",
+    };
+    let mlp = format!("{layer}.{block}");
+    let place = match g.config.text("model_type") {
+        "gpt_oss" => format!("{mlp}.experts"),
+        _ => mlp.clone(),
+    };
     let routes = routes(g, &mlp, x);
-    let mut sum = g.each(|rank| {
-        let x = &x.0[rank];
-        let zero = Tensor::matrix(x.rows(), x.cols(), |_, _| 0.0);
-        (0..routes.0[rank].cols()).fold(zero, |sum, e| {
-            let [gate, up, down] = names.map(|n| format!("{mlp}.experts.{e}.{n}"));
-            // Another rank's expert, where each rank has some of them.
-            if !g.holds(rank, &gate) {
-                return sum;
-            }
-            let inner = x.times(&g.weight(rank, &gate)).map(silu).mul(&x.times(&g.weight(rank, &up)));
-            sum.add(&weighted(&inner.times(&g.weight(rank, &down)), &routes.0[rank], e))
-        })
-    });
-    for shared in ["shared_expert", "shared_experts"].map(|s| format!("{mlp}.{s}")) {
-        if g.has_module(&format!("{shared}.gate_proj")) {
-            let mut part = gated_mlp(g, &shared, x, silu);
-            if g.has_module(&format!("{shared}_gate")) {
-                let gate = g.linear(&format!("{shared}_gate"), x).map(|t| t.map(sigmoid));
-                part = part.with(&gate, |p, w| weighted(p, w, 0));
-            }
-            sum = sum.add(&part);
+    let owners = g.experts(layer);
+    let mut sum = match &owners {
+        Some(owners) => elsewhere(g, &mlp, &place, x, &routes, owners),
+        None => g.each(|rank| {
+            let (x, routes) = (&x.0[rank], &routes.0[rank]);
+            let outputs = (0..routes.cols()).map(|e| weighted(&expert(g, rank, &mlp, e, e, x), routes, e));
+            outputs.reduce(|a, b| a.add(&b)).unwrap()
+        }),
+    };
+    // Where every rank has the whole of the shared expert, each adds it to its own result.
+    let (mut before, mut after) = (None, None);
+    if let Some(shared) = shared(g, &mlp, x) {
+        match g.shares_expert(layer) || g.fault == Some(Fault::SharedOnEveryRank) {
+            true => before = Some(shared),
+            false => after = Some(shared),
         }
     }
-    g.exchange(&format!("{mlp}.experts"), sum)
+    if let Some(part) = before {
+        sum = sum.add(&part);
+    }
+    let mut sum = g.exchange(&place, sum);
+    if let Some(whole) = after {
+        sum = sum.add(&whole);
+    }
+    if owners.is_none() { sum.add(&routed_bias(g, &mlp, &routes, x)) } else { sum }
+}
+
+/// One expert's output on a rank: expert `e`, which is the `local`-th of a tensor that stacks the rank's.
+fn expert(g: &Group, rank: usize, mlp: &str, e: usize, local: usize, x: &Tensor) -> Tensor {
+    let of = |part: &str| format!("{mlp}.experts.{part}");
+    if g.has(&of("gate_up_proj_blocks")) {
+        // gpt-oss: gate and up columns in turn.
+        let packed = |part: &str| {
+            let stacked = |name: &str| g.tensor(rank, &of(&format!("{part}_{name}"))).index(local);
+            mxfp4(&stacked("blocks"), &stacked("scales"))
+        };
+        let fused = x.times(&packed("gate_up_proj")).add(&g.tensor(rank, &of("gate_up_proj_bias")).index(local));
+        let inner = Tensor::matrix(fused.rows(), fused.cols() / 2, |r, c| {
+            let (gate, up) = (fused.at(r, 2 * c).min(7.0), fused.at(r, 2 * c + 1).clamp(-7.0, 7.0));
+            (up + 1.0) * gate * sigmoid(1.702 * gate)
+        });
+        return inner.times(&packed("down_proj"));
+    }
+    let mixtral = g.config.text("model_type") == "mixtral";
+    let names = if mixtral { ["w1", "w3", "w2"] } else { ["gate_proj", "up_proj", "down_proj"] };
+    let [gate, up, down] = names.map(|n| g.weight(rank, &of(&format!("{e}.{n}"))));
+    x.times(&gate).map(silu).mul(&x.times(&up)).times(&down)
+}
+
+/// The biases of the experts' last layer, weighted: added once, as any row-parallel layer's.
+fn routed_bias(g: &Group, mlp: &str, routes: &Each, like: &Each) -> Each {
+    let name = format!("{mlp}.experts.down_proj_bias");
+    g.each(|rank| match g.has(&name) {
+        true => routes.0[rank].times(&g.tensor(rank, &name).transpose()),
+        false => like.0[rank].map(|_| 0.0),
+    })
+}
+
+/// Experts that other ranks have: each rank sends its own tokens' rows to the owners of their experts, and
+/// gets the outputs back. Then it has the sums of its own tokens.
+fn elsewhere(g: &Group, mlp: &str, place: &str, x: &Each, routes: &Each, owners: &[Range<usize>]) -> Each {
+    let ranks = 0..owners.len();
+    let tokens = x.0[0].rows();
+    // The (token, expert) pairs of a rank's tokens that another rank computes, in an order that both know.
+    let pairs = |from: usize, to: usize| -> Vec<(usize, usize)> {
+        let routed = |t: usize| owners[to].clone().filter(move |&e| routes.0[from].at(t, e) != 0.0);
+        g.tokens_of(from, tokens).into_iter().flat_map(|t| routed(t).map(move |e| (t, e))).collect()
+    };
+    let rows = |from: usize, to: usize| {
+        x.0[from].select(0, &pairs(from, to).iter().map(|(t, _)| *t).collect::<Vec<_>>())
+    };
+    let sent = ranks.clone().map(|from| ranks.clone().map(|to| rows(from, to)).collect()).collect();
+    let received = g.deliver(&format!("{place}: dispatch"), sent);
+    let computed = |owner: usize, from: usize| {
+        let rows = &received[owner][from];
+        let outputs = pairs(from, owner).into_iter().enumerate().map(|(i, (_, e))| {
+            let local = e - owners[owner].start;
+            let out = expert(g, owner, mlp, e, local, &rows.select(0, &[i]));
+            let bias = format!("{mlp}.experts.down_proj_bias");
+            if g.has(&bias) { out.add(&g.tensor(owner, &bias).index(local)) } else { out }
+        });
+        let outputs: Vec<Tensor> = outputs.collect();
+        if outputs.is_empty() { rows.clone() } else { Tensor::below(&outputs) }
+    };
+    let returned = ranks.clone().map(|owner| ranks.clone().map(|from| computed(owner, from)).collect()).collect();
+    let outputs = g.deliver(&format!("{place}: combine"), returned);
+    let gathers = g.next_is(place, "all_gather");
+    g.each(|rank| {
+        let mut sum = x.0[rank].map(|_| 0.0);
+        for owner in ranks.clone() {
+            for (i, (t, e)) in pairs(rank, owner).into_iter().enumerate() {
+                let weight = routes.0[rank].at(t, e);
+                let width = sum.cols();
+                let row = outputs[rank][owner].row(i);
+                sum.data[t * width..][..width].iter_mut().zip(row).for_each(|(s, o)| *s += weight * o);
+            }
+        }
+        // A rank hands round the rows of its own tokens, or adds zeros for the others.
+        if gathers { sum.select(0, &g.tokens_of(rank, tokens)) } else { sum }
+    })
+}
+
+/// The shared expert's output, or each rank's part of it.
+fn shared(g: &Group, mlp: &str, x: &Each) -> Option<Each> {
+    let names = ["shared_expert", "shared_experts"].map(|s| format!("{mlp}.{s}"));
+    let shared = names.iter().find(|s| g.has_module(&format!("{s}.gate_proj")))?;
+    let part = gated_mlp(g, shared, x, silu);
+    if !g.has_module(&format!("{shared}_gate")) {
+        return Some(part);
+    }
+    let gate = g.linear(&format!("{shared}_gate"), x).map(|t| t.map(sigmoid));
+    Some(part.with(&gate, |p, w| weighted(p, w, 0)))
 }
 
 /// Each row times the weight of column `e` in the same row.

