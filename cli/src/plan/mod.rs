@@ -1,6 +1,7 @@
 //! `tensorwire plan`: how a model is sharded.
 
 mod diff;
+mod place;
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,8 @@ const EXAMPLES: &str = "\
 Examples:
   tensorwire plan --model ./Llama-3.2-1B --tp 4
   tensorwire plan --model ./config.json --tp 7 --json > plan.json
+  tensorwire plan --model ./config.json --fabric machines.toml --for prefill --context 8192 --batch 16
+  tensorwire plan --pipeline pipeline.toml --fabric machines.toml
   tensorwire plan --model ./config.json --tp 7 --html plan.html
   tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3";
 
@@ -36,12 +39,15 @@ enum Command {
 #[derive(clap::Args)]
 struct One {
     /// A model directory, or a config.json alone
-    #[arg(long, value_name = "DIR|config.json")]
-    model: PathBuf,
+    #[arg(long, value_name = "DIR|config.json", required_unless_present = "pipeline")]
+    model: Option<PathBuf>,
 
     /// Tensor-parallel ranks
-    #[arg(long, value_name = "N", value_parser = ranks)]
-    tp: usize,
+    #[arg(long, value_name = "N", value_parser = ranks, required_unless_present = "fabric")]
+    tp: Option<usize>,
+
+    #[command(flatten)]
+    place: place::Where,
 
     /// Print the whole plan as JSON, schema tensorwire.plan/v1
     #[arg(long)]
@@ -69,8 +75,10 @@ fn one(args: &One) -> Result<(), Failure> {
         path.as_deref().map(|path: &Path| OutputFile::open(option, path)).transpose()
     };
     let (svg, html) = (open("--svg", &args.svg)?, open("--html", &args.html)?);
-    let spec = ModelSpec::load(&args.model).map_err(Failure::usage)?;
-    let plan = Planner::new(&spec).plan(args.tp).map_err(Failure::usage)?;
+    let Some(model) = &args.model else { return args.place.pipeline(args.json) };
+    let spec = ModelSpec::load(model).map_err(Failure::usage)?;
+    let Some(tp) = args.tp else { return args.place.model(&spec, args.json) };
+    let plan = Planner::new(&spec).plan(tp).map_err(Failure::usage)?;
     if let Some(file) = svg {
         file.write(&plan.svg())?;
     }
