@@ -353,7 +353,8 @@ fn json_has_the_contracts_fields_and_is_the_same_each_time() {
     assert_eq!(
         value["tensors"][0],
         serde_json::json!({"name": "model.embed_tokens.weight", "rank": 0,
-                           "slices": [{"dim": 0, "range": [0, 24576]}], "replicated": false})
+                           "slices": [{"dim": 0, "range": [0, 24576]}], "replicated": false,
+                           "bytes": 24576 * 576 * 2})
     );
     assert_eq!(keys(&value["predicted"]), ["decode_us_per_token", "comm_us_per_token"]);
     assert!(value["notes"].as_array().unwrap().iter().all(|n| n.is_string()));

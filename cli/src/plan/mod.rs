@@ -5,6 +5,7 @@ mod place;
 
 use std::path::{Path, PathBuf};
 
+use tensorwire::topology::place::Placement;
 use tensorwire::topology::{ModelSpec, Planner};
 
 use crate::failure::{Failure, print, ranks};
@@ -16,7 +17,7 @@ Examples:
   tensorwire plan --model ./config.json --tp 7 --json > plan.json
   tensorwire plan --model ./config.json --fabric machines.toml --for prefill --context 8192 --batch 16
   tensorwire plan --pipeline pipeline.toml --fabric machines.toml
-  tensorwire plan --model ./config.json --tp 7 --html plan.html
+  tensorwire plan --model ./config.json --tp 7 --explain --html plan.html
   tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3";
 
 /// Show how a model is sharded over ranks
@@ -53,6 +54,11 @@ struct One {
     #[arg(long)]
     json: bool,
 
+    /// Say what binds, what each note costs, and what else there was with its predicted cost; with --json in the
+    /// field `explain`
+    #[arg(long)]
+    explain: bool,
+
     /// Draw the plan: ranks, what each holds, what they exchange
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
@@ -71,20 +77,42 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
 }
 
 fn one(args: &One) -> Result<(), Failure> {
+    let Some(model) = &args.model else { return args.place.pipeline(args.json) };
     let open = |option, path: &Option<PathBuf>| {
         path.as_deref().map(|path: &Path| OutputFile::open(option, path)).transpose()
     };
     let (svg, html) = (open("--svg", &args.svg)?, open("--html", &args.html)?);
-    let Some(model) = &args.model else { return args.place.pipeline(args.json) };
     let spec = ModelSpec::load(model).map_err(Failure::usage)?;
-    let Some(tp) = args.tp else { return args.place.model(&spec, args.json) };
-    let plan = Planner::new(&spec).plan(tp).map_err(Failure::usage)?;
+    let placement = if args.tp.is_none() { Some(args.place.model(&spec)?) } else { None };
+    let (planner, tp) = match (&placement, args.tp) {
+        (Some(placement), _) => match place::planner(&spec, placement) {
+            Some(planner) => planner,
+            None => {
+                let text = if args.json { placement.to_json() } else { placement.summary() };
+                return print(format_args!("{}\n", text.trim_end()));
+            }
+        },
+        (None, tp) => (Planner::new(&spec), tp.unwrap_or(1)),
+    };
+    let plan = planner.plan(tp).map_err(|e| match planner.instead_of(tp) {
+        Some(instead) => Failure::usage(format!("{e}. {instead}")),
+        None => Failure::usage(e),
+    })?;
+    let explanation = if args.explain { Some(planner.explain(&plan).map_err(Failure::usage)?) } else { None };
     if let Some(file) = svg {
         file.write(&plan.svg())?;
     }
     if let Some(file) = html {
         file.write(&plan.html())?;
     }
-    let text = if args.json { plan.to_json() } else { plan.summary() };
+    let text = match (args.json, &placement, &explanation) {
+        (true, Some(placement), why) => placement.to_json_with(&plan, why.as_ref()),
+        (true, None, Some(why)) => plan.to_json_with(why),
+        (true, None, None) => plan.to_json(),
+        (false, placement, why) => {
+            let plan = why.as_ref().map_or_else(|| plan.summary(), |why| plan.summary_with(why));
+            placement.as_ref().map(Placement::summary).unwrap_or_default() + &plan
+        }
+    };
     print(format_args!("{}\n", text.trim_end()))
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use tensorwire::topology::fabric::Fabric;
 use tensorwire::topology::pipeline::{self, Pipeline};
-use tensorwire::topology::place::{Goal, Request, Workload, place};
+use tensorwire::topology::place::{Goal, Placement, Request, Workload, place};
 use tensorwire::topology::shard::Experts;
 use tensorwire::topology::{ModelSpec, Planner};
 
@@ -19,7 +19,7 @@ pub(super) struct Where {
     fabric: Option<PathBuf>,
 
     /// Instead of a model, a pipeline of models: a TOML or JSON file, schema tensorwire.pipeline/v1
-    #[arg(long, value_name = "FILE", requires = "fabric", conflicts_with_all = ["model", "tp"])]
+    #[arg(long, value_name = "FILE", requires = "fabric", conflicts_with_all = ["model", "tp", "explain", "svg", "html"])]
     pipeline: Option<PathBuf>,
 
     /// What is to be best: the time of a step, of all prompts, or the bytes on the fullest device
@@ -58,27 +58,23 @@ impl Where {
         print(format_args!("{}\n", text.trim_end()))
     }
 
-    /// Prints where a model goes, and how it is sharded there.
-    pub(super) fn model(&self, spec: &ModelSpec, json: bool) -> Result<(), Failure> {
+    /// Where a model goes.
+    pub(super) fn model(&self, spec: &ModelSpec) -> Result<Placement, Failure> {
         let Some(fabric) = &self.fabric else {
             return Err(Failure::usage("plan needs --tp N, or --fabric FILE to find the best on it"));
         };
         let request = Request { goal: self.goal, context: self.context, batch: self.batch, devices: None };
-        let placement = place(&Workload::of(spec), &load(fabric)?, &request).map_err(Failure::usage)?;
-        let degrees = placement.chosen.degrees;
-        // A plan is of one tensor-parallel group, which then has some of the experts alone.
-        if degrees.sharing_experts() > 1 {
-            let text = if json { placement.to_json() } else { placement.summary() };
-            return print(format_args!("{}\n", text.trim_end()));
-        }
-        let experts = if degrees.ep > 1 { Experts::Parallel } else { Experts::Tensor };
-        let planner = Planner::new(spec).experts(experts).sequence_parallel(degrees.sp);
-        let plan = planner.plan(degrees.tp).map_err(Failure::usage)?;
-        if json {
-            return print(format_args!("{}\n", placement.to_json_with(&plan).trim_end()));
-        }
-        print(format_args!("{}\n{}\n", placement.summary().trim_end(), plan.summary().trim_end()))
+        place(&Workload::of(spec), &load(fabric)?, &request).map_err(Failure::usage)
     }
+}
+
+/// What plans a placement's tensor-parallel groups, and how many ranks these have; nothing where several groups share
+/// the experts, as a plan is of one.
+pub(super) fn planner<'a>(spec: &'a ModelSpec, placement: &Placement) -> Option<(Planner<'a>, usize)> {
+    let degrees = placement.chosen.degrees;
+    let experts = if degrees.ep > 1 { Experts::Parallel } else { Experts::Tensor };
+    let planner = Planner::new(spec).experts(experts).sequence_parallel(degrees.sp);
+    (degrees.sharing_experts() == 1).then_some((planner, degrees.tp))
 }
 
 fn load(path: &Path) -> Result<Fabric, Failure> {

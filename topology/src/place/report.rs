@@ -12,7 +12,7 @@ use super::predict::Cause;
 use super::search::{Found, Tried};
 use crate::plan::json::lines;
 use crate::plan::notes::{size, time};
-use crate::plan::{Plan, Span};
+use crate::plan::{Explanation, Plan, Span};
 
 /// The schema that [`Placement::schema`] names.
 pub const SCHEMA: &str = "tensorwire.placement/v1";
@@ -56,15 +56,17 @@ impl Placement {
     }
 
     /// The plan of the chosen tensor-parallel degree as JSON, as [`Plan::to_json`] writes it, with the placement in the
-    /// field `placement`.
-    pub fn to_json_with(&self, plan: &Plan) -> String {
+    /// field `placement`, and its explanation in `explain`.
+    pub fn to_json_with(&self, plan: &Plan, explain: Option<&Explanation>) -> String {
         #[derive(Serialize)]
         struct Placed<'a> {
             #[serde(flatten)]
             plan: &'a Plan,
             placement: &'a Placement,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            explain: Option<&'a Explanation>,
         }
-        lines(&Placed { plan, placement: self }) + "\n"
+        lines(&Placed { plan, placement: self, explain }) + "\n"
     }
 }
 

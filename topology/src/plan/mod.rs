@@ -8,6 +8,7 @@
 mod check;
 mod collectives;
 mod diff;
+mod explain;
 mod html;
 pub(crate) mod json;
 pub(crate) mod notes;
@@ -23,6 +24,7 @@ use crate::shard::{Experts, Options, Shares};
 use crate::{Error, Result};
 
 pub use diff::{ClassDiff, DIFF_SCHEMA, Diff, Move, RankDiff, Source};
+pub use explain::{Alternative, Explanation, Limit, NoteCost};
 pub use types::{
     Attention, Collective, DimensionPlan, Layer, LayerShare, Mlp, ModelSummary, Plan, Predicted, RankShare,
     SCHEMA, Slice, Span, TensorShard, Vocab,
@@ -99,7 +101,7 @@ impl<'a> Planner<'a> {
         let layers: Vec<Layer> = (0..spec.layers.len()).map(|n| self.layer(n, shares, &carried)).collect();
         let vocab = self.vocab(shares);
         let predicted = self.predict(&carried, &layers, &vocab, world);
-        let notes = notes::notes(spec, shares, &self.options, &self.costs, &predicted, self.one_rank_us());
+        let notes = self.notes(shares, &predicted).into_iter().map(|n| n.text).collect();
         Plan {
             schema: SCHEMA.to_owned(),
             model: summarise(spec),
@@ -143,6 +145,10 @@ impl<'a> Planner<'a> {
             decode_us_per_token: rounded(self.costs.read_us(read) + comm),
             comm_us_per_token: rounded(comm),
         }
+    }
+
+    fn notes(&self, shares: &Shares, predicted: &Predicted) -> Vec<notes::Note> {
+        notes::notes(self.spec, shares, &self.options, &self.costs, predicted, self.one_rank_us())
     }
 
     /// What one rank alone is predicted to take for a token.

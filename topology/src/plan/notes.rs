@@ -7,6 +7,25 @@ use crate::cost::CostModel;
 use crate::model::{Cache, Cut, Dimension, ModelSpec, TensorSpec, Use};
 use crate::shard::{DimensionShares, Experts, Options, Shares};
 
+/// A note, and what the thing that it tells of costs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Note {
+    pub(super) text: String,
+    /// Bytes of weights more, over all ranks.
+    pub(super) weight_bytes: u64,
+    /// Bytes of KV cache more a token of context, over all ranks.
+    pub(super) kv_bytes_per_token: u64,
+    /// Time more a decoded token.
+    pub(super) us_per_token: f64,
+}
+
+impl From<String> for Note {
+    /// A note on what costs nothing.
+    fn from(text: String) -> Note {
+        Note { text, ..Note::default() }
+    }
+}
+
 /// Notes for a plan with these shares; `one_rank_us` is the predicted time of one rank alone.
 pub(super) fn notes(
     spec: &ModelSpec,
@@ -15,38 +34,42 @@ pub(super) fn notes(
     costs: &CostModel,
     predicted: &Predicted,
     one_rank_us: f64,
-) -> Vec<String> {
+) -> Vec<Note> {
     let about = About { spec, shares, costs, world: shares.world };
-    let mut notes = spec.notes.clone();
+    let mut notes: Vec<Note> = spec.notes.iter().cloned().map(Note::from).collect();
     if shares.world == 1 {
-        notes.push("one rank: nothing is sharded and nothing exchanged".to_owned());
+        notes.push("one rank: nothing is sharded and nothing exchanged".to_owned().into());
     } else {
-        notes.extend(about.experts(options));
+        notes.extend(about.experts(options).map(Note::from));
         for (id, (d, s)) in spec.dims.iter().zip(&shares.dims).enumerate() {
             notes.extend(about.dimension(id, d, s));
         }
         notes.extend(about.latent());
         notes.extend(about.replicated());
         if one_rank_us <= predicted.decode_us_per_token {
-            notes.push(format!(
+            let text = format!(
                 "one rank alone is predicted to be as fast: {} a token instead of {}",
                 time(one_rank_us),
                 time(predicted.decode_us_per_token)
-            ));
+            );
+            let us_per_token = predicted.decode_us_per_token - one_rank_us;
+            notes.push(Note { us_per_token, ..text.into() });
         }
     }
-    notes.extend(about.unused());
+    notes.extend(about.unused().map(Note::from));
     if spec.tie_word_embeddings {
-        notes.push("the output head is the embedding: one tensor, sharded by vocabulary row".to_owned());
+        notes.push(
+            "the output head is the embedding: one tensor, sharded by vocabulary row".to_owned().into(),
+        );
     }
     if !spec.has_weights() {
         let stored = spec.quantization.as_ref().map_or_else(
             || format!("every tensor taken to be {}", spec.dtype),
             |q| format!("linear layers taken to be {}, all else {}", q.format.name(), spec.dtype),
         );
-        notes.push(format!("planned from config.json alone, {stored}"));
+        notes.push(format!("planned from config.json alone, {stored}").into());
     }
-    notes.push(format!("predicted times are from {}", costs.source));
+    notes.push(format!("predicted times are from {}", costs.source).into());
     notes
 }
 
@@ -59,14 +82,15 @@ struct About<'a> {
 
 impl About<'_> {
     /// How a dimension is shared, where that is worth a word.
-    fn dimension(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<String> {
+    fn dimension(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<Note> {
         match d.cut {
             Cut::Heads { kv } => {
                 let note = self.uneven(id, d, shares)?;
                 let evenest = d.size.div_ceil(self.world).next_multiple_of(d.granule);
                 let grouped = self.spec.dims[kv].size < d.size;
                 let more = extremes(&shares.ranges).0 > evenest && grouped;
-                Some(note + if more { "; evener shares would hold more key/value heads" } else { "" })
+                let why = if more { "; evener shares would hold more key/value heads" } else { "" };
+                Some(Note { text: note.text + why, ..note })
             }
             Cut::KvHeads { .. } => self.kv_heads(id, d, shares),
             Cut::Vocabulary => self.vocabulary(id, d, shares),
@@ -84,7 +108,7 @@ impl About<'_> {
     }
 
     /// A note where the largest share is above the mean, with the time the others wait for it.
-    fn uneven(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<String> {
+    fn uneven(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<Note> {
         let (largest, smallest) = extremes(&shares.ranges);
         if largest == smallest {
             return None;
@@ -96,7 +120,7 @@ impl About<'_> {
             1 => String::new(),
             g => format!(" in {} groups of {g}, which are never cut,", d.units()),
         };
-        Some(format!(
+        let text = format!(
             "{total} {}{groups} are shared unevenly over {} ranks, from {largest} down to {smallest}: the \
              largest share is {:.1}% above the mean, {} more to read, about {} a token",
             things(d),
@@ -104,10 +128,11 @@ impl About<'_> {
             (largest as f64 / mean - 1.0) * 100.0,
             size(excess),
             time(self.costs.read_us(excess)),
-        ))
+        );
+        Some(Note { us_per_token: self.costs.read_us(excess), ..text.into() })
     }
 
-    fn kv_heads(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<String> {
+    fn kv_heads(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<Note> {
         let held: usize = shares.ranges.iter().map(Span::len).sum();
         let copies = held - d.size;
         if copies == 0 {
@@ -129,12 +154,13 @@ impl About<'_> {
         let attentions = spec.layers.iter().flat_map(|l| &l.blocks).filter_map(|b| b.attention.as_ref());
         let caches = attentions.filter(|a| a.kv_heads == id && a.cache == Cache::Heads && !a.cross);
         let per_head: usize = caches.map(|a| (a.head_dim + a.v_head_dim) * spec.dtype.size()).sum();
+        let kv_bytes_per_token = (copies * per_head) as u64;
         let cache = if per_head > 0 {
-            format!(" and {} of KV cache a token of context", size((copies * per_head) as u64))
+            format!(" and {} of KV cache a token of context", size(kv_bytes_per_token))
         } else {
             String::new()
         };
-        Some(format!(
+        let text = format!(
             "{} on more than one rank: {} of {} ({}), {}: {} of weights{cache} more over all ranks",
             things(d),
             twice.len(),
@@ -142,29 +168,39 @@ impl About<'_> {
             list(twice.iter()),
             count(copies, "copy", "copies"),
             size(bytes),
-        ))
+        );
+        // A rank's part of the copies.
+        let us_per_token = self.costs.read_us(bytes / self.world as u64);
+        Some(Note { weight_bytes: bytes, kv_bytes_per_token, us_per_token, ..text.into() })
     }
 
-    fn vocabulary(&self, id: usize, d: &Dimension, vocab: &DimensionShares) -> Option<String> {
+    fn vocabulary(&self, id: usize, d: &Dimension, vocab: &DimensionShares) -> Option<Note> {
         let rows = d.size;
         if vocab.padded > rows {
             let share = vocab.padded / self.world;
             let extra = vocab.padded - rows;
-            return Some(format!(
+            let text = format!(
                 "vocabulary padded from {rows} to {} rows, {share} a rank, as a multiple of lcm(64, {}): \
                  {extra} rows of zeros ({:.2}%) that no file holds",
                 vocab.padded,
                 self.world,
                 extra as f64 / rows as f64 * 100.0
-            ));
+            );
+            // The logits of these rows are gathered too.
+            let gather =
+                |rows: usize| self.costs.all_gather_us((rows * self.spec.dtype.size()) as u64, self.world);
+            let us_per_token =
+                if self.spec.logits.is_some() { gather(vocab.padded) - gather(rows) } else { 0.0 };
+            return Some(Note { us_per_token, ..text.into() });
         }
         let uneven = self.uneven(id, d, vocab)?;
-        Some(format!("{uneven}; not padded, as a multiple of lcm(64, {}) would cost more", self.world))
+        let why = format!("; not padded, as a multiple of lcm(64, {}) would cost more", self.world);
+        Some(Note { text: uneven.text + &why, ..uneven })
     }
 
-    fn whole_shared_expert(&self, id: usize, d: &Dimension) -> String {
+    fn whole_shared_expert(&self, id: usize, d: &Dimension) -> Note {
         let bytes = self.bytes_of(id);
-        format!(
+        let text = format!(
             "whole on every rank: the shared expert, as its {} columns are {} groups of {} for {} ranks: {} a rank, \
              {} more over all ranks",
             d.size,
@@ -173,7 +209,15 @@ impl About<'_> {
             self.world,
             size(bytes),
             size(bytes.saturating_mul(self.world as u64 - 1)),
-        )
+        );
+        self.whole(text, bytes)
+    }
+
+    /// The note on weights that every rank has whole: what that costs, beside sharing them.
+    fn whole(&self, text: String, bytes: u64) -> Note {
+        let others = self.world as u64 - 1;
+        let us_per_token = self.costs.read_us(bytes / self.world as u64 * others);
+        Note { weight_bytes: bytes.saturating_mul(others), us_per_token, ..text.into() }
     }
 
     /// Why experts are shared whole.
@@ -209,7 +253,7 @@ impl About<'_> {
     }
 
     /// What multi-head latent attention keeps on every rank.
-    fn latent(&self) -> Option<String> {
+    fn latent(&self) -> Option<Note> {
         let caches = self.spec.layers.iter().flat_map(|l| &l.blocks).filter_map(|b| b.attention.as_ref());
         let latent: usize = caches
             .filter_map(|a| match a.cache {
@@ -219,17 +263,19 @@ impl About<'_> {
             .sum();
         (latent > 0).then(|| {
             let bytes = (latent * self.spec.dtype.size()) as u64;
-            format!(
+            let copies = bytes * (self.world as u64 - 1);
+            let text = format!(
                 "whole on every rank: the latent KV cache, which all heads read, {} a token of context and rank, {} \
                  more over all ranks",
                 size(bytes),
-                size(bytes * (self.world as u64 - 1))
-            )
+                size(copies)
+            );
+            Note { kv_bytes_per_token: copies, ..text.into() }
         })
     }
 
     /// One note for each kind of tensor that is whole on every rank.
-    fn replicated(&self) -> Vec<String> {
+    fn replicated(&self) -> Vec<Note> {
         let kinds = [
             "norms and biases added after a reduction",
             "position and token type embeddings",
@@ -256,11 +302,12 @@ impl About<'_> {
             (n > 0).then(|| {
                 let which =
                     if kind == kinds[2] { format!(" ({})", list(names.iter())) } else { String::new() };
-                format!(
+                let text = format!(
                     "whole on every rank: {kind}{which}, {} in {}",
                     size(bytes),
                     count(n, "tensor", "tensors")
-                )
+                );
+                self.whole(text, bytes)
             })
         };
         kinds.into_iter().zip(found).filter_map(note).collect()

@@ -9,6 +9,12 @@ use super::{Collective, Plan, Span};
 impl Plan {
     /// The plan in a few lines: shares, weights, exchanges, prediction and notes.
     pub fn summary(&self) -> String {
+        let notes = self.notes.iter().map(|note| format!("note: {note}\n"));
+        self.shares_text() + &notes.collect::<String>()
+    }
+
+    /// The summary without the notes.
+    pub(super) fn shares_text(&self) -> String {
         let m = &self.model;
         let mut out = String::new();
         // Writing to a string can't fail, so these results say nothing.
@@ -58,9 +64,6 @@ impl Plan {
             time(self.predicted.decode_us_per_token),
             time(self.predicted.comm_us_per_token)
         );
-        for note in &self.notes {
-            let _ = writeln!(out, "note: {note}");
-        }
         out
     }
 
