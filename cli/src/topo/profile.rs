@@ -96,17 +96,22 @@ pub(crate) fn measure(
                     continue;
                 }
                 let sizes = if contended { &CONTENDED[..] } else { &effort.sizes };
-                let calls = calls(&COLLECTIVES, sizes, ranks);
-                let mut found = Vec::new();
-                let pass = stint(|| {
-                    let _neighbour = contended.then(Neighbour::start);
-                    found = take(transport, ranks, &calls)?;
-                    Ok(())
-                })?;
-                let found = found.into_iter().map(|taken| (contended, ranks, taken));
-                match pass {
-                    Some(Stint { distance_ns, .. }) => group(&mut groups, distance_ns).taken.extend(found),
-                    None => moved.extend(found),
+                // One after the other, so that a stint is short and the processors mostly stay where they are.
+                for collective in COLLECTIVES {
+                    let calls = calls(&[collective], sizes, ranks);
+                    let mut found = Vec::new();
+                    let pass = stint(|| {
+                        let _neighbour = contended.then(Neighbour::start);
+                        found = take(transport, ranks, &calls)?;
+                        Ok(())
+                    })?;
+                    let found = found.into_iter().map(|taken| (contended, ranks, taken));
+                    match pass {
+                        Some(Stint { distance_ns, .. }) => {
+                            group(&mut groups, distance_ns).taken.extend(found)
+                        }
+                        None => moved.extend(found),
+                    }
                 }
             }
         }
