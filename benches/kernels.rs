@@ -15,11 +15,11 @@ use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_grou
 use tensorwire::collectives::reduce::Kernels;
 use tensorwire::{DType, ReduceOp};
 
-const DTYPES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::F8E4M3, DType::I32];
+const DTYPES: [DType; 6] = [DType::F32, DType::BF16, DType::F16, DType::F8E4M3, DType::F8E5M2, DType::I32];
 
-/// Bytes of one source: with up to 8 sources and the destination, within 36 KiB, within 576 KiB, and, at 2
-/// sources already, beyond most last-level caches.
-const SIZES: [(&str, usize); 3] = [("4K", 4 << 10), ("64K", 64 << 10), ("16M", 16 << 20)];
+/// Bytes of one source: with up to 8 sources and the destination, within 36 KiB, within 576 KiB, within 9 MiB, and, at
+/// 2 sources already, beyond any last-level cache.
+const SIZES: [(&str, usize); 4] = [("4K", 4 << 10), ("64K", 64 << 10), ("1M", 1 << 20), ("64M", 64 << 20)];
 
 fn kernels(criterion: &mut Criterion) {
     for dtype in DTYPES {

@@ -44,7 +44,8 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let wanted = |job: &Job| args.pid.is_none_or(|pid| job.is_of(pid, &processes));
     let jobs: Vec<Job> = Job::all(&processes).into_iter().filter(wanted).collect();
     if let (Some(pid), []) = (args.pid, &*jobs) {
-        let why = "has no shared memory of tensorwire that this user may see, nor has what it started";
+        let why = "has no shared memory of tensorwire that this user may see, nor has what it started; ranks of a job over a \
+                   network alone keep their records to themselves";
         return Err(Failure::usage(format!("doctor: process {pid} {why}")));
     }
     let looked: Vec<_> = jobs.iter().map(|job| (job, job.look(&processes))).collect();
@@ -57,7 +58,7 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
         job.describe(found, &processes, &mut text);
     }
     if looked.is_empty() {
-        text.push_str("no job of this user is running\n");
+        text.push_str("no job of this user that shares memory is running\n");
     }
     print(text)
 }

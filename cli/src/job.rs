@@ -3,13 +3,14 @@
 use std::ffi::OsStr;
 use std::net::SocketAddr;
 
-use tensorwire::Error;
+use tensorwire::collectives::network::NetworkOptions;
 use tensorwire::transports::launch::{Env, Host, Launcher, Transport};
 use tensorwire::transports::store::{LOOPBACK, StoreServer, TcpStoreServer};
 use tensorwire::transports::tcp::{
     Authority, Certificate, SECRET_FILE_VAR, SECRET_VAR, Secret, TLS_CA_VAR, TLS_CERT_VAR, TLS_KEY_VAR,
     TcpOptions, Tls, address_towards,
 };
+use tensorwire::{Error, Options};
 
 use crate::failure::Failure;
 
@@ -40,6 +41,7 @@ enum Server {
 impl Job {
     /// A job on this host.
     pub(crate) fn new(ranks: usize, transport: Transport) -> Result<Job, Failure> {
+        check_environment(transport)?;
         let keys = Keys::new(ranks, transport)?;
         match transport {
             Transport::Shm => {
@@ -60,6 +62,7 @@ impl Job {
         transport: Transport,
         store: Option<&str>,
     ) -> Result<Job, Failure> {
+        check_environment(transport)?;
         let keys = Keys::new(ranks, transport)?;
         if let Some(store) = store {
             let address = store.to_owned();
@@ -100,6 +103,17 @@ impl Job {
         }
         launcher
     }
+}
+
+/// The ranks read the same variables: what makes no sense is said before one is started.
+fn check_environment(transport: Transport) -> Result<(), Failure> {
+    let shares = matches!(transport, Transport::Shm | Transport::Auto);
+    let shared = if shares { Options::from_env().map(drop) } else { Ok(()) };
+    let network = || match transport {
+        Transport::Shm => Ok(()),
+        _ => TcpOptions::for_transport(transport).and_then(|_| NetworkOptions::from_env()).map(drop),
+    };
+    shared.and_then(|()| network()).map_err(Failure::usage)
 }
 
 impl Keys {

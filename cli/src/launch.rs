@@ -26,9 +26,11 @@ const MAX_HOSTFILE: u64 = 1 << 20;
 const EXAMPLES: &str = "\
 Each rank finds its place in TENSORWIRE_RANK, TENSORWIRE_WORLD, TENSORWIRE_LOCAL_RANK, TENSORWIRE_LOCAL_WORLD and
 TENSORWIRE_STORE, and what carries the bytes in TENSORWIRE_TRANSPORT and, a secret of this job, TENSORWIRE_SECRET;
-over tls and quic, its own certificate for this job is in TENSORWIRE_TLS_CERT, unless that is set already; its output is printed line by line behind `[rank N]`. SIGINT, SIGTERM and SIGHUP are passed on; a second
-SIGINT kills. When a rank fails, the others are ended within a second, and the exit status is that rank's
-(128 and the signal's number, if a signal killed it).
+over tls and quic, its own certificate for this job is in TENSORWIRE_TLS_CERT, unless that is set already; its output is
+printed line by line behind `[rank N]`. Where a host has as many processors as ranks, each rank may use its share of them
+alone, unless TENSORWIRE_BIND=none. SIGINT, SIGTERM and SIGHUP are passed on; a second SIGINT kills. When a rank fails,
+the others are ended within a second, and the exit status is that rank's (128 and the signal's number, if a signal killed
+it).
 
 A host file has one host a line, `HOST slots=N`, and `#` before comments. Its ranks run over tcp, tls or quic, in this working
 directory and with this environment, which must be there on every host, as must this program.
@@ -148,11 +150,14 @@ pub(crate) fn run_self(
 ) -> Result<(), Failure> {
     let job = Job::new(ranks, transport)?;
     let program = std::env::current_exe().map_err(|e| Failure::run(format!("finding this program: {e}")))?;
+    // Ranks that compute share the processors out.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from) / ranks;
     let mut broken = None;
     let outcome = job
         .launcher(program)
         .arg(command)
         .args(args)
+        .env("RAYON_NUM_THREADS", threads.max(1).to_string())
         .forward_signals()
         .on_line(|line| {
             // What a failing rank says on standard error is part of the outcome.

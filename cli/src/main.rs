@@ -11,7 +11,10 @@ mod form;
 mod infer;
 mod job;
 mod launch;
+mod measure;
+mod output;
 mod plan;
+mod plan_verify;
 mod simulate;
 mod topo;
 
@@ -63,6 +66,12 @@ enum Command {
     /// One rank of `topo --probe`: started by it, not by hand.
     #[command(name = topo::RANK_COMMAND, hide = true)]
     TopoRank,
+    /// One rank that measures calls: started by `topo --probe` and `plan verify`, not by hand.
+    #[command(name = measure::calls::RANK_COMMAND, hide = true)]
+    CallsRank(measure::calls::RankArgs),
+    /// One rank that measures a decoder's layers: started by `topo --probe` and `plan verify`, not by hand.
+    #[command(name = measure::layers::RANK_COMMAND, hide = true)]
+    LayersRank(measure::layers::Subject),
 }
 
 fn main() {
@@ -78,6 +87,8 @@ fn main() {
         Command::Plan(args) => plan::main(&args),
         Command::Topo(args) => topo::main(&args),
         Command::TopoRank => topo::rank_main(),
+        Command::CallsRank(args) => measure::calls::rank_main(&args),
+        Command::LayersRank(subject) => measure::layers::rank_main(&subject),
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
         Command::BenchRank(args) => bench::rank_main(&args),

@@ -116,6 +116,11 @@ pub struct Call {
 }
 
 impl Call {
+    /// A call that moves no elements of the caller's, or is none: a barrier, or a split.
+    pub const fn bare(op: Op) -> Call {
+        Call { op, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None }
+    }
+
     /// The sending or receiving, as `op` says, of a message of `bytes` with `peer`.
     pub fn message(op: Op, dtype: DType, bytes: usize, peer: usize) -> Call {
         let (count, root) = ((bytes / dtype.size()) as u64, Some(peer as u32));

@@ -98,6 +98,35 @@ impl Comm {
     }
 }
 
+/// What a part of the network took on this rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spent {
+    /// All of it.
+    pub total: Duration,
+    /// Of that, in collectives, waiting for the other ranks included.
+    pub comm: Duration,
+}
+
+/// Times the parts of a network one after the other.
+pub(crate) struct StopWatch<'a> {
+    comm: &'a Comm,
+    last: (Instant, Duration),
+    pub(crate) laps: Vec<Spent>,
+}
+
+impl StopWatch<'_> {
+    pub(crate) fn start(comm: &Comm) -> StopWatch<'_> {
+        StopWatch { comm, last: (Instant::now(), comm.spent()), laps: Vec::new() }
+    }
+
+    /// A part ends, and the next one begins.
+    pub(crate) fn lap(&mut self) {
+        let now = (Instant::now(), self.comm.spent());
+        self.laps.push(Spent { total: now.0 - self.last.0, comm: now.1 - self.last.1 });
+        self.last = now;
+    }
+}
+
 /// Lends the elements of a contiguous f32 tensor.
 pub(crate) fn with_f32<T>(tensor: &Tensor, use_it: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
     let (storage, layout) = tensor.storage_and_layout();

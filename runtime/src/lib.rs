@@ -40,6 +40,7 @@ mod runtime;
 mod text;
 pub mod weights;
 
+pub use comm::Spent;
 pub use error::{Error, Result};
 pub use model::{Kind, Model};
 pub use runtime::{Embeddings, Finish, Generation, Loaded, Runtime, Token};

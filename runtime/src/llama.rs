@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use tensorwire::topology::model::{Rope, RopeScaling};
 
 use crate::attention::{Heads, split_heads};
-use crate::comm::Comm;
+use crate::comm::{Comm, Spent, StopWatch};
 use crate::layers::{ColumnLinear, Embedding, Head, Loader, RmsNorm, RowLinear};
 use crate::{Error, Result};
 
@@ -79,18 +79,29 @@ impl Llama {
         })
     }
 
-    /// Runs the tokens that follow those in the cache, adds them to it; returns the logits after the last.
-    pub(crate) fn forward(&self, ids: &[u32], cache: &mut Cache, comm: &Comm) -> Result<Vec<f32>> {
+    /// Runs the tokens that follow those in the cache, adds them to it; returns the logits after the last, and what the
+    /// embedding, each layer and the head took.
+    pub(crate) fn forward(
+        &self,
+        ids: &[u32],
+        cache: &mut Cache,
+        comm: &Comm,
+    ) -> Result<(Vec<f32>, Vec<Spent>)> {
+        let mut watch = StopWatch::start(comm);
         let mut x = self.embedding.forward(ids, comm)?;
+        watch.lap();
         // Each norm but the first is made where its input is: at the end of what comes before it.
         let mut norms = self.layers.iter().map(|l| &l.attention_norm).chain([&self.norm]);
         let first = norms.next().unwrap_or(&self.norm);
         let mut normed = first.forward(&x)?;
         for ((index, layer), next_norm) in self.layers.iter().enumerate().zip(norms) {
             normed = layer.forward(&mut x, &normed, next_norm, cache, index, comm)?;
+            watch.lap();
         }
         cache.tokens += ids.len();
-        self.head.forward(&normed.narrow(0, ids.len() - 1, 1)?, comm)
+        let logits = self.head.forward(&normed.narrow(0, ids.len() - 1, 1)?, comm)?;
+        watch.lap();
+        Ok((logits, watch.laps))
     }
 }
 

@@ -80,6 +80,9 @@ impl Model {
             Architecture::Llama | Architecture::Qwen2 => "silu",
             other => return Err(unsupported("model_type", other.model_type(), "bert, llama and qwen2")),
         };
+        if let Some(q) = &spec.quantization {
+            return Err(unsupported("quantization_config", q.format.name(), "unquantised weights"));
+        }
         if spec.hidden_act != activation {
             return Err(unsupported("hidden_act", &spec.hidden_act, activation));
         }

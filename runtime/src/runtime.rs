@@ -8,7 +8,7 @@ use tensorwire::topology::Plan;
 use tensorwire::{Communicator, Wire};
 
 use crate::bert::Bert;
-use crate::comm::Comm;
+use crate::comm::{Comm, Spent};
 use crate::layers::Loader;
 use crate::llama::Llama;
 use crate::model::Kind;
@@ -61,6 +61,8 @@ pub struct Token<'a> {
     pub text: &'a str,
     /// The logits it was chosen from, over the whole vocabulary; the same bits on every rank.
     pub logits: &'a [f32],
+    /// What the embedding, each layer and the head took for it on this rank, in that order.
+    pub parts: &'a [Spent],
 }
 
 /// Why generation ended.
@@ -186,11 +188,11 @@ impl Runtime {
         let (mut prefill, mut decode) = (Duration::ZERO, Duration::ZERO);
         while tokens.len() < max_tokens {
             let next = tokens.last().map_or(prompt, std::slice::from_ref);
-            let logits = self.pool.install(|| llama.forward(next, &mut cache, &self.comm))?;
+            let (logits, parts) = self.pool.install(|| llama.forward(next, &mut cache, &self.comm))?;
             let id = argmax(&logits)?;
             let text = stream.as_mut().map_or(Ok(String::new()), |next| next(id))?;
             *(if tokens.is_empty() { &mut prefill } else { &mut decode }) += start.elapsed();
-            on_token(Token { step: tokens.len(), id, text: &text, logits: &logits });
+            on_token(Token { step: tokens.len(), id, text: &text, logits: &logits, parts: &parts });
             start = Instant::now();
             tokens.push(id);
             if self.eos.contains(&id) {

@@ -213,6 +213,28 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
     }
 }
 
+/// Ranks read these variables; no rank is started to find out.
+#[test]
+fn variables_that_make_no_sense_are_refused_before_a_rank_is_started() {
+    for (command, transport, name, value) in [
+        ("bench", "shm", "TENSORWIRE_TIMEOUT", "soon"),
+        ("bench", "shm", "TENSORWIRE_SHM_BYTES", "1"),
+        ("bench", "tcp", "TENSORWIRE_TIMEOUT", "0"),
+        ("bench", "tcp", "TENSORWIRE_PORT", "70000"),
+        ("bench", "tcp", "TENSORWIRE_CHECKSUM", "yes"),
+        ("bench", "quic", "TENSORWIRE_QUIC_CONGESTION", "slow"),
+        ("infer", "tcp", "TENSORWIRE_ADAPT", "99"),
+        ("infer", "auto", "TENSORWIRE_SHM_BYTES", "1"),
+    ] {
+        let output = tensorwire([command, "--transport", transport]).env(name, value).output().unwrap();
+        let refusal = refused(&output, 2);
+        assert!(refusal.contains(name) && !refusal.contains("rank "), "{command} {transport}: {refusal}");
+    }
+    // It is nobody's on shared memory.
+    let mut bench = tensorwire(["bench", "--bytes", "8", "--batches", "1"]);
+    assert!(bench.env("TENSORWIRE_PORT", "70000").output().unwrap().status.success());
+}
+
 #[test]
 fn a_refused_run_leaves_no_plot() {
     let directory = tempfile::tempdir().unwrap();

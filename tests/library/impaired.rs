@@ -6,13 +6,15 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use tensorwire::transports::store::{Store, StoreServer, UnixStore};
 use tensorwire::transports::tcp::{Secret, TcpOptions};
 use tensorwire::{Communicator, Deadline, Error, ReduceOp, Result};
+
+use crate::common::tcp_threads;
 
 /// Far above what any of these jobs takes.
 const HANG: Duration = Duration::from_secs(60);
@@ -25,6 +27,8 @@ enum Fault {
     /// From here on some hundred bytes come one by one.
     Fragment,
     Delay,
+    /// From here on everything comes at 4 KiB in 50 ms.
+    Slow,
     /// These bits of the byte are turned.
     Corrupt(u8),
     /// Both directions end in order, as where a process has ended.
@@ -104,13 +108,16 @@ fn pass(mut sides: [TcpStream; 2], plan: Option<Plan>, stop: &AtomicBool) {
                 Ok(0) | Err(_) => return,
             };
             let bytes = &mut chunk[..n];
-            let struck =
-                plan.filter(|p| p.outward == (from == 0) && (passed[from]..passed[from] + n).contains(&p.at));
+            let ours = plan.filter(|p| p.outward == (from == 0));
+            let struck = ours.filter(|p| (passed[from]..passed[from] + n).contains(&p.at));
+            if ours.is_some_and(|p| p.fault == Fault::Slow && passed[from] >= p.at) {
+                std::thread::sleep(Duration::from_millis(50));
+            }
             let at = struck.map_or(0, |p| p.at - passed[from]);
             passed[from] += n;
             let to = &mut sides[1 - from];
             let sent = match struck.map(|p| p.fault) {
-                None => to.write_all(bytes),
+                None | Some(Fault::Slow) => to.write_all(bytes),
                 Some(Fault::Fragment) => {
                     let (whole, single) = bytes.split_at(at);
                     let (single, rest) = single.split_at(single.len().min(300));
@@ -232,11 +239,11 @@ fn calls(comm: &Communicator) -> Result<bool> {
     comm.barrier().map(|()| true)
 }
 
-/// Three ranks, of which the first two are connected through what the plan says; how each fared.
-fn job(plan: Option<Plan>, checksum: bool, timeout: Duration) -> Vec<Outcome> {
+/// Ranks of which the first two are connected through what the plan says; how each fared.
+fn job(world: usize, plan: Option<Plan>, checksum: bool, timeout: Duration) -> Vec<Outcome> {
     let (server, secret) = (StoreServer::start().unwrap(), Secret::generate().unwrap());
     let (tell, told) = mpsc::channel();
-    for rank in 0..3 {
+    for rank in 0..world {
         let (tell, secret, address) = (tell.clone(), secret.clone(), server.address());
         std::thread::spawn(move || {
             let store = UnixStore::connect(&address, Deadline::after(HANG)).unwrap();
@@ -244,7 +251,7 @@ fn job(plan: Option<Plan>, checksum: bool, timeout: Duration) -> Vec<Outcome> {
             // Rank 0's choice holds, whatever the others say.
             let checksum = checksum && rank == 0;
             let options = TcpOptions { timeout, checksum, ..TcpOptions::default() };
-            let comm = Communicator::join_tcp(rank, 3, &through, None, &secret, &options).unwrap();
+            let comm = Communicator::join_tcp(rank, world, &through, None, &secret, &options).unwrap();
             let outcome = match calls(&comm) {
                 Ok(true) => Outcome::Right,
                 Ok(false) => Outcome::Wrong,
@@ -253,7 +260,7 @@ fn job(plan: Option<Plan>, checksum: bool, timeout: Duration) -> Vec<Outcome> {
             tell.send((rank, outcome, comm, through)).unwrap();
         });
     }
-    let mut all: Vec<_> = (0..3)
+    let mut all: Vec<_> = (0..world)
         .map(|_| told.recv_timeout(HANG).unwrap_or_else(|_| panic!("{plan:?}: a rank hangs")))
         .collect();
     all.sort_by_key(|(rank, ..)| *rank);
@@ -267,7 +274,7 @@ fn each(plans: &[Plan], checksum: bool, timeout: Duration, check: impl Fn(Plan, 
         for _ in 0..4 {
             s.spawn(|| {
                 while let Some(plan) = plans.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    check(*plan, &job(Some(*plan), checksum, timeout));
+                    check(*plan, &job(3, Some(*plan), checksum, timeout));
                 }
             });
         }
@@ -295,6 +302,18 @@ fn what_comes_late_or_in_pieces_is_right() {
         each(&plans, checksum, LONG, |plan, all| {
             assert!(all.iter().all(|o| matches!(o, Outcome::Right)), "{plan:?}: {all:?}");
         });
+    }
+}
+
+/// Its 80 KB take as long as they take; the timeout is for a peer from whom nothing comes.
+#[test]
+fn a_call_may_take_longer_than_the_timeout_while_something_moves() {
+    for outward in [true, false] {
+        let plan = Plan { fault: Fault::Slow, outward, at: HANDSHAKE };
+        let start = Instant::now();
+        let all = job(2, Some(plan), false, SHORT);
+        assert!(all.iter().all(|o| matches!(o, Outcome::Right)), "{plan:?}: {all:?}");
+        assert!(start.elapsed() > SHORT, "{plan:?}: the link wasn't slow");
     }
 }
 
@@ -345,4 +364,43 @@ fn without_checksums_damage_neither_crashes_nor_hangs() {
         };
         assert!(all.iter().all(known), "{plan:?}: {all:?}");
     });
+}
+
+/// Megabytes that the kernel holds for either side don't stand between a rank and the reason why its group has ended: not
+/// where the peer reads nothing, for it computes, nor where this rank leaves, and hasn't read what the peer sends.
+#[test]
+fn the_cause_reaches_a_rank_behind_full_buffers() {
+    for (round, computes) in [true, false, false, false].into_iter().enumerate() {
+        let (gone, is_gone) = mpsc::channel();
+        let is_gone = Mutex::new(is_gone);
+        tcp_threads(2, &TcpOptions { timeout: HANG, ..TcpOptions::default() }, |_, comm| {
+            comm.barrier().unwrap();
+            let mut data = vec![1f32; 16 << 20];
+            let mut calls = || loop {
+                if let Err(error) = comm.all_reduce(&mut data, ReduceOp::Sum) {
+                    return error;
+                }
+            };
+            let error = match comm.rank() {
+                0 => std::thread::scope(|s| {
+                    s.spawn(|| {
+                        std::thread::sleep(Duration::from_millis(100 + 7 * round as u64));
+                        comm.abort("pressed stop");
+                    });
+                    calls()
+                }),
+                _ if computes => {
+                    is_gone.lock().unwrap().recv_timeout(HANG).unwrap();
+                    calls()
+                }
+                _ => calls(),
+            };
+            let named = matches!(&error, Error::Aborted { by: 0, why, .. } if why == "pressed stop");
+            assert!(named, "rank {}: {error}", comm.rank());
+            if comm.rank() == 0 {
+                drop(comm);
+                gone.send(()).unwrap();
+            }
+        });
+    }
 }

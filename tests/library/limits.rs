@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tensorwire::transports::shm::MEMORY_NAME;
 use tensorwire::{Communicator, Error, Options, ReduceOp};
 
-use crate::common::threads;
+use crate::common::{Over, threads};
 use crate::job::Job;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -270,5 +270,62 @@ fn too_few_files_on_one_rank_is_everyones_error() {
         }
         let limited = limited.parse().unwrap();
         job.wait_for(limited, "Too many open files");
+    }
+}
+
+// Offsets beyond 32 bits.
+
+/// More bytes than 32 bits count.
+const LARGE: usize = (4 << 30) + 3;
+
+/// Of so many bytes, some that tell an offset from another that has lost its upper bits.
+fn marks(len: usize) -> impl Iterator<Item = usize> {
+    [0, 1, 1 << 31, (1 << 32) - 1, 1 << 32, len / 2, len - 1].into_iter().filter(move |at| *at < len)
+}
+
+/// Zeros, of which nobody's memory is taken before they are written, and the marks.
+fn marked(len: usize, mark: u8) -> Vec<u8> {
+    let mut x = vec![0; len];
+    marks(len).for_each(|at| x[at] = mark);
+    x
+}
+
+#[track_caller]
+fn assert_marked(x: &mut [u8], mark: u8, what: &str) {
+    for at in marks(x.len()) {
+        assert_eq!(std::mem::take(&mut x[at]), mark, "{what}: byte {at}");
+    }
+    let zeros = vec![0; 1 << 20];
+    assert!(x.chunks(1 << 20).all(|chunk| *chunk == zeros[..chunk.len()]), "{what}: bytes between the marks");
+}
+
+#[test]
+#[ignore = "takes 13 GB of memory and two minutes"]
+fn more_than_four_gibibytes_arrive_whole() {
+    let overs = [
+        Over::Shm,
+        #[cfg(feature = "tcp")]
+        Over::Tcp,
+    ];
+    for over in overs {
+        over.threads(2, &Options::default(), |comm| {
+            let me = comm.rank();
+            let what = |call: &str| format!("{call} over {over:?}");
+            let mut x = if me == 1 { marked(LARGE, 7) } else { vec![0; LARGE] };
+            comm.broadcast(&mut x, 1).unwrap();
+            assert_marked(&mut x, 7, &what("broadcast"));
+            drop(x);
+            let mut x = marked(LARGE, 3 + me as u8);
+            comm.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+            assert_marked(&mut x, 7, &what("all_reduce"));
+            drop(x);
+            let half = LARGE / 2 + 1;
+            let (x, mut all) = (marked(half, 5 + me as u8), vec![0; 2 * half]);
+            comm.all_gather(&x, &mut all).unwrap();
+            drop(x);
+            for (r, block) in all.chunks_mut(half).enumerate() {
+                assert_marked(block, 5 + r as u8, &what("all_gather"));
+            }
+        });
     }
 }

@@ -1,11 +1,12 @@
 //! Ranks that share memory on each of several hosts, with TCP between them: processes that die, stop, leave or differ.
 
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Signal};
 use tensorwire::transports::store::StoreServer;
 use tensorwire::transports::tcp::Secret;
-use tensorwire::{Algorithm, Communicator, Options, ReduceOp};
+use tensorwire::{Algorithm, Communicator, Error, Options, ReduceOp};
 
 use crate::common::{assert_same, buffer, mixed_threads, reduced};
 use crate::job::Job;
@@ -227,6 +228,35 @@ fn abort_from_another_thread_reaches_every_rank() {
             let expected = format!("rank {rank}: rank 0 ended the group during");
             assert!(status.success() && text.contains(&expected) && text.contains("pressed stop"), "{text}");
         }
+    }
+}
+
+/// Rank 0 waits in memory for rank 1 of its host, which computes; nobody there listens to the network.
+#[test]
+fn an_abort_reaches_those_who_wait_in_memory_on_another_host() {
+    const HANG: Duration = Duration::from_secs(60);
+    for hosts in ["aab", "aabb", "aabbcc"] {
+        let host = |rank: usize| usize::from(hosts.as_bytes()[rank]);
+        let told = Barrier::new(hosts.len());
+        mixed_threads(host, hosts.len(), &Options { timeout: HANG, ..Options::default() }, |comm| {
+            comm.barrier().unwrap();
+            let last = hosts.len() - 1;
+            if comm.rank() == last {
+                // Rank 0 has come to wait.
+                std::thread::sleep(Duration::from_millis(100));
+                comm.abort("pressed stop");
+            }
+            if comm.rank() == 1 {
+                told.wait();
+            }
+            let error = comm.all_reduce(&mut [1f32; 1000], ReduceOp::Sum).unwrap_err();
+            let named =
+                matches!(&error, Error::Aborted { by, why, .. } if (*by, &**why) == (last, "pressed stop"));
+            assert!(named, "{hosts}, rank {}: {error}", comm.rank());
+            if comm.rank() != 1 {
+                told.wait();
+            }
+        });
     }
 }
 

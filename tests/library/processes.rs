@@ -1,6 +1,6 @@
 //! Ranks as processes: they find each other, and whatever happens to one of them, every other one is told.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::job::{Job, await_point, run_rank};
 use crate::{faults, limits, started, survivors, tuning};
@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use tensorwire::{Communicator, Error, ReduceOp};
 
 /// Long enough for a busy machine, and far below the default timeout of 30 s.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(20);
 
 #[test]
 fn rank_process() {
@@ -173,21 +173,59 @@ fn other_launchers_variables_work_too() {
     }
 }
 
-#[test]
-fn a_killed_rank_is_named_on_every_other() {
-    for world in [2, 3, 4] {
-        let mut job = Job::start("endless", world, &[]);
+/// Whoever is killed in the middle of a job's calls is named on every other rank. `start` starts a job, and gives what it
+/// needs besides.
+pub(crate) fn assert_killed_is_named<S>(worlds: &[usize], start: impl Fn(&str, usize) -> (Job, S)) {
+    for world in worlds.iter().copied() {
+        let (mut job, _store) = start("endless", world);
         let victim = world - 1;
         (0..world).for_each(|rank| drop(job.wait_for(rank, "at work")));
         std::thread::sleep(Duration::from_millis(20));
         job.signal(victim, Signal::KILL);
+        let killed = Instant::now();
         for rank in 0..victim {
             let (status, text) = job.join_within(rank, SOON);
+            println!("rank {rank} of {world} knew it, and ended, within {:?}", killed.elapsed());
             assert!(status.success(), "{text}");
             let expected = format!("rank {rank}: lost rank {victim} in all_reduce(1048576 x f32, sum)");
             assert!(text.contains(&expected) && text.contains("its process ended"), "{text}");
         }
     }
+}
+
+/// So is a rank that leaves early, one that makes another call, and one that aborts.
+pub(crate) fn assert_others_are_named<S>(start: impl Fn(&str, usize) -> (Job, S)) {
+    let said = |rank: usize| {
+        [
+            ("leave", vec![format!("rank {rank}: lost rank 2 in barrier()")]),
+            (
+                "mismatch",
+                vec![
+                    "all_reduce(1000 x f32, sum)".to_owned(),
+                    "rank 2 called all_reduce(999 x f32, sum)".to_owned(),
+                ],
+            ),
+            ("abort", vec![format!("rank {rank}: rank 0 ended the group during"), "pressed stop".to_owned()]),
+        ]
+    };
+    for (i, (body, _)) in said(0).into_iter().enumerate() {
+        let (mut job, _store) = start(body, 3);
+        // Who leaves has nothing to say.
+        for rank in 0..if body == "leave" { 2 } else { 3 } {
+            let (status, text) = job.join_within(rank, SOON);
+            assert!(status.success() && said(rank)[i].1.iter().all(|part| text.contains(part)), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_killed_rank_is_named_on_every_other() {
+    assert_killed_is_named(&[2, 3, 4], |body, world| (Job::start(body, world, &[]), ()));
+}
+
+#[test]
+fn a_rank_that_leaves_differs_or_aborts_is_named() {
+    assert_others_are_named(|body, world| (Job::start(body, world, &[]), ()));
 }
 
 #[test]
@@ -204,32 +242,6 @@ fn a_stopped_rank_is_named_when_the_timeout_is_over() {
     job.signal(1, Signal::CONT);
     let (_, text) = job.join_within(1, SOON);
     assert!(text.contains("timed out after 2s waiting for rank(s)"), "{text}");
-}
-
-#[test]
-fn a_rank_that_leaves_early_is_named() {
-    let mut job = Job::start("leave", 3, &[]);
-    for rank in 0..2 {
-        let (status, text) = job.join_within(rank, SOON);
-        assert!(
-            status.success() && text.contains(&format!("rank {rank}: lost rank 2 in barrier()")),
-            "{text}"
-        );
-    }
-}
-
-#[test]
-fn a_mismatch_between_processes_names_both_calls() {
-    let mut job = Job::start("mismatch", 3, &[]);
-    for rank in 0..3 {
-        let (status, text) = job.join_within(rank, SOON);
-        assert!(status.success(), "{text}");
-        assert!(
-            text.contains("all_reduce(1000 x f32, sum)")
-                && text.contains("rank 2 called all_reduce(999 x f32, sum)"),
-            "{text}"
-        );
-    }
 }
 
 #[test]

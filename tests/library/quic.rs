@@ -12,6 +12,7 @@ use tensorwire::transports::store::{Store, StoreServer, UnixStore};
 use tensorwire::transports::tcp::{Authority, Congestion, Secret, TcpOptions};
 use tensorwire::{Communicator, Deadline, Error, ReduceOp, Result};
 
+use crate::processes::{assert_killed_is_named, assert_others_are_named};
 use crate::tcp::{random_bytes, unharmed_with};
 use crate::tls::{assert_both_named, barrier_with, secured, secured_job, tls};
 
@@ -89,15 +90,7 @@ fn every_congestion_control_carries_large_messages() {
 
 #[test]
 fn a_killed_rank_is_named_on_every_other() {
-    let (mut job, _store) = secured_job("quic", "endless", 3);
-    (0..3).for_each(|rank| drop(job.wait_for(rank, "at work")));
-    std::thread::sleep(Duration::from_millis(20));
-    job.signal(2, Signal::KILL);
-    for rank in 0..2 {
-        let (status, text) = job.join_within(rank, SOON);
-        let expected = format!("rank {rank}: lost rank 2 in all_reduce(1048576 x f32, sum)");
-        assert!(status.success() && text.contains(&expected) && text.contains("its process ended"), "{text}");
-    }
+    assert_killed_is_named(&[3], |body, world| secured_job("quic", body, world));
 }
 
 /// Over TCP, a host whose process is stopped goes on answering; over QUIC, nobody does.
@@ -119,18 +112,7 @@ fn a_stopped_rank_is_silent_and_named() {
 
 #[test]
 fn faults_look_as_they_do_over_tcp() {
-    let (mut leaves, _store) = secured_job("quic", "leave", 3);
-    let (mut aborts, _store) = secured_job("quic", "abort", 3);
-    let (mut differs, _store) = secured_job("quic", "mismatch", 3);
-    for rank in 0..3 {
-        let (_, text) = leaves.join_within(rank, SOON);
-        let expected = format!("rank {rank}: lost rank 2 in barrier()");
-        assert!(rank == 2 || text.contains(&expected), "{text}");
-        let (_, text) = aborts.join_within(rank, SOON);
-        assert!(text.contains(&format!("rank {rank}: rank 0 ended the group during")), "{text}");
-        let (_, text) = differs.join_within(rank, SOON);
-        assert!(text.contains("rank 2 called all_reduce(999 x f32, sum)"), "{text}");
-    }
+    assert_others_are_named(|body, world| secured_job("quic", body, world));
 }
 
 /// A datagram that begins a connection, as far as a stranger can make one up: QUIC's version 1, and fresh identifiers.

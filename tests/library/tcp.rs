@@ -11,6 +11,7 @@ use tensorwire::transports::tcp::{Secret, TcpOptions};
 use tensorwire::{Communicator, Deadline, Error, ReduceOp};
 
 use crate::job::Job;
+use crate::processes::{assert_killed_is_named, assert_others_are_named};
 
 /// Long enough for a busy machine, and far below the default timeout of 30 s.
 const SOON: Duration = Duration::from_secs(10);
@@ -76,19 +77,12 @@ fn torchruns_variables_and_the_secret_are_enough() {
 
 #[test]
 fn a_killed_rank_is_named_on_every_other() {
-    for world in [2, 3, 4] {
-        let mut job = start("endless", world, &[]);
-        let victim = world - 1;
-        (0..world).for_each(|rank| drop(job.wait_for(rank, "at work")));
-        std::thread::sleep(Duration::from_millis(20));
-        job.signal(victim, Signal::KILL);
-        for rank in 0..victim {
-            let (status, text) = job.join_within(rank, SOON);
-            assert!(status.success(), "{text}");
-            let expected = format!("rank {rank}: lost rank {victim} in all_reduce(1048576 x f32, sum)");
-            assert!(text.contains(&expected) && text.contains("its process ended"), "{text}");
-        }
-    }
+    assert_killed_is_named(&[2, 3, 4], |body, world| (start(body, world, &[]), ()));
+}
+
+#[test]
+fn a_rank_that_leaves_differs_or_aborts_is_named() {
+    assert_others_are_named(|body, world| (start(body, world, &[]), ()));
 }
 
 #[test]
@@ -105,39 +99,6 @@ fn a_stopped_rank_is_named_when_the_timeout_is_over() {
     job.signal(1, Signal::CONT);
     let (_, text) = job.join_within(1, SOON);
     assert!(text.contains("timed out after 2s") || text.contains("lost rank"), "{text}");
-}
-
-#[test]
-fn a_rank_that_leaves_early_is_named() {
-    let mut job = start("leave", 3, &[]);
-    for rank in 0..2 {
-        let (status, text) = job.join_within(rank, SOON);
-        assert!(
-            status.success() && text.contains(&format!("rank {rank}: lost rank 2 in barrier()")),
-            "{text}"
-        );
-    }
-}
-
-#[test]
-fn a_mismatch_between_processes_names_both_calls() {
-    let mut job = start("mismatch", 3, &[]);
-    for rank in 0..3 {
-        let (status, text) = job.join_within(rank, SOON);
-        assert!(status.success(), "{text}");
-        let both = ["all_reduce(1000 x f32, sum)", "rank 2 called all_reduce(999 x f32, sum)"];
-        assert!(both.iter().all(|call| text.contains(call)), "{text}");
-    }
-}
-
-#[test]
-fn abort_from_another_thread_reaches_every_rank() {
-    let mut job = start("abort", 3, &[]);
-    for rank in 0..3 {
-        let (status, text) = job.join_within(rank, SOON);
-        let expected = format!("rank {rank}: rank 0 ended the group during");
-        assert!(status.success() && text.contains(&expected) && text.contains("pressed stop"), "{text}");
-    }
 }
 
 #[test]

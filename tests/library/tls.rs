@@ -3,12 +3,12 @@
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
 use tensorwire::transports::store::{LOOPBACK, Store, StoreServer, TcpStore, TcpStoreServer, UnixStore};
 use tensorwire::transports::tcp::{Authority, Certificate, Secret, TcpOptions, Tls};
 use tensorwire::{Communicator, Deadline, Error, Result};
 
 use crate::job::Job;
+use crate::processes::{assert_killed_is_named, assert_others_are_named};
 use crate::tcp::{hello, random_bytes, say, start, unharmed_with};
 
 /// Long enough for a busy machine.
@@ -175,31 +175,12 @@ pub(crate) fn secured_job(transport: &str, body: &str, world: usize) -> (Job, Tc
 
 #[test]
 fn a_killed_rank_is_named_on_every_other() {
-    let (mut job, _store) = job("endless", 3);
-    (0..3).for_each(|rank| drop(job.wait_for(rank, "at work")));
-    std::thread::sleep(Duration::from_millis(20));
-    job.signal(2, Signal::KILL);
-    for rank in 0..2 {
-        let (status, text) = job.join_within(rank, SOON);
-        let expected = format!("rank {rank}: lost rank 2 in all_reduce(1048576 x f32, sum)");
-        assert!(status.success() && text.contains(&expected) && text.contains("its process ended"), "{text}");
-    }
+    assert_killed_is_named(&[3], job);
 }
 
 #[test]
 fn faults_look_as_they_do_without_tls() {
-    let (mut leaves, _store) = job("leave", 3);
-    let (mut aborts, _store) = job("abort", 3);
-    let (mut differs, _store) = job("mismatch", 3);
-    for rank in 0..3 {
-        let (_, text) = leaves.join_within(rank, SOON);
-        let expected = format!("rank {rank}: lost rank 2 in barrier()");
-        assert!(rank == 2 || text.contains(&expected), "{text}");
-        let (_, text) = aborts.join_within(rank, SOON);
-        assert!(text.contains(&format!("rank {rank}: rank 0 ended the group during")), "{text}");
-        let (_, text) = differs.join_within(rank, SOON);
-        assert!(text.contains("rank 2 called all_reduce(999 x f32, sum)"), "{text}");
-    }
+    assert_others_are_named(job);
 }
 
 #[test]

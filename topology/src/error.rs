@@ -129,19 +129,24 @@ pub enum Error {
 
     /// There are more ranks than there are things to share among them.
     #[error(
-        "{world} ranks are too many for this model: {constraint} = {size} and each rank needs at least one. \
-         The nearest legal number of ranks is {nearest}; to use more, run several copies of the model \
-         (data parallel) or cut it by layers (pipeline parallel)"
+        "{world} ranks are too many for this model: {constraint} = {}{} and each rank needs at least one. \
+         The nearest legal number of ranks is {nearest}; to use more, {alternatives}",
+        size.saturating_mul(*granule),
+        if *granule == 1 { String::new() } else { format!(" is {size} groups of {granule}, which are never cut,") }
     )]
     TooManyRanks {
         /// The ranks asked for.
         world: usize,
         /// What runs out first: a field of config.json.
         constraint: &'static str,
-        /// How many of it there are.
+        /// How many of it there are, in groups of `granule`.
         size: usize,
+        /// How many of it are never cut: the group or block of quantised weights; else 1.
+        granule: usize,
         /// The largest number of ranks that can be planned for.
         nearest: usize,
+        /// What can use more.
+        alternatives: String,
     },
 
     /// Query heads that can't be grouped evenly by the key/value head they read.
@@ -165,6 +170,19 @@ pub enum Error {
         size: u128,
         /// The most allowed.
         limit: u128,
+    },
+
+    /// A model, or a pipeline of models, that can't be placed on the devices there are.
+    #[error("{0}")]
+    NoPlacement(String),
+
+    /// A description of a pipeline of models contradicts itself or makes no sense.
+    #[error("{what}: {problem}")]
+    Pipeline {
+        /// The pipeline, or the stage or model of it.
+        what: String,
+        /// What is wrong with it, and what to do.
+        problem: String,
     },
 
     /// A plan contradicts itself or the model it is for.

@@ -13,6 +13,7 @@
 //! * [`fabric`]: what a plan runs on: hosts, devices, and what messages between them cost.
 //! * [`discover`]: what the machine is, read from procfs and sysfs.
 //! * [`table`]: what was measured on the machine about the collectives, kept in a file.
+//! * [`mod@svg`]: a writer of pictures.
 //!
 //! Nothing here talks to a peer. Reading `config.json` and the safetensors headers, [`discover`] and [`table`]'s
 //! file are all its I/O.
@@ -47,8 +48,11 @@ pub mod discover;
 mod error;
 pub mod fabric;
 pub mod model;
+pub mod pipeline;
+pub mod place;
 pub mod plan;
 pub mod shard;
+pub mod svg;
 pub mod table;
 
 pub use error::{Error, Result};

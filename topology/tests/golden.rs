@@ -328,7 +328,18 @@ fn json_has_the_contracts_fields_and_is_the_same_each_time() {
     let keys = |v: &serde_json::Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
     assert_eq!(
         keys(&value),
-        ["schema", "model", "world", "layers", "vocab", "ranks", "tensors", "predicted", "notes"]
+        [
+            "schema",
+            "model",
+            "world",
+            "layers",
+            "dimensions",
+            "vocab",
+            "ranks",
+            "tensors",
+            "predicted",
+            "notes"
+        ]
     );
     assert_eq!(value["schema"], "tensorwire.plan/v1");
     assert_eq!(value["layers"][0]["attention"]["q_heads"], serde_json::json!([[0, 5], [5, 9]]));
@@ -342,7 +353,8 @@ fn json_has_the_contracts_fields_and_is_the_same_each_time() {
     assert_eq!(
         value["tensors"][0],
         serde_json::json!({"name": "model.embed_tokens.weight", "rank": 0,
-                           "slices": [{"dim": 0, "range": [0, 24576]}], "replicated": false})
+                           "slices": [{"dim": 0, "range": [0, 24576]}], "replicated": false,
+                           "bytes": 24576 * 576 * 2})
     );
     assert_eq!(keys(&value["predicted"]), ["decode_us_per_token", "comm_us_per_token"]);
     assert!(value["notes"].as_array().unwrap().iter().all(|n| n.is_string()));

@@ -89,7 +89,7 @@ fn bert_inside_a_larger_model_has_a_prefix() {
     tensors.push(("cls.predictions.decoder.weight".to_owned(), "F32", vec![10, 8]));
     let dir = model_dir(config, Some(&tensors));
     let spec = ModelSpec::load(dir.path()).unwrap();
-    assert_eq!((spec.prefix.as_str(), spec.layer_name(0).as_str()), ("bert.", "bert.encoder.layer.0"));
+    assert_eq!((spec.prefix.as_str(), spec.layer_name(0)), ("bert.", "bert.encoder.layer.0"));
     let plan = plan(&spec, 2);
     assert_eq!(plan.layers[0].name, "bert.encoder.layer.0");
     assert_eq!(plan.tensor("bert.encoder.layer.0.output.dense.weight", 1).unwrap().slices[0].dim, 1);

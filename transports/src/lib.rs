@@ -8,6 +8,7 @@ pub mod fuzz;
 pub mod launch;
 pub mod liveness;
 mod local_socket;
+mod processors;
 pub mod shm;
 pub mod store;
 #[cfg(feature = "tcp")]

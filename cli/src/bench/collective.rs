@@ -44,7 +44,7 @@ impl Collective {
     }
 
     /// The bytes that a measurement of `bytes` moves: as many as make equal blocks; `None` for too few.
-    pub(super) fn whole_blocks(self, bytes: usize, element: usize, ranks: usize) -> Option<usize> {
+    pub(crate) fn whole_blocks(self, bytes: usize, element: usize, ranks: usize) -> Option<usize> {
         let blocks = if self.splits() { ranks } else { 1 };
         let unit = element.checked_mul(blocks)?;
         Some(bytes / unit * unit).filter(|b| *b > 0 || self == Collective::Barrier)

@@ -18,13 +18,13 @@ use crate::failure::{Failure, ranks};
 use crate::form::Form;
 use crate::job::launched;
 use crate::launch::run_self;
+use crate::output::OutputFile;
 use collective::Lengths;
-use plot::PlotFile;
 use report::{Floor, Row, Table};
 
 pub(crate) use case::Case;
 pub(crate) use collective::Collective;
-pub(crate) use rank::{batch, main as rank_main};
+pub(crate) use rank::{batch, main as rank_main, percentiles};
 
 /// The hidden command that one rank runs.
 pub(crate) const RANK_COMMAND: &str = "__bench-rank";
@@ -282,7 +282,8 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     }
     let floor =
         args.limit.as_deref().map(|path| Floor::read(path, args.touch)).transpose()?.unwrap_or_default();
-    let plot = args.plot.as_deref().filter(|_| is_reader).map(PlotFile::open).transpose()?;
+    let plot = args.plot.as_deref().filter(|_| is_reader);
+    let plot = plot.map(|path| OutputFile::open("--plot", path)).transpose()?;
     let rows = run_ranks(args, &floor, launched.is_some())?;
     match plot {
         Some(file) => {

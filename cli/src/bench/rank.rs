@@ -25,7 +25,10 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
 
 /// Measures as one of the ranks; rank 0 has the rows.
 pub(super) fn run(args: &Args, mut take: impl FnMut(Row) -> Result<(), Failure>) -> Result<(), Failure> {
-    let comm = Communicator::from_env().map_err(Failure::run)?;
+    let comm = Communicator::from_env().map_err(|e| match e {
+        Error::Config(_) => Failure::usage(e),
+        _ => Failure::run(e),
+    })?;
     comm.set_algorithm(args.algorithm.0).map_err(Failure::run)?;
     for bytes in args.measurable().0 {
         let row = match args.dtype {
@@ -147,7 +150,7 @@ pub(crate) fn batch<T: Element>(
 }
 
 /// Percentiles, in seconds, of single calls, each the slowest rank's.
-fn percentiles<T: Element, const N: usize>(
+pub(crate) fn percentiles<T: Element, const N: usize>(
     case: &mut Case<'_, T>,
     comm: &Communicator,
     touch: bool,

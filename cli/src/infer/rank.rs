@@ -82,8 +82,9 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
 
 /// The status tells the parent what kind of failure it was.
 fn failure(error: Error) -> Failure {
-    use tensorwire::Error::{Aborted, PeerLost};
+    use tensorwire::Error::{Aborted, Config, PeerLost};
     match error {
+        Error::Comm(Config(_)) => Failure::usage(error),
         Error::Comm(PeerLost { .. } | Aborted { .. }) => Failure::with_status(LOST_PEER_STATUS, error),
         Error::Comm(_) | Error::Compute(_) | Error::NotFinite | Error::OutOfMemory { .. } => {
             Failure::run(error)

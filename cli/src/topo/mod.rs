@@ -2,17 +2,21 @@
 
 mod network;
 mod probe;
+pub(crate) mod profile;
 mod rank;
-mod report;
+pub(crate) mod report;
 mod sample;
 
 use std::path::Path;
 
+use clap::value_parser;
 use serde_json::json;
 use tensorwire::topology::discover::{Fingerprint, Machine};
+use tensorwire::topology::table::claims::disagreements;
 use tensorwire::topology::table::{Absent, Table};
 use tensorwire::transports::launch::Transport;
 
+use crate::bench::size;
 use crate::failure::{Failure, print, ranks};
 
 pub(crate) use rank::main as rank_main;
@@ -58,6 +62,19 @@ pub(crate) struct Args {
     #[arg(long, short = 'n', value_name = "N", requires = "transport", value_parser = ranks)]
     ranks: Option<usize>,
 
+    /// Sizes at which --probe times every collective, separated by commas [default: 8 bytes to 64 MiB]
+    #[arg(long, value_name = "BYTES", value_delimiter = ',', requires = "probe", value_parser = size)]
+    bytes: Vec<usize>,
+
+    /// How often --probe times every collective
+    #[arg(long, value_name = "N", requires = "probe", default_value = "5", value_parser = value_parser!(u8).range(1..=100))]
+    passes: u8,
+
+    /// Probe also up to 256 MiB, ranks that take turns, collectives beside a neighbour that keeps memory busy, and a
+    /// decoder's layers: takes minutes
+    #[arg(long, requires = "probe")]
+    full: bool,
+
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -79,22 +96,33 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let mut samples = Vec::new();
     if let (Some(over), Some(path)) = (over, path) {
         let mut show = |text: String| if args.json { Ok(()) } else { print(text) };
-        samples = probe::run(&over, &fingerprint, &path, &mut show)?;
+        samples = probe::run(args, &over, &fingerprint, &path, &mut show)?;
     }
     let table = Table::in_force();
     let links = report::links(&table)?;
+    let profiles = report::profiles(&table);
+    let notes = table.as_ref().map(|table| disagreements(&machine, table)).unwrap_or_default();
+    let known = table.as_ref().ok().cloned();
     // Of links alone, maybe.
     let table = table.and_then(|table| match table.tunings.is_empty() {
         true => Err(Absent::Missing),
         false => Ok(table),
     });
     if !args.json {
-        return print(format_args!("{}{}", report::table(&table, &fingerprint), report::links_text(&links)));
+        return print(format_args!(
+            "{}{}{profiles}{}",
+            report::table(&table, &fingerprint),
+            report::links_text(&links),
+            report::notes(&notes)
+        ));
     }
+    let profiles = known.as_ref().map(|table| &table.profiles[..]).unwrap_or_default();
     let mut object = json!({
         "machine": machine,
         "table": report::table_json(&table, &fingerprint),
         "links": report::links_json(&links),
+        "profiles": profiles,
+        "disagreements": notes,
     });
     if args.probe {
         object["samples"] = json!(samples);

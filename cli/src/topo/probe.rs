@@ -12,6 +12,7 @@ use tensorwire::topology::table::{Absent, Measured, Network, Table};
 use tensorwire::transports::launch::Transport;
 use tensorwire::{Algorithm, Communicator, Tuning};
 
+use super::profile::{self, Effort};
 use super::sample::{CHUNKS, SIZES, Sample, Samples};
 use super::{Args, RANK_COMMAND, network, report};
 use crate::failure::Failure;
@@ -61,6 +62,18 @@ impl Over {
         }
     }
 
+    /// What is measured of the collectives: between hosts nothing, as ranks are placed otherwise in every job.
+    fn effort(&self, args: &Args, processors: usize) -> Option<(Transport, Effort)> {
+        let (transport, worlds) = match *self {
+            Over::Launched { .. } => return None,
+            Over::Started(transport, ranks) => (transport, vec![ranks]),
+            Over::Shm if args.full => (Transport::Shm, worlds(processors)),
+            Over::Shm => (Transport::Shm, powers(processors)),
+        };
+        let sizes = if args.bytes.is_empty() { profile::sizes(args.full) } else { args.bytes.clone() };
+        Some((transport, Effort { worlds, sizes, passes: args.passes.into(), contended: args.full }))
+    }
+
     /// Whether this process is the one that keeps what is found.
     pub(super) fn is_rank_0(&self) -> bool {
         !matches!(self, Over::Launched { rank: 1.. })
@@ -95,6 +108,7 @@ pub(super) fn place(machine: &Fingerprint, over: &Over) -> Result<PathBuf, Failu
 
 /// Measures, tells what is found, and writes it beside what was found before; the measurements in JSON.
 pub(super) fn run(
+    args: &Args,
     over: &Over,
     machine: &Fingerprint,
     path: &Path,
@@ -121,7 +135,20 @@ pub(super) fn run(
             samples.iter().map(|s| json!(s)).collect()
         }
     };
-    table.save(path).map_err(|e| Failure::run(format!("topo --probe: {e}")))?;
+    let save = |table: &Table| table.save(path).map_err(|e| Failure::run(format!("topo --probe: {e}")));
+    save(&table)?;
+    // By the algorithms that are chosen from now on.
+    if let Some((transport, effort)) = over.effort(args, machine.processors) {
+        let mut profiles = profile::measure(transport, &effort, now, show)?;
+        if args.full {
+            let worlds: Vec<usize> = [1].into_iter().chain(powers(machine.processors)).collect();
+            profile::steps(&mut profiles, transport, &worlds, 2, now)?;
+        }
+        for profile in profiles {
+            table.set_profile(profile);
+        }
+        save(&table)?;
+    }
     Ok(samples)
 }
 
@@ -188,6 +215,11 @@ fn worlds(processors: usize) -> Vec<usize> {
     worlds.sort_unstable();
     worlds.dedup();
     worlds
+}
+
+/// Those of them that are measured unless everything is: powers of two that needn't take turns.
+fn powers(processors: usize) -> Vec<usize> {
+    worlds(processors).into_iter().filter(|n| n.is_power_of_two() && *n <= processors).collect()
 }
 
 /// What is fastest, by these measurements; nothing if some are missing.
@@ -264,5 +296,6 @@ pub(super) mod tests {
         assert_eq!(worlds(6), [2, 3, 4, 5, 6]);
         assert_eq!(worlds(48), [2, 3, 4, 5, 6, 7, 8, 16, 32, 48]);
         assert_eq!(worlds(5000).last(), Some(&128));
+        assert_eq!((powers(2), powers(48)), (vec![2], vec![2, 4, 8, 16, 32]));
     }
 }

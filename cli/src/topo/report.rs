@@ -207,6 +207,73 @@ pub(super) fn links_json(rows: &[LinkRow]) -> Value {
     rows.iter().map(row).collect()
 }
 
+/// What is said where the processors were moved.
+pub(super) fn moved(always: bool) -> String {
+    let what = if always {
+        "all passes: they count as of an unknown distance"
+    } else {
+        "some passes: those were left out"
+    };
+    format!("\nthe processors were moved during {what}\n")
+}
+
+/// What collectives take, a line each, for each distance.
+pub(super) fn profiles(table: &Result<Table, Absent>) -> String {
+    const SHOWN: [u64; 4] = [1 << 10, 32 << 10, 1 << 20, 32 << 20];
+    let mut text = String::new();
+    for profile in table.as_ref().map(|table| &table.profiles[..]).unwrap_or_default() {
+        let at = profile.distance_ns.map_or("an unknown distance".into(), |ns| format!("{ns} ns"));
+        let ago = age(seconds_since(profile.measured_at()));
+        let _ = writeln!(
+            text,
+            "\nprofile     at {at} between processors, measured {ago} ago; median microseconds a call"
+        );
+        let sizes = SHOWN.map(|bytes| format!("{:>11}", bytes_text(bytes))).concat();
+        let _ = writeln!(text, "{:>30}{sizes}{:>10}", "ranks", "within");
+        for t in &profile.timings {
+            let one = t.p50.pieces().next().is_none();
+            let cell = |bytes: &u64| {
+                if one && *bytes != SHOWN[0] { String::new() } else { format!("{:.2}", t.p50.us(*bytes)) }
+            };
+            let cells: String = SHOWN.iter().map(|bytes| format!("{:>11}", cell(bytes))).collect();
+            let busy = if t.contended { ", memory busy" } else { "" };
+            let within = format!("{:.0} %", (t.p50.band() - 1.0) * 100.0);
+            let _ = writeln!(
+                text,
+                "  {:<14} {:<7}{:>6}{cells}{within:>10}{busy}",
+                t.collective, t.transport, t.ranks
+            );
+        }
+        for s in &profile.steps {
+            let within = (s.band - 1.0) * 100.0;
+            let ranks = count(s.ranks, "rank");
+            let _ = writeln!(
+                text,
+                "  a decoder over {ranks}: {:.1} us a layer, {:.1} GB/s of weights a rank, within {within:.0} %",
+                s.layer_us, s.gbps
+            );
+        }
+        let reads: Vec<String> = profile
+            .reads
+            .iter()
+            .map(|r| {
+                let by =
+                    if r.processors > 1 { format!(" by each of {}", r.processors) } else { String::new() };
+                format!("{} {:.0}{by}", bytes_text(r.bytes), r.gbps)
+            })
+            .collect();
+        if !reads.is_empty() {
+            let _ = writeln!(text, "  memory read at GB/s: {}", reads.join(", "));
+        }
+    }
+    text
+}
+
+/// Where measurements and sysfs disagree.
+pub(super) fn notes(notes: &[String]) -> String {
+    notes.iter().map(|note| format!("\nnote: {note}\n")).collect()
+}
+
 /// The table in force: where it is, how old, and what it says.
 pub(super) fn table(table: &Result<Table, Absent>, machine: &Fingerprint) -> String {
     let mut text = String::new();
@@ -266,12 +333,12 @@ pub(super) fn table_json(table: &Result<Table, Absent>, machine: &Fingerprint) -
     }
 }
 
-fn seconds_since(then: u64) -> u64 {
+pub(crate) fn seconds_since(then: u64) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     now.saturating_sub(then)
 }
 
-fn age(seconds: u64) -> String {
+pub(crate) fn age(seconds: u64) -> String {
     match seconds {
         0..120 => count(seconds as usize, "second"),
         120..7200 => format!("{} minutes", seconds / 60),

@@ -392,8 +392,7 @@ impl Communicator {
     /// # Errors
     /// See [`Communicator`].
     pub fn barrier(&self) -> Result<()> {
-        let call =
-            Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
+        let call = Call::bare(Op::Barrier);
         self.run(|state| with_engine!(state.engine, |engine| engine.run(call, |engine| engine.barrier())))
     }
 

@@ -71,7 +71,7 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Os`] or [`Error::Rendezvous`], on every rank, if the memory can't be had; [`Error::InvalidArgument`]
-    /// over TCP; else see [`Communicator`].
+    /// in a group that uses a network, also where some of its ranks share memory; else see [`Communicator`].
     pub fn symmetric<T: Element>(&self, len: usize) -> Result<Symmetric<T>> {
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
             Error::invalid(format!("rank {}: {len} elements are more than memory holds", self.rank))
@@ -118,7 +118,8 @@ impl Communicator {
             Either::Shm(engine) => Ok(engine),
             #[cfg(feature = "tcp")]
             Either::Tcp(_) => Err(Box::new(Error::invalid(format!(
-                "rank {}: a symmetric buffer lies in shared memory, and this group is over TCP: use ordinary memory",
+                "rank {}: a symmetric buffer lies in shared memory, and this group uses a network: use ordinary memory, or a \
+                 group of ranks that share a host's",
                 self.rank
             )))),
         }

@@ -11,7 +11,7 @@ use crate::select::Algorithm;
 
 impl Engine {
     /// Reduces every rank's input into every rank's output, or into `root`'s alone.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn all_reduce(
         &mut self,
         data: Buffers<'_>,
@@ -24,7 +24,7 @@ impl Engine {
 
     /// As [`all_reduce`](Engine::all_reduce). Calls `arrived` with the output and how many of its bytes are the
     /// result, whenever there are more.
-    #[inline]
+    #[inline(always)]
     pub(super) fn all_reduce_then(
         &mut self,
         data: Buffers<'_>,
@@ -48,7 +48,7 @@ impl Engine {
     }
 
     /// Each rank publishes its whole input in the flag's cache line, and reduces everybody's.
-    #[inline]
+    #[inline(always)]
     fn all_reduce_inline(
         &mut self,
         mut data: Buffers<'_>,

@@ -13,6 +13,10 @@
 //! | --- | --- | --- |
 //! | hierarchical: reduce-scatter on the host, all-reduce of each slice between hosts, all-gather on the host | as the all-reduce of `h` ranks | `2 (h - 1) / h S` |
 //! | one shot: every rank's contribution to a slice goes to each rank that has the slice, which reduces all in rank order | 1 | `(h - 1) l S` |
+//!
+//! A reduce-scatter of `S` bytes that may be done in any order, between hosts of as many ranks, reduces each block on the host
+//! first: a host sends `(h - 1) / h S` to others in `(h - 1) l` messages, an `l`th of what a direct exchange between all
+//! ranks does. Of an all-to-all, only what is for other hosts goes over TCP, as it is.
 
 use std::cell::{Cell, RefCell};
 use std::hash::{BuildHasher, RandomState};
@@ -27,7 +31,7 @@ use tensorwire_transports::tcp::Memory;
 
 use super::{Buffers, Either, Engine, NetEngine, Network, Reduction};
 use crate::schedule::hierarchy::Hosts;
-use crate::schedule::{self, PIECE, Pieces, direct, part, tree};
+use crate::schedule::{self, PIECE, Pieces, direct, direct_piece, part, tree};
 use crate::select::{Algorithm, tuned};
 
 /// How long ranks of a host wait for each other to share memory, which they could at once; a quarter of the timeout, if that
@@ -48,8 +52,7 @@ const BLOCK: usize = 8 << 20;
 /// Bytes that a rank tells the others while memory is shared: a name and its length.
 const NAME: usize = 128;
 
-const FORMING: Call =
-    Call { op: Op::Split, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
+const FORMING: Call = Call::bare(Op::Split);
 
 /// Where the ranks of a group that shares memory on its hosts are.
 #[derive(Debug)]
@@ -104,8 +107,12 @@ impl Local {
         if allowed(Algorithm::Hierarchical) {
             return Some(Algorithm::Hierarchical);
         }
-        let even = self.hosts.members().iter().all(|ranks| ranks.len() == self.hosts.slices());
-        ((self.hosts.count() == 2 && even) || bytes <= ONE_SHOT).then_some(Algorithm::OneShot)
+        ((self.hosts.count() == 2 && self.is_even()) || bytes <= ONE_SHOT).then_some(Algorithm::OneShot)
+    }
+
+    /// Whether each host has as many ranks.
+    fn is_even(&self) -> bool {
+        self.hosts.members().iter().all(|ranks| ranks.len() == self.hosts.slices())
     }
 
     /// Which ranks this one shares memory with, for a person.
@@ -291,6 +298,70 @@ impl NetEngine {
         })
     }
 
+    /// Whether a reduce-scatter is done on each host first: where no order is lost, and each rank has one to exchange with
+    /// on each other host.
+    pub(super) fn reduces_by_host(&self, r: &Reduction) -> bool {
+        let in_any_order = self.network.any_order() || r.keeps_order(Algorithm::Hierarchical);
+        in_any_order && self.local.as_ref().is_some_and(|local| local.is_even())
+    }
+
+    /// Reduces each rank's block on each host, then between hosts.
+    pub(super) fn reduce_scatter_by_host(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        r: &Reduction,
+    ) -> Result<(), Failure> {
+        let (me, world) = (self.group.rank(), self.group.world());
+        let Some(local) = &self.local else { unreachable!("called where memory is shared") };
+        let (members, host, place) = (local.hosts.members().to_vec(), local.host, local.place);
+        let partial = r.partial();
+        let whole = input.unwrap_or(output);
+        // In words, so that it is aligned for any type.
+        let mut words = vec![0u64; whole.len().div_ceil(8)];
+        let sums = &mut bytemuck::cast_slice_mut(&mut words)[..whole.len()];
+        r.alone(Buffers { input: Some(whole), output: &mut *sums });
+        for ranks in &members {
+            let block = |place: usize| block(ranks[place]);
+            self.locally(false, |engine| engine.reduce_scatter(None, sums, block, &partial))?;
+        }
+        let mates: Vec<usize> = members.iter().map(|ranks| ranks[place]).collect();
+        let rank = schedule::steps::Rank { rank: host, world: mates.len() };
+        let piece = direct_piece(mates.len());
+        direct::reduce_scatter(&mut self.steps, rank, |host| block(mates[host]), r.size, piece);
+        let own = if input.is_some() { output } else { &mut output[block(me)] };
+        self.execute_among(Some(&mates), Buffers { input: Some(sums), output: &mut *own }, Some(&partial))?;
+        r.finish(own, world);
+        Ok(())
+    }
+
+    /// What stays on a host goes through its memory; every two ranks of different hosts exchange their blocks.
+    pub(super) fn all_to_all_mixed(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        sends: impl Fn(usize) -> Range<usize>,
+        receives: impl Fn(usize) -> Range<usize>,
+    ) -> Result<(), Failure> {
+        let me = self.me();
+        let Some(local) = &self.local else { unreachable!("called where memory is shared") };
+        let here = local.here().to_vec();
+        let longest = here.iter().map(|r| sends(*r).len()).max().unwrap_or(0);
+        self.locally(false, |engine| {
+            // Blocks may be of any lengths, which their two ranks alone know.
+            let mut all = vec![0u64; here.len()];
+            let words = bytemuck::cast_slice_mut(&mut all);
+            let word = |place: usize| place * 8..(place + 1) * 8;
+            engine.all_gather(Some(&(longest as u64).to_ne_bytes()), words, word, None)?;
+            let longest = all.into_iter().max().unwrap_or(0) as usize;
+            let (sends, receives) = (|place: usize| sends(here[place]), |place: usize| receives(here[place]));
+            engine.all_to_all(Some(input), output, sends, receives, longest)
+        })?;
+        direct::all_to_all(&mut self.steps, me, |r| !here.contains(&r), sends, receives);
+        self.execute(Buffers { input: Some(input), output }, None)
+    }
+
     /// One rank of each host passes the root's buffer on to the others there.
     pub(super) fn broadcast_mixed(&mut self, output: &mut [u8], root: usize) -> Result<(), Failure> {
         let me = self.group.rank();
@@ -390,6 +461,10 @@ impl NetEngine {
         let place = hosts.members()[host].iter().position(|r| *r == me).unwrap_or(0);
         let across = self.network.between(hosts.count());
         let (timeout, contributions) = (options.timeout, Vec::new());
+        // Each rank tells another of a host, so that not all come to the same.
+        let others = hosts.members().iter().enumerate().filter(|(h, _)| *h != host);
+        let elsewhere = others.map(|(_, ranks)| ranks[place % ranks.len()]).collect();
+        self.group.tie(engine.as_ref().map(|engine| engine.group.handle()), elsewhere);
         self.local = Some(Box::new(Local { engine, hosts, host, place, across, timeout, contributions }));
         Ok(Either::Tcp(Box::new(self)))
     }
@@ -450,6 +525,7 @@ impl Store for Meeting<'_> {
 mod tests {
     use super::*;
     use crate::engine::Rules;
+    use crate::schedule::steps::{Rank, Step, Steps};
     use tensorwire_core::{DType, ReduceOp};
 
     const RULES: Rules = Rules { any_order: false, adapt_percent: 0.0 };
@@ -472,6 +548,46 @@ mod tests {
             assert_eq!(of(names, bytes, DType::F32, ReduceOp::Sum), expected, "{names}");
             assert_eq!(of(names, bytes, DType::F32, ReduceOp::Max), Some(Algorithm::Hierarchical));
             assert_eq!(of(names, bytes, DType::I32, ReduceOp::Sum), Some(Algorithm::Hierarchical));
+        }
+    }
+
+    /// Messages and bytes that go over TCP, where rank `r` runs the steps that `make` gives it.
+    fn sent(world: usize, make: impl Fn(&mut Steps, usize)) -> (usize, usize) {
+        let (mut messages, mut bytes) = (0, 0);
+        for rank in 0..world {
+            let mut steps = Steps::default();
+            make(&mut steps, rank);
+            for step in steps.list() {
+                if let Step::Send { span, .. } = step {
+                    (messages, bytes) = (messages + 1, bytes + span.len());
+                }
+            }
+        }
+        (messages, bytes)
+    }
+
+    #[test]
+    fn what_hosts_can_do_by_themselves_is_not_sent() {
+        const BLOCK: usize = 1024;
+        for names in [&b"aabb"[..], b"abab", b"aaabbbccc"] {
+            let hosts = Hosts::new(names);
+            let (n, h) = (names.len(), hosts.count());
+            let l = n / h;
+            let block = |r: usize| r * BLOCK..(r + 1) * BLOCK;
+            let all = |rank| Rank { rank, world: n };
+            let direct = sent(n, |steps, r| direct::reduce_scatter(steps, all(r), block, 4, PIECE));
+            assert_eq!(direct, (n * (n - 1), n * (n - 1) * BLOCK));
+            let by_host = sent(n, |steps, r| {
+                let host = hosts.of(r);
+                let place = hosts.members()[host].iter().position(|m| *m == r).unwrap();
+                let mate = |h: usize| block(hosts.members()[h][place]);
+                direct::reduce_scatter(steps, Rank { rank: host, world: h }, mate, 4, PIECE);
+            });
+            assert_eq!(by_host, (n * (h - 1), n * (h - 1) * BLOCK));
+            let exchange = sent(n, |steps, r| {
+                direct::all_to_all(steps, all(r), |other| hosts.of(other) != hosts.of(r), block, block);
+            });
+            assert_eq!(exchange, (n * (n - l), n * (n - l) * BLOCK));
         }
     }
 

@@ -114,7 +114,7 @@ impl NetEngine {
         self.adaptation = Adaptation::new(percent);
     }
 
-    fn me(&self) -> Rank {
+    pub(super) fn me(&self) -> Rank {
         Rank { rank: self.group.rank(), world: self.group.world() }
     }
 
@@ -393,7 +393,10 @@ impl NetEngine {
     ) -> Result<(), Failure> {
         let me = self.me();
         let input = input.map_or_else(|| Cow::Owned(output.to_vec()), Cow::Borrowed);
-        direct::all_to_all(&mut self.steps, me, sends, receives);
+        if self.local.is_some() {
+            return self.all_to_all_mixed(&input, output, sends, receives);
+        }
+        direct::all_to_all(&mut self.steps, me, |_| true, sends, receives);
         self.execute(Buffers { input: Some(&input), output }, None)
     }
 
@@ -403,7 +406,7 @@ impl NetEngine {
         let me = self.me();
         let mut sent = vec![0u64; sends.len()];
         let word = |r: usize| r * 8..(r + 1) * 8;
-        direct::all_to_all(&mut self.steps, me, word, word);
+        direct::all_to_all(&mut self.steps, me, |_| true, word, word);
         let (input, output) = (bytemuck::cast_slice(sends), bytemuck::cast_slice_mut(&mut sent));
         self.execute(Buffers { input: Some(input), output }, None)?;
         if let Some(who) = (0..me.world).find(|who| sent[*who] != expects[*who]) {
@@ -425,6 +428,9 @@ impl NetEngine {
     ) -> Result<(), Failure> {
         let me = self.me();
         let own = block(me.rank);
+        if self.reduces_by_host(r) {
+            return self.reduce_scatter_by_host(input, output, block, r);
+        }
         direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), direct_piece(me.world));
         match input {
             Some(_) => self.execute(Buffers { input, output }, Some(r)),

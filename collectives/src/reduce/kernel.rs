@@ -3,24 +3,52 @@
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
+#[cfg(target_arch = "x86_64")]
+use super::convert::{Avx2, Avx512};
+use super::convert::{BLOCK, Convert, Portable};
 use super::number::Number;
 use super::op::{Average, BitAnd, BitOr, BitXor, Combine, Max, Min, PreScaledSum, Product, Sum};
 use super::{Kernel, Kernels, OPS, norm};
+#[cfg(feature = "tcp")]
+use super::{op::Divide, wire};
 
-/// Elements that are accumulated at once: a few vector registers on any instruction set. All sources of a
-/// block are read before it is written, so the destination may be a source.
-const BLOCK: usize = 64;
+/// As many elements left over are reduced as a block of their own; fewer take less time one by one.
+const FEW: usize = 8;
 
 /// # Safety
-/// As for [`Kernel`], for elements of type `T`.
+/// As for [`Kernel`], for elements of type `T`, with the instruction set `S`.
 #[inline(always)]
-unsafe fn body<T: Number, C: Combine<T::Wide>>(dst: *mut T, sources: &[*const T], count: usize, factor: f64) {
-    let blocks = count - count % BLOCK;
-    for at in (0..blocks).step_by(BLOCK) {
-        // SAFETY: (1) the caller vouches for `count` elements; (2) `at + BLOCK <= blocks`.
-        unsafe { block::<T, C>(dst, sources, at, factor) }
+unsafe fn body<S: Convert<T>, T: Number, C: Combine<T::Wide>>(
+    dst: *mut T,
+    sources: &[*const T],
+    count: usize,
+    factor: f64,
+) {
+    let whole = count - count % BLOCK;
+    for at in (0..whole).step_by(BLOCK) {
+        // SAFETY: (1) the caller vouches for `count` elements; (2) `at + BLOCK <= whole`; (3) the caller vouches for
+        // the instruction set. All sources are read before the block is written, so that it may be one's.
+        unsafe {
+            let block = reduce::<T, C>(sources, factor, |source| S::load(source.add(at)));
+            S::store(dst.add(at), block);
+        }
     }
-    for i in blocks..count {
+    let left = count - whole;
+    if left >= FEW {
+        let mut block = [T::zeroed(); BLOCK];
+        // SAFETY: (1) `whole + left` is the count; (2) a block has more elements than are left; (3) as above.
+        unsafe {
+            let sum = reduce::<T, C>(sources, factor, |source| {
+                let mut block = [T::zeroed(); BLOCK];
+                block.as_mut_ptr().copy_from_nonoverlapping(source.add(whole), left);
+                S::load(block.as_ptr())
+            });
+            S::store(block.as_mut_ptr(), sum);
+            dst.add(whole).copy_from_nonoverlapping(block.as_ptr(), left);
+        }
+        return;
+    }
+    for i in whole..count {
         // SAFETY: `i < count`, as above.
         unsafe {
             let mut sum = C::load(sources[0].add(i).read().widen(), factor);
@@ -32,32 +60,31 @@ unsafe fn body<T: Number, C: Combine<T::Wide>>(dst: *mut T, sources: &[*const T]
     }
 }
 
-/// Reduces the elements from `at` to `at + BLOCK`.
-///
-/// # Safety
-/// As for [`Kernel`], of `at + BLOCK` elements of type `T`.
+/// Reduces a block that `load` takes from each source.
 #[inline(always)]
-unsafe fn block<T: Number, C: Combine<T::Wide>>(dst: *mut T, sources: &[*const T], at: usize, factor: f64) {
-    // SAFETY: the caller vouches for these elements of each pointer.
-    unsafe {
-        let first = sources[0].add(at);
-        let mut sum: [T::Wide; BLOCK] = std::array::from_fn(|j| C::load(first.add(j).read().widen(), factor));
-        for source in &sources[1..] {
-            let source = source.add(at);
-            for (j, s) in sum.iter_mut().enumerate() {
-                *s = C::combine(*s, C::load(source.add(j).read().widen(), factor));
-            }
-        }
-        for (j, s) in sum.iter().enumerate() {
-            dst.add(at + j).write(T::narrow(C::finish(*s, sources.len())));
+fn reduce<T: Number, C: Combine<T::Wide>>(
+    sources: &[*const T],
+    factor: f64,
+    load: impl Fn(*const T) -> [T::Wide; BLOCK],
+) -> [T::Wide; BLOCK] {
+    let first = load(sources[0]);
+    let mut sum: [T::Wide; BLOCK] = std::array::from_fn(|j| C::load(first[j], factor));
+    for source in &sources[1..] {
+        let x = load(*source);
+        for (sum, x) in sum.iter_mut().zip(x) {
+            *sum = C::combine(*sum, C::load(x, factor));
         }
     }
+    for sum in &mut sum {
+        *sum = C::finish(*sum, sources.len());
+    }
+    sum
 }
 
 /// Compiles the kernel for one instruction set and lists it for every type and operation, in the order of
 /// their codes.
 macro_rules! kernels {
-    ($table:ident, $entry:ident, $name:literal $(, #[$feature:meta])?) => {
+    ($table:ident, $set:ident, $entry:ident, $name:literal $(, #[$feature:meta])?) => {
         /// # Safety
         /// As for [`Kernel`].
         $(#[$feature])?
@@ -67,11 +94,13 @@ macro_rules! kernels {
             n: usize,
             count: usize,
             factor: f64,
-        ) {
+        ) where
+            $set: Convert<T>,
+        {
             // SAFETY: the caller vouches for `n` pointers, whose type has the layout of `*const T`.
             let sources = unsafe { std::slice::from_raw_parts(sources.cast::<*const T>(), n) };
-            // SAFETY: the caller vouches for the pointers.
-            unsafe { body::<T, C>(dst.cast(), sources, count, factor) }
+            // SAFETY: the caller vouches for the pointers and the instruction set.
+            unsafe { body::<$set, T, C>(dst.cast(), sources, count, factor) }
         }
 
         pub(super) static $table: Kernels = {
@@ -119,13 +148,28 @@ macro_rules! kernels {
             table[9] = integer!(u32);
             table[10] = integer!(i64);
             table[11] = integer!(u64);
-            Kernels { name: $name, table, add_rms_norm: &norm::$table }
+            Kernels {
+                name: $name,
+                table,
+                add_rms_norm: &norm::$table,
+                #[cfg(feature = "tcp")]
+                divide: [
+                    $entry::<f32, Divide>,
+                    $entry::<f16, Divide>,
+                    $entry::<bf16, Divide>,
+                    $entry::<f64, Divide>,
+                    $entry::<F8E4M3, Divide>,
+                    $entry::<F8E5M2, Divide>,
+                ],
+                #[cfg(feature = "tcp")]
+                wire: &wire::$table,
+            }
         };
     };
 }
 
-kernels!(PORTABLE, portable, "portable");
+kernels!(PORTABLE, Portable, portable, "portable");
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX2, avx2, "avx2", #[target_feature(enable = "avx2")]);
+kernels!(AVX2, Avx2, avx2, "avx2", #[target_feature(enable = "avx2,f16c")]);
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX512, avx512, "avx512", #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]);
+kernels!(AVX512, Avx512, avx512, "avx512", #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]);

@@ -10,6 +10,7 @@
 //!
 //! A second kernel, made in the same way, ends a row of an all-reduce with addition and RMSNorm: [`AddRmsNorm`].
 
+mod convert;
 mod kernel;
 mod norm;
 mod number;
@@ -43,6 +44,11 @@ pub struct Kernels {
     name: &'static str,
     table: [[Option<Kernel>; OPS]; DType::ALL.len()],
     add_rms_norm: &'static norm::Table,
+    /// Each divides by its factor what it has from one source; for floating-point types, in the order of their codes.
+    #[cfg(feature = "tcp")]
+    divide: [Kernel; 6],
+    #[cfg(feature = "tcp")]
+    wire: &'static wire::Table,
 }
 
 impl Kernels {
@@ -57,13 +63,15 @@ impl Kernels {
         let mut all = vec![&kernel::PORTABLE];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
                 all.push(&kernel::AVX2);
             }
             if is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vbmi")
+                && is_x86_feature_detected!("avx512vnni")
             {
                 all.push(&kernel::AVX512);
             }
@@ -90,23 +98,12 @@ impl Kernels {
 /// If the buffer isn't aligned for the type.
 #[cfg(feature = "tcp")]
 pub(crate) fn divide(dtype: DType, buffer: &mut [u8], n: usize) {
-    fn each<T: number::Number + bytemuck::Pod>(buffer: &mut [u8], n: usize)
-    where
-        op::Average: op::Combine<T::Wide>,
-    {
-        for x in bytemuck::cast_slice_mut::<u8, T>(buffer) {
-            *x = T::narrow(<op::Average as op::Combine<T::Wide>>::finish(x.widen(), n));
-        }
-    }
-    match dtype {
-        DType::F32 => each::<f32>(buffer, n),
-        DType::F16 => each::<half::f16>(buffer, n),
-        DType::BF16 => each::<half::bf16>(buffer, n),
-        DType::F64 => each::<f64>(buffer, n),
-        DType::F8E4M3 => each::<float8::F8E4M3>(buffer, n),
-        DType::F8E5M2 => each::<float8::F8E5M2>(buffer, n),
-        _ => unreachable!("an average is for floating-point types"),
-    }
+    let at = buffer.as_mut_ptr();
+    assert!(at.addr().is_multiple_of(dtype.size()), "the buffer isn't aligned for {dtype}");
+    let kernel = Kernels::best().divide[dtype as usize - 1];
+    // SAFETY: (1) the source is the buffer, of so many elements, aligned by the check above; (2) it is the destination too;
+    // (3) the table is for this processor.
+    unsafe { kernel(at, &at.cast_const(), 1, buffer.len() / dtype.size(), n as f64) }
 }
 
 #[cfg(test)]

@@ -6,6 +6,9 @@ use std::ops::{Add, Div, Mul};
 use half::{bf16, f16};
 use tensorwire_core::DType;
 
+#[cfg(target_arch = "x86_64")]
+use super::convert::{Avx2, Avx512};
+use super::convert::{BLOCK, Convert, Portable};
 use super::number::Number;
 use super::op::{Combine, Sum};
 
@@ -41,9 +44,6 @@ pub type AddRmsNorm = unsafe fn(
 /// A kernel for each of the types that have one, in the order of their codes.
 pub(super) type Table = [AddRmsNorm; 4];
 
-/// Lanes that squares are summed in: a few vector registers on any instruction set.
-const LANES: usize = 64;
-
 /// What rows are computed in.
 trait Real: Copy + Add<Output = Self> + Mul<Output = Self> + Div<Output = Self> {
     fn from_f32(x: f32) -> Self;
@@ -77,9 +77,9 @@ macro_rules! reals {
 reals!(f32, f64);
 
 /// # Safety
-/// As for [`AddRmsNorm`], for elements of type `T`.
+/// As for [`AddRmsNorm`], for elements of type `T`, with the instruction set `S`.
 #[inline(always)]
-unsafe fn body<T: Number<Wide: Real>>(
+unsafe fn body<S: Convert<T>, T: Number<Wide: Real>>(
     out: *mut T,
     residual: *mut T,
     sources: &[*const T],
@@ -89,24 +89,27 @@ unsafe fn body<T: Number<Wide: Real>>(
 ) where
     Sum: Combine<T::Wide>,
 {
-    let mut squares = [T::Wide::from_f32(0.0); LANES];
+    // In the order that blocks are converted to.
+    let mut squares = [T::Wide::from_f32(0.0); BLOCK];
     // What is of the type already need not be rounded to it.
     let one = sources.len() == 1;
-    let whole = width - width % LANES;
-    for at in (0..whole).step_by(LANES) {
-        // SAFETY: (1) the caller vouches for `width` elements; (2) `at + LANES <= whole`.
+    let whole = width - width % BLOCK;
+    for at in (0..whole).step_by(BLOCK) {
+        // SAFETY: (1) the caller vouches for `width` elements and the instruction set; (2) `at + BLOCK <= whole`.
         unsafe {
-            let first = sources[0].add(at);
-            let mut sum: [T::Wide; LANES] = std::array::from_fn(|j| first.add(j).read().widen());
+            let mut sum = S::load(sources[0].add(at));
             for source in &sources[1..] {
-                let source = source.add(at);
-                for (j, s) in sum.iter_mut().enumerate() {
-                    *s = Sum::combine(*s, source.add(j).read().widen());
+                for (sum, x) in sum.iter_mut().zip(S::load(source.add(at))) {
+                    *sum = Sum::combine(*sum, x);
                 }
             }
-            for (j, square) in squares.iter_mut().enumerate() {
-                let sum = if one { sum[j] } else { T::round(sum[j]).1 };
-                let x = add(residual.add(at + j), sum);
+            let sum = if one { sum } else { S::round(sum) };
+            let mut x = S::load(residual.add(at));
+            for (x, sum) in x.iter_mut().zip(sum) {
+                *x = *x + sum;
+            }
+            S::store(residual.add(at), x);
+            for (square, x) in squares.iter_mut().zip(S::load(residual.add(at))) {
                 *square = *square + x * x;
             }
         }
@@ -118,11 +121,14 @@ unsafe fn body<T: Number<Wide: Real>>(
             for source in &sources[1..] {
                 sum = Sum::combine(sum, source.add(i).read().widen());
             }
-            let x = add(residual.add(i), T::round(sum).1);
-            squares[i - whole] = squares[i - whole] + x * x;
+            let new = T::narrow(residual.add(i).read().widen() + T::narrow(sum).widen());
+            residual.add(i).write(new);
+            let (x, lane) = (new.widen(), S::LANES[i - whole]);
+            squares[lane] = squares[lane] + x * x;
         }
     }
-    let mut half = LANES / 2;
+    let mut squares: [T::Wide; BLOCK] = std::array::from_fn(|j| squares[S::LANES[j]]);
+    let mut half = BLOCK / 2;
     while half > 0 {
         for j in 0..half {
             squares[j] = squares[j] + squares[j + half];
@@ -131,7 +137,17 @@ unsafe fn body<T: Number<Wide: Real>>(
     }
     let mean = squares[0] / T::Wide::from_count(width);
     let scale = T::Wide::from_f32(1.0) / (mean + T::Wide::from_f32(eps)).sqrt();
-    for i in 0..width {
+    for at in (0..whole).step_by(BLOCK) {
+        // SAFETY: as above.
+        unsafe {
+            let mut x = S::load(residual.add(at));
+            for (x, weight) in x.iter_mut().zip(S::load(weight.add(at))) {
+                *x = *x * scale * weight;
+            }
+            S::store(out.add(at), x);
+        }
+    }
+    for i in whole..width {
         // SAFETY: `i < width`, as above.
         unsafe {
             let x = residual.add(i).read().widen() * scale * weight.add(i).read().widen();
@@ -140,23 +156,9 @@ unsafe fn body<T: Number<Wide: Real>>(
     }
 }
 
-/// Adds a sum, which is of the type, to an element of the residual; returns what it is then.
-///
-/// # Safety
-/// The element is valid for reading and writing.
-#[inline(always)]
-unsafe fn add<T: Number<Wide: Real>>(residual: *mut T, sum: T::Wide) -> T::Wide {
-    // SAFETY: the caller vouches for it.
-    unsafe {
-        let (new, wide) = T::round(residual.read().widen() + sum);
-        residual.write(new);
-        wide
-    }
-}
-
 /// Compiles the kernel for one instruction set and lists it for every type.
 macro_rules! kernels {
-    ($table:ident, $entry:ident $(, #[$feature:meta])?) => {
+    ($table:ident, $set:ident, $entry:ident $(, #[$feature:meta])?) => {
         /// # Safety
         /// As for [`AddRmsNorm`].
         $(#[$feature])?
@@ -169,23 +171,24 @@ macro_rules! kernels {
             width: usize,
             eps: f32,
         ) where
+            $set: Convert<T>,
             Sum: Combine<T::Wide>,
         {
             // SAFETY: the caller vouches for `n` pointers, whose type has the layout of `*const T`.
             let sources = unsafe { std::slice::from_raw_parts(sources.cast::<*const T>(), n) };
-            // SAFETY: the caller vouches for the pointers.
-            unsafe { body::<T>(out.cast(), residual.cast(), sources, weight.cast(), width, eps) }
+            // SAFETY: the caller vouches for the pointers and the instruction set.
+            unsafe { body::<$set, T>(out.cast(), residual.cast(), sources, weight.cast(), width, eps) }
         }
 
         pub(super) static $table: Table = [$entry::<f32>, $entry::<f16>, $entry::<bf16>, $entry::<f64>];
     };
 }
 
-kernels!(PORTABLE, portable);
+kernels!(PORTABLE, Portable, portable);
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX2, avx2, #[target_feature(enable = "avx2")]);
+kernels!(AVX2, Avx2, avx2, #[target_feature(enable = "avx2,f16c")]);
 #[cfg(target_arch = "x86_64")]
-kernels!(AVX512, avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]);
+kernels!(AVX512, Avx512, avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]);
 
 impl super::Kernels {
     /// The kernel that ends a row of an all-reduce with addition and RMSNorm; `None` but for f32, f16, bf16 and

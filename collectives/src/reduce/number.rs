@@ -4,18 +4,12 @@ use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
 /// A type of elements.
-pub(super) trait Number: Copy {
+pub(super) trait Number: bytemuck::Pod {
     /// What sums of it are kept in.
     type Wide: Copy;
     fn widen(self) -> Self::Wide;
     /// Rounds to nearest even; any NaN becomes the canonical one.
     fn narrow(x: Self::Wide) -> Self;
-    /// `x` narrowed, and what that is when it is widened again.
-    #[inline(always)]
-    fn round(x: Self::Wide) -> (Self, Self::Wide) {
-        let narrow = Self::narrow(x);
-        (narrow, narrow.widen())
-    }
 }
 
 impl Number for f64 {
@@ -61,19 +55,11 @@ impl Number for bf16 {
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         bf16::from_bits(if x.is_nan() { 0x7fc0 } else { rounded as u16 })
     }
-
-    #[inline(always)]
-    fn round(x: f32) -> (bf16, f32) {
-        let bits = x.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
-        let wide = if x.is_nan() { 0x7fc0_0000 } else { rounded };
-        (bf16::from_bits((wide >> 16) as u16), f32::from_bits(wide))
-    }
 }
 
 /// A format of `EXPONENT` and `MANTISSA` bits and a sign, with the value of `bits` as IEEE 754 would read it.
 #[inline(always)]
-fn widen_small<const EXPONENT: u32, const MANTISSA: u32>(bits: u32) -> f32 {
+const fn widen_small<const EXPONENT: u32, const MANTISSA: u32>(bits: u32) -> f32 {
     let width = EXPONENT + MANTISSA;
     let sign = (bits >> width) << 31;
     let magnitude = (bits & ((1 << width) - 1)) << (23 - MANTISSA);
@@ -123,15 +109,29 @@ impl Number for f16 {
     }
 }
 
+/// The value of an [`F8E5M2`] of these bits.
+#[inline(always)]
+pub(super) const fn widen_e5m2(bits: u8) -> f32 {
+    let special = bits & 0x7c == 0x7c;
+    let value = widen_small::<5, 2>(bits as u32).to_bits();
+    f32::from_bits(if special { value | 0x7f80_0000 } else { value })
+}
+
+/// The value of an [`F8E4M3`] of these bits.
+#[inline(always)]
+pub(super) const fn widen_e4m3(bits: u8) -> f32 {
+    // All ones is NaN; the rest of the highest exponent are numbers.
+    let nan = bits & 0x7f == 0x7f;
+    let value = widen_small::<4, 3>(bits as u32).to_bits();
+    f32::from_bits(if nan { 0x7fc0_0000 } else { value })
+}
+
 impl Number for F8E5M2 {
     type Wide = f32;
 
     #[inline(always)]
     fn widen(self) -> f32 {
-        let bits = u32::from(self.to_bits());
-        let special = bits & 0x7c == 0x7c;
-        let value = widen_small::<5, 2>(bits).to_bits();
-        f32::from_bits(if special { value | 0x7f80_0000 } else { value })
+        widen_e5m2(self.to_bits())
     }
 
     #[inline(always)]
@@ -150,11 +150,7 @@ impl Number for F8E4M3 {
 
     #[inline(always)]
     fn widen(self) -> f32 {
-        let bits = u32::from(self.to_bits());
-        // All ones is NaN; the rest of the highest exponent are numbers.
-        let nan = bits & 0x7f == 0x7f;
-        let value = widen_small::<4, 3>(bits).to_bits();
-        f32::from_bits(if nan { 0x7fc0_0000 } else { value })
+        widen_e4m3(self.to_bits())
     }
 
     #[inline(always)]

@@ -23,6 +23,8 @@ pub(super) struct Min;
 pub(super) struct Max;
 pub(super) struct Average;
 pub(super) struct PreScaledSum;
+#[cfg(feature = "tcp")]
+pub(super) struct Divide;
 pub(super) struct BitAnd;
 pub(super) struct BitOr;
 pub(super) struct BitXor;
@@ -80,6 +82,19 @@ macro_rules! floats {
                 #[inline(always)]
                 fn load(x: $t, factor: f64) -> $t {
                     x * factor as $t
+                }
+
+                #[inline(always)]
+                fn combine(a: $t, b: $t) -> $t {
+                    a + b
+                }
+            }
+
+            #[cfg(feature = "tcp")]
+            impl Combine<$t> for Divide {
+                #[inline(always)]
+                fn load(x: $t, factor: f64) -> $t {
+                    x / factor as $t
                 }
 
                 #[inline(always)]

@@ -279,6 +279,41 @@ proptest! {
     }
 }
 
+#[cfg(feature = "tcp")]
+#[test]
+fn a_sum_that_is_divided_is_the_average() {
+    for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_integer()) {
+        // Of one source, the sum is itself.
+        let row: Vec<u64> = (0..4096)
+            .map(|i: u64| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - 8 * dtype.size()))
+            .collect();
+        for n in [1, 3, 7, 8] {
+            let right: Vec<u64> = row.iter().map(|x| quotient(dtype, *x, n)).collect();
+            for kernels in Kernels::available() {
+                let kernel = kernels.divide[dtype as usize - 1];
+                assert_eq!(
+                    run(kernel, dtype, n as f64, &[row.clone()], Some(0)),
+                    right,
+                    "{} {dtype}",
+                    kernels.name()
+                );
+            }
+            let mut buffer = pack(dtype, &row);
+            divide(dtype, &mut bytemuck::cast_slice_mut(&mut buffer)[..row.len() * dtype.size()], n);
+            assert_eq!(unpack(dtype, &buffer, row.len()), right, "{dtype}");
+        }
+    }
+}
+
+/// An element divided by `n`, by the definition.
+#[cfg(feature = "tcp")]
+fn quotient(dtype: DType, x: u64, n: usize) -> u64 {
+    match dtype {
+        DType::F64 => round64(f64::from_bits(x) / n as f64),
+        _ => round(dtype, value(dtype, x) as f32 / n as f32),
+    }
+}
+
 #[test]
 fn every_narrow_value_survives_a_round_trip() {
     for dtype in [DType::F16, DType::BF16, DType::F8E4M3, DType::F8E5M2] {

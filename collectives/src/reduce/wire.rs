@@ -1,5 +1,7 @@
 //! Elements in fewer bits, for their way over a network: see [`Wire`].
 
+use std::marker::PhantomData;
+
 use half::{bf16, f16};
 use tensorwire_core::{DType, ReduceOp, Wire};
 
@@ -15,88 +17,141 @@ const BLOCK_BYTES: usize = 2 + BLOCK;
 /// How the elements of one type go over a network in fewer bits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Codec {
-    /// Elements that become one unit, and the bytes of that.
-    elements: usize,
+    form: Form,
+    /// Bytes of a unit.
     pub(crate) unit: usize,
     /// Reduces units.
     pub(crate) kernel: Kernel,
-    encode: fn(&[u8], &mut [u8]),
-    decode: fn(&[u8], &mut [u8]),
+}
+
+/// Conversions to and from one form, of one instruction set.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    /// Elements that become one unit, and the bytes of that.
+    elements: usize,
+    unit: usize,
+    encode: Convert,
+    decode: Convert,
+}
+
+/// Of elements to units, or the reverse.
+///
+/// # Safety
+/// The processor has the instruction set of the table that it came from.
+type Convert = unsafe fn(&[u8], &mut [u8]);
+
+/// The forms of one instruction set.
+#[derive(Debug)]
+pub(super) struct Table {
+    bf16: Form,
+    q8_f32: Form,
+    q8_f16: Form,
+    q8_bf16: Form,
+    sum_q8: Kernel,
+    average_q8: Kernel,
 }
 
 impl Codec {
     /// `None` where it would save nothing, or isn't defined: for sums and averages it is, of floats of up to 32 bits.
     pub(crate) fn new(wire: Wire, dtype: DType, op: ReduceOp) -> Option<Codec> {
-        let q8 = |encode, decode| {
-            let kernel = match op {
-                ReduceOp::Average => reduce_q8::<true> as Kernel,
-                _ => reduce_q8::<false>,
-            };
-            Some(Codec { elements: BLOCK, unit: BLOCK_BYTES, kernel, encode, decode })
+        Codec::of(Kernels::best(), wire, dtype, op)
+    }
+
+    /// With the instruction set of `kernels`, which the processor has.
+    fn of(kernels: &Kernels, wire: Wire, dtype: DType, op: ReduceOp) -> Option<Codec> {
+        let q8 = match op {
+            ReduceOp::Sum => kernels.wire.sum_q8,
+            ReduceOp::Average => kernels.wire.average_q8,
+            _ => return None,
         };
-        if !matches!(op, ReduceOp::Sum | ReduceOp::Average) {
-            return None;
-        }
-        match (wire, dtype) {
-            (Wire::Bf16, DType::F32) => {
-                let kernel = Kernels::best().get(DType::BF16, op)?;
-                Some(Codec { elements: 1, unit: 2, kernel, encode: encode_bf16, decode: decode_bf16 })
-            }
-            (Wire::Q8, DType::F32) => q8(encode_q8::<f32>, decode_q8::<f32>),
-            (Wire::Q8, DType::F16) => q8(encode_q8::<f16>, decode_q8::<f16>),
-            (Wire::Q8, DType::BF16) => q8(encode_q8::<bf16>, decode_q8::<bf16>),
-            _ => None,
-        }
+        let (form, kernel) = match (wire, dtype) {
+            (Wire::Bf16, DType::F32) => (kernels.wire.bf16, kernels.get(DType::BF16, op)?),
+            (Wire::Q8, DType::F32) => (kernels.wire.q8_f32, q8),
+            (Wire::Q8, DType::F16) => (kernels.wire.q8_f16, q8),
+            (Wire::Q8, DType::BF16) => (kernels.wire.q8_bf16, q8),
+            _ => return None,
+        };
+        Some(Codec { form, unit: form.unit, kernel })
     }
 
     /// Units that `len` elements become.
     pub(crate) fn units(&self, len: usize) -> usize {
-        len.div_ceil(self.elements)
+        len.div_ceil(self.form.elements)
     }
 
     /// Encodes elements, aligned for their type, into as many units as they are.
     pub(crate) fn encode(&self, elements: &[u8], units: &mut [u8]) {
-        (self.encode)(elements, units);
+        // SAFETY: the processor has the instruction set of the table that the codec was made from.
+        unsafe { (self.form.encode)(elements, units) }
     }
 
     /// The reverse.
     pub(crate) fn decode(&self, units: &[u8], elements: &mut [u8]) {
-        (self.decode)(units, elements);
+        // SAFETY: as above.
+        unsafe { (self.form.decode)(units, elements) }
     }
 }
 
-fn encode_bf16(elements: &[u8], units: &mut [u8]) {
-    let (elements, units) =
-        (bytemuck::cast_slice::<u8, f32>(elements), bytemuck::cast_slice_mut::<u8, bf16>(units));
-    for (x, unit) in elements.iter().zip(units) {
-        *unit = bf16::narrow(*x);
-    }
+/// A form in source, for every instruction set the same.
+trait Encoding {
+    const ELEMENTS: usize;
+    const UNIT: usize;
+    fn encode(elements: &[u8], units: &mut [u8]);
+    fn decode(units: &[u8], elements: &mut [u8]);
 }
 
-fn decode_bf16(units: &[u8], elements: &mut [u8]) {
-    let (units, elements) =
-        (bytemuck::cast_slice::<u8, bf16>(units), bytemuck::cast_slice_mut::<u8, f32>(elements));
-    for (unit, x) in units.iter().zip(elements) {
-        *x = unit.widen();
-    }
-}
+/// [`Wire::Bf16`] of f32.
+struct Bf16;
 
-fn encode_q8<T: Number<Wide = f32> + bytemuck::Pod>(elements: &[u8], units: &mut [u8]) {
-    let elements = bytemuck::cast_slice::<u8, T>(elements);
-    for (elements, unit) in elements.chunks(BLOCK).zip(units.as_chunks_mut().0) {
-        let mut x = [0f32; BLOCK];
-        for (x, element) in x.iter_mut().zip(elements) {
-            *x = element.widen();
+impl Encoding for Bf16 {
+    const ELEMENTS: usize = 1;
+    const UNIT: usize = 2;
+
+    #[inline(always)]
+    fn encode(elements: &[u8], units: &mut [u8]) {
+        let (elements, units) =
+            (bytemuck::cast_slice::<u8, f32>(elements), bytemuck::cast_slice_mut::<u8, bf16>(units));
+        for (x, unit) in elements.iter().zip(units) {
+            *unit = bf16::narrow(*x);
         }
-        encode_block(&x, unit);
+    }
+
+    #[inline(always)]
+    fn decode(units: &[u8], elements: &mut [u8]) {
+        let (units, elements) =
+            (bytemuck::cast_slice::<u8, bf16>(units), bytemuck::cast_slice_mut::<u8, f32>(elements));
+        for (unit, x) in units.iter().zip(elements) {
+            *x = unit.widen();
+        }
     }
 }
 
-fn decode_q8<T: Number<Wide = f32> + bytemuck::Pod>(units: &[u8], elements: &mut [u8]) {
-    let elements = bytemuck::cast_slice_mut::<u8, T>(elements);
-    for (unit, elements) in units.as_chunks().0.iter().zip(elements.chunks_mut(BLOCK)) {
-        for (element, x) in elements.iter_mut().zip(decode_block(unit)) {
-            *element = T::narrow(x);
+/// [`Wire::Q8`] of `T`.
+struct Q8<T>(PhantomData<T>);
+
+impl<T: Number<Wide = f32>> Encoding for Q8<T> {
+    const ELEMENTS: usize = BLOCK;
+    const UNIT: usize = BLOCK_BYTES;
+
+    #[inline(always)]
+    fn encode(elements: &[u8], units: &mut [u8]) {
+        let elements = bytemuck::cast_slice::<u8, T>(elements);
+        for (elements, unit) in elements.chunks(BLOCK).zip(units.as_chunks_mut().0) {
+            let mut x = [0f32; BLOCK];
+            for (x, element) in x.iter_mut().zip(elements) {
+                *x = element.widen();
+            }
+            encode_block(&x, unit);
+        }
+    }
+
+    #[inline(always)]
+    fn decode(units: &[u8], elements: &mut [u8]) {
+        let elements = bytemuck::cast_slice_mut::<u8, T>(elements);
+        for (unit, elements) in units.as_chunks().0.iter().zip(elements.chunks_mut(BLOCK)) {
+            for (element, x) in elements.iter_mut().zip(decode_block(unit)) {
+                *element = T::narrow(x);
+            }
         }
     }
 }
@@ -130,13 +185,8 @@ fn decode_block(unit: &[u8; BLOCK_BYTES]) -> [f32; BLOCK] {
 ///
 /// # Safety
 /// As for [`Kernel`], for elements of [`BLOCK_BYTES`] bytes, aligned to one.
-unsafe fn reduce_q8<const AVERAGE: bool>(
-    dst: *mut u8,
-    sources: *const *const u8,
-    n: usize,
-    count: usize,
-    _factor: f64,
-) {
+#[inline(always)]
+unsafe fn reduce_q8<const AVERAGE: bool>(dst: *mut u8, sources: *const *const u8, n: usize, count: usize) {
     // SAFETY: the caller vouches for `n` pointers, of which there is at least one.
     let sources = unsafe { std::slice::from_raw_parts(sources, n) };
     for i in 0..count {
@@ -159,6 +209,72 @@ unsafe fn reduce_q8<const AVERAGE: bool>(
         unsafe { dst.cast::<[u8; BLOCK_BYTES]>().add(i).write(unit) }
     }
 }
+
+/// Compiles the forms for one instruction set and lists them.
+macro_rules! forms {
+    ($table:ident, $encode:ident, $decode:ident, $reduce:ident $(, #[$feature:meta])?) => {
+        /// # Safety
+        /// As for [`Convert`].
+        $(#[$feature])?
+        unsafe fn $encode<E: Encoding>(elements: &[u8], units: &mut [u8]) {
+            E::encode(elements, units);
+        }
+
+        /// # Safety
+        /// As for [`Convert`].
+        $(#[$feature])?
+        unsafe fn $decode<E: Encoding>(units: &[u8], elements: &mut [u8]) {
+            E::decode(units, elements);
+        }
+
+        /// # Safety
+        /// As for [`Kernel`], for elements of [`BLOCK_BYTES`] bytes, aligned to one.
+        $(#[$feature])?
+        unsafe fn $reduce<const AVERAGE: bool>(
+            dst: *mut u8,
+            sources: *const *const u8,
+            n: usize,
+            count: usize,
+            _factor: f64,
+        ) {
+            // SAFETY: the caller vouches for the pointers.
+            unsafe { reduce_q8::<AVERAGE>(dst, sources, n, count) }
+        }
+
+        pub(super) static $table: Table = {
+            macro_rules! form {
+                ($e:ty) => {
+                    Form {
+                        elements: <$e>::ELEMENTS,
+                        unit: <$e>::UNIT,
+                        encode: $encode::<$e>,
+                        decode: $decode::<$e>,
+                    }
+                };
+            }
+            Table {
+                bf16: form!(Bf16),
+                q8_f32: form!(Q8<f32>),
+                q8_f16: form!(Q8<f16>),
+                q8_bf16: form!(Q8<bf16>),
+                sum_q8: $reduce::<false>,
+                average_q8: $reduce::<true>,
+            }
+        };
+    };
+}
+
+forms!(PORTABLE, encode, decode, reduce);
+#[cfg(target_arch = "x86_64")]
+forms!(AVX2, encode_avx2, decode_avx2, reduce_avx2, #[target_feature(enable = "avx2,f16c")]);
+#[cfg(target_arch = "x86_64")]
+forms!(
+    AVX512,
+    encode_avx512,
+    decode_avx512,
+    reduce_avx512,
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+);
 
 #[cfg(test)]
 mod tests {
@@ -199,6 +315,42 @@ mod tests {
         out
     }
 
+    /// Every instruction set's conversions and sums give the portable ones' bits.
+    fn same_everywhere(x: &[f32]) {
+        for (wire, dtype) in [
+            (Wire::Bf16, DType::F32),
+            (Wire::Q8, DType::F32),
+            (Wire::Q8, DType::F16),
+            (Wire::Q8, DType::BF16),
+        ] {
+            for op in [ReduceOp::Sum, ReduceOp::Average] {
+                let all = Kernels::available().into_iter().map(|kernels| {
+                    let codec = Codec::of(kernels, wire, dtype, op).unwrap();
+                    // What is no f32 is its bits, as twice as many elements.
+                    let elements: &[u8] = bytemuck::cast_slice(x);
+                    let bytes = codec.units(elements.len() / dtype.size()) * codec.unit;
+                    let (mut units, mut sum) = (vec![0u64; bytes.div_ceil(8)], vec![0u64; bytes.div_ceil(8)]);
+                    codec.encode(elements, &mut bytemuck::cast_slice_mut(&mut units)[..bytes]);
+                    let source = units.as_ptr().cast();
+                    // SAFETY: (1) each source has so many units; (2) so has the destination, which is none of them;
+                    // (3) the table is available.
+                    unsafe {
+                        let sources = [source, source, source];
+                        (codec.kernel)(sum.as_mut_ptr().cast(), sources.as_ptr(), 3, bytes / codec.unit, 1.0);
+                    }
+                    let mut out = vec![0f32; x.len()];
+                    codec.decode(&bytemuck::cast_slice(&sum)[..bytes], bytemuck::cast_slice_mut(&mut out));
+                    let out: Vec<u32> = out.iter().map(|x| x.to_bits()).collect();
+                    (kernels.name(), (units, sum, out))
+                });
+                let all: Vec<_> = all.collect();
+                for (name, bits) in &all {
+                    assert!(*bits == all[0].1, "{name} {wire} {dtype} {op}");
+                }
+            }
+        }
+    }
+
     /// Numbers of magnitudes that differ a lot, or not.
     fn numbers(len: usize) -> impl Strategy<Value = Vec<f32>> {
         let number = prop_oneof![
@@ -236,6 +388,15 @@ mod tests {
                     prop_assert!((f64::from(got[i]) - exact(i)).abs() <= most, "q8: {} not {}", got[i], exact(i));
                 }
             }
+        }
+
+        #[test]
+        fn every_instruction_set_gives_the_same_bits(
+            numbers in (1usize..150).prop_flat_map(numbers),
+            bits in proptest::collection::vec(any::<u32>(), 1..150),
+        ) {
+            same_everywhere(&numbers);
+            same_everywhere(&bits.into_iter().map(f32::from_bits).collect::<Vec<_>>());
         }
 
         #[test]

@@ -37,6 +37,28 @@ impl Slots {
         ((turn % DEPTH) * self.world + peer) * self.piece
     }
 
+    /// Sends each rank its piece of `turn`, and receives this rank's from everybody: bytes `of` the input, where a rank has
+    /// pieces for `turns_of` turns.
+    fn gather(
+        &self,
+        steps: &mut Steps,
+        me: Rank,
+        turn: usize,
+        turns_of: impl Fn(usize) -> usize,
+        of: impl Fn(usize, usize) -> Range<usize>,
+    ) {
+        for peer in me.peers_ahead().filter(|p| turn < turns_of(*p)) {
+            steps.send(peer, Span::new(Place::Input, of(peer, turn)));
+        }
+        if turn < turns_of(me.rank) {
+            for peer in me.peers_behind() {
+                let at = self.of(turn, peer);
+                steps.receive(peer, Span::new(Place::Scratch, at..at + of(me.rank, turn).len()));
+            }
+        }
+        steps.mark();
+    }
+
     /// Reduces every rank's piece of `turn`, in rank order.
     fn reduce(&self, me: Rank, turn: usize, own: Span, into: Span) -> Step {
         let (at, count) = (me.rank, me.world);
@@ -115,16 +137,7 @@ pub(crate) fn two_shot(
     steps.begin(scratch + if wanted { 0 } else { slots.piece * DEPTH });
     for turn in 0..=turns {
         if turn < turns {
-            for peer in me.peers_ahead().filter(|p| turn < turns_of(*p)) {
-                steps.send(peer, Span::new(Place::Input, of(peer, turn)));
-            }
-            if turn < turns_of(me.rank) {
-                for peer in me.peers_behind() {
-                    let at = slots.of(turn, peer);
-                    steps.receive(peer, Span::new(Place::Scratch, at..at + of(me.rank, turn).len()));
-                }
-            }
-            steps.mark();
+            slots.gather(steps, me, turn, turns_of, of);
         }
         let Some(before) = turn.checked_sub(1) else { continue };
         if before < turns_of(me.rank) {
@@ -167,16 +180,7 @@ pub(crate) fn reduce_scatter(
     steps.begin(slots.total(turns_of(me.rank)));
     for turn in 0..=turns {
         if turn < turns {
-            for peer in me.peers_ahead().filter(|p| turn < turns_of(*p)) {
-                steps.send(peer, Span::new(Place::Input, of(peer, turn)));
-            }
-            if turn < turns_of(me.rank) {
-                for peer in me.peers_behind() {
-                    let at = slots.of(turn, peer);
-                    steps.receive(peer, Span::new(Place::Scratch, at..at + of(me.rank, turn).len()));
-                }
-            }
-            steps.mark();
+            slots.gather(steps, me, turn, turns_of, of);
         }
         if let Some(before) = turn.checked_sub(1).filter(|b| *b < turns_of(me.rank)) {
             let own = of(me.rank, before);
@@ -270,17 +274,23 @@ pub(crate) fn exchange(
     }
 }
 
-/// `sends(r)`, bytes of the input, go to rank `r`; `receives(r)`, bytes of the output, come from it.
+/// `sends(r)`, bytes of the input, go to rank `r`; `receives(r)`, bytes of the output, come from it: for those ranks that
+/// are `among` the ones between which this goes on, and this one.
 pub(crate) fn all_to_all(
     steps: &mut Steps,
     me: Rank,
+    among: impl Fn(usize) -> bool,
     sends: impl Fn(usize) -> Range<usize>,
     receives: impl Fn(usize) -> Range<usize>,
 ) {
     steps.begin(0);
     for (to, from) in me.peers_ahead().zip(me.peers_behind()) {
-        steps.receive(from, Span::new(Place::Output, receives(from)));
-        steps.send(to, Span::new(Place::Input, sends(to)));
+        if among(from) {
+            steps.receive(from, Span::new(Place::Output, receives(from)));
+        }
+        if among(to) {
+            steps.send(to, Span::new(Place::Input, sends(to)));
+        }
     }
     let (from, into) = (Span::new(Place::Input, sends(me.rank)), Span::new(Place::Output, receives(me.rank)));
     steps.push(Step::Copy { from, into });

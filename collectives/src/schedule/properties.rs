@@ -234,7 +234,12 @@ fn offsets_go_beyond_32_bits() {
         });
         fits("scatter", world, own, |steps, me| direct::scatter(steps, me, block, 1));
         let each = |r: usize| r * total..(r + 1) * total;
-        fits("all_to_all", world, |_| world * total, |steps, me| direct::all_to_all(steps, me, each, each));
+        fits(
+            "all_to_all",
+            world,
+            |_| world * total,
+            |steps, me| direct::all_to_all(steps, me, |_| true, each, each),
+        );
         let received = |r: usize| if r == 0 { 0 } else { total };
         fits("broadcast", world, received, |steps, me| tree::broadcast(steps, me, total, PIECE, 0));
     }

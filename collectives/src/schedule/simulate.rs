@@ -247,7 +247,7 @@ proptest! {
         let sums = reduced(world, total);
         prop_assert!((0..world).all(|r| words(&all[r].output) == sums[block(r).start / WORD..block(r).end / WORD]));
         let square = |r: usize| r * longest * WORD..(r + 1) * longest * WORD;
-        let all = new(&|s, me| direct::all_to_all(s, me, square, square), &|r| data(r, longest * world), &|_| longest * world);
+        let all = new(&|s, me| direct::all_to_all(s, me, |_| true, square, square), &|r| data(r, longest * world), &|_| longest * world);
         for (r, sim) in all.iter().enumerate() {
             let expected: Vec<u64> = (0..world).flat_map(|from| data(from, longest * world)[r * longest..][..longest].to_vec()).collect();
             prop_assert!(words(&sim.output) == expected);

@@ -11,11 +11,21 @@
 //! | all-reduce as reduce-scatter and all-gather | 2 | `2 (n-1)/n B` | `2 alpha + 2 (n-1)/n B / bandwidth` |
 //! | all-gather | 1 | `(n-1)/n B` | `alpha + (n-1)/n B / bandwidth` |
 //!
+//! | reduce-scatter, all-to-all | 1 | `(n-1)/n B` | `alpha + (n-1)/n B / bandwidth` |
+//! | broadcast, send_recv | 1 | `B` | `alpha + B / bandwidth` |
+//!
 //! An all-reduce takes the cheaper of its two forms: at the payloads of a decode step the first, as latency
 //! decides there. The arithmetic of the reduction is counted in the bandwidth.
 //!
 //! Decoding one token reads every weight once and does two operations with it, far below what a processor can
 //! compute in that time, so a rank's computing time is its bytes over its memory bandwidth.
+//!
+//! Constants hold where nothing was measured. Where `tensorwire topo --probe` has left a [`Profile`], its curves do,
+//! which are alpha-beta in pieces and fitted to this machine ([`Curve`](crate::table::Curve)); and a step's time beside
+//! its collectives is a time for each layer and one for each byte of weights ([`Step`](crate::table::Step)). Each
+//! [`Estimate`] says which it is from.
+
+use crate::table::{Profile, Table};
 
 /// What communication and memory cost.
 ///
@@ -30,6 +40,27 @@ pub struct CostModel {
     pub memory_bytes_per_us: f64,
     /// Where the figures come from, for the plan's notes.
     pub source: String,
+    /// What was measured: it has precedence over the constants.
+    pub measured: Option<Measured>,
+}
+
+/// What was measured over a transport.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// At one distance of the processors.
+    pub profile: Profile,
+    /// What carries the bytes, such as `shm`.
+    pub transport: String,
+}
+
+/// What something is expected to take.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Estimate {
+    /// Microseconds.
+    pub us: f64,
+    /// By what factor most measurements miss it at most, where it is from measurements; nothing where it is from
+    /// constants, whose error nobody knows.
+    pub band: Option<f64>,
 }
 
 impl Default for CostModel {
@@ -43,29 +74,98 @@ impl Default for CostModel {
             memory_bytes_per_us: 16_000.0,
             source: "built-in constants for shared memory on one host, not a measurement of this machine"
                 .to_owned(),
+            measured: None,
         }
     }
 }
 
 impl CostModel {
+    /// What a profile says of `transport`, and constants for what it says nothing of.
+    pub fn measured(profile: &Profile, transport: &str) -> CostModel {
+        let constants = CostModel::default();
+        let at = profile.distance_ns.map_or(String::new(), |ns| format!(", at {ns} ns between processors"));
+        let slowest = profile.memory(usize::MAX).map(|reading| reading.gbps * 1e3);
+        CostModel {
+            memory_bytes_per_us: slowest.unwrap_or(constants.memory_bytes_per_us),
+            source: format!(
+                "curves measured on this machine over {transport}{at}; from built-in constants where it has none"
+            ),
+            measured: Some(Measured { profile: profile.clone(), transport: transport.to_owned() }),
+            ..constants
+        }
+    }
+
+    /// What this machine's table says of shared memory at this distance of its processors, or last where that isn't
+    /// known; constants where there is no table.
+    pub fn in_force(distance_ns: Option<u32>) -> CostModel {
+        let table = Table::in_force().ok();
+        let profile = table.as_ref().and_then(|table| table.profile(distance_ns));
+        profile.map_or_else(CostModel::default, |profile| CostModel::measured(profile, "shm"))
+    }
+
+    /// What a collective takes over `world` ranks; nothing for a name that isn't known here. `bytes` is what one rank
+    /// contributes: one block of an all-gather, the whole input of a reduce-scatter or an all-to-all.
+    ///
+    /// ```
+    /// let costs = tensorwire_topology::cost::CostModel::default();
+    /// let estimate = costs.collective("all_reduce", 8192, 2).unwrap();
+    /// assert!(estimate.us > 2.0 && estimate.band.is_none(), "from constants");
+    /// ```
+    pub fn collective(&self, name: &str, bytes: u64, world: usize) -> Option<Estimate> {
+        self.estimate(name, bytes as f64, world)
+    }
+
+    fn estimate(&self, name: &str, bytes: f64, world: usize) -> Option<Estimate> {
+        let constant = self.constant_us(name, bytes, world)?;
+        let measured = self.measured.as_ref().filter(|_| world > 1);
+        let timing = measured.and_then(|m| m.profile.timing(name, &m.transport, world, false));
+        Some(match timing {
+            Some(timing) => {
+                Estimate { us: timing.p50.us(bytes.round() as u64), band: Some(timing.p50.band()) }
+            }
+            None => Estimate { us: constant, band: None },
+        })
+    }
+
+    /// What a step of a decoder takes beside its collectives, where each of `world` ranks reads up to `bytes` of weights
+    /// in `layers` layers, the output head one of them.
+    pub fn step(&self, layers: usize, bytes: u64, world: usize) -> Estimate {
+        match self.measured.as_ref().and_then(|m| m.profile.step(world)) {
+            Some(step) => Estimate { us: step.us(layers, bytes), band: Some(step.band) },
+            None => Estimate { us: self.read_us(bytes), band: None },
+        }
+    }
+
     /// An all-reduce of `bytes` over `world` ranks, in microseconds.
     pub fn all_reduce_us(&self, bytes: u64, world: usize) -> f64 {
-        if world < 2 {
-            return 0.0;
-        }
-        let (n, wire) = (world as f64, bytes as f64 / self.link_bytes_per_us);
-        let one_step = self.alpha_us + (n - 1.0) * wire;
-        let two_steps = 2.0 * self.alpha_us + 2.0 * (n - 1.0) / n * wire;
-        one_step.min(two_steps)
+        self.collective("all_reduce", bytes, world).map_or(0.0, |e| e.us)
     }
 
     /// An all-gather whose result is `bytes` on each of `world` ranks, in microseconds.
     pub fn all_gather_us(&self, bytes: u64, world: usize) -> f64 {
-        if world < 2 {
-            return 0.0;
-        }
-        let n = world as f64;
-        self.alpha_us + (n - 1.0) / n * bytes as f64 / self.link_bytes_per_us
+        self.estimate("all_gather", bytes as f64 / world as f64, world).map_or(0.0, |e| e.us)
+    }
+
+    /// A reduce-scatter or an all-to-all of `bytes` on each of `world` ranks, by its name, in microseconds.
+    pub fn exchange_us(&self, name: &str, bytes: u64, world: usize) -> f64 {
+        self.collective(name, bytes, world).map_or(0.0, |e| e.us)
+    }
+
+    fn constant_us(&self, name: &str, bytes: f64, world: usize) -> Option<f64> {
+        let (n, wire) = (world as f64, bytes / self.link_bytes_per_us);
+        let us = match name {
+            "all_reduce" => {
+                let one_step = self.alpha_us + (n - 1.0) * wire;
+                let two_steps = 2.0 * self.alpha_us + 2.0 * (n - 1.0) / n * wire;
+                one_step.min(two_steps)
+            }
+            "all_gather" => self.alpha_us + (n - 1.0) * wire,
+            "reduce_scatter" | "all_to_all" => self.alpha_us + (n - 1.0) / n * wire,
+            "broadcast" | "send_recv" => self.alpha_us + wire,
+            "barrier" => self.alpha_us,
+            _ => return None,
+        };
+        Some(if world < 2 { 0.0 } else { us })
     }
 
     /// Reading `bytes` of weights, in microseconds.
@@ -77,6 +177,7 @@ impl CostModel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::{Curve, Reading, Step, Timing};
 
     fn model() -> CostModel {
         CostModel {
@@ -84,6 +185,7 @@ mod tests {
             link_bytes_per_us: 1_000.0,
             memory_bytes_per_us: 4_000.0,
             source: "test".to_owned(),
+            measured: None,
         }
     }
 
@@ -106,5 +208,56 @@ mod tests {
         // 4 ranks, 4000 bytes in all: each reads 3000.
         assert_eq!(model().all_gather_us(4_000, 4), 5.0);
         assert_eq!(model().read_us(8_000), 2.0);
+    }
+
+    #[test]
+    fn the_other_collectives_read_what_they_need() {
+        let us = |name| model().collective(name, 4_000, 4).map(|e| (e.us, e.band));
+        assert_eq!(us("all_gather"), Some((14.0, None)), "each reads three blocks of 4 us");
+        assert_eq!(us("reduce_scatter"), Some((5.0, None)));
+        assert_eq!(us("all_to_all"), us("reduce_scatter"));
+        assert_eq!(us("send_recv"), Some((6.0, None)));
+        assert_eq!((us("broadcast"), us("barrier")), (us("send_recv"), Some((2.0, None))));
+        assert_eq!(us("all_reduc"), None);
+    }
+
+    #[test]
+    fn what_was_measured_has_precedence_and_a_band() {
+        let curve = Curve::fit(&[(1_000, 9.0), (1_000, 10.0), (1_000, 11.0), (2_000, 20.0)]).unwrap();
+        let timing = Timing {
+            collective: "all_reduce".into(),
+            transport: "shm".into(),
+            ranks: 2,
+            contended: false,
+            p50: curve.clone(),
+            p99: curve,
+            measured_at: 1,
+        };
+        let contended = Timing { collective: "all_gather".into(), contended: true, ..timing.clone() };
+        let profile = Profile {
+            distance_ns: Some(100),
+            timings: vec![timing, contended],
+            steps: vec![Step { ranks: 2, layer_us: 10.0, gbps: 2.0, band: 1.2, measured_at: 1 }],
+            reads: vec![Reading { processors: 2, bytes: 1 << 28, gbps: 5.0 }],
+        };
+        let costs = CostModel::measured(&profile, "shm");
+        let constants = CostModel::default();
+        assert_eq!(costs.all_reduce_us(1_500, 2), 15.0);
+        assert!(costs.collective("all_reduce", 1_500, 2).unwrap().band.is_some_and(|band| band > 1.0));
+        // Other ranks, another transport, and what was measured under contention alone.
+        assert_eq!(costs.all_reduce_us(1_500, 4), constants.all_reduce_us(1_500, 4));
+        assert_eq!(costs.all_reduce_us(1_500, 1), 0.0);
+        assert_eq!(
+            CostModel::measured(&profile, "tcp").all_reduce_us(1_500, 2),
+            constants.all_reduce_us(1_500, 2)
+        );
+        assert_eq!(costs.collective("all_gather", 64, 2).unwrap().band, None);
+        assert_eq!(costs.step(3, 4_000, 2), Estimate { us: 32.0, band: Some(1.2) });
+        assert_eq!(costs.step(3, 4_000, 4), Estimate { us: 0.8, band: None }, "by the memory's bandwidth");
+        assert!(
+            costs.source.contains("100 ns") && costs.source.contains("constants where"),
+            "{}",
+            costs.source
+        );
     }
 }

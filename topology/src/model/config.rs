@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 use tensorwire_core::DType;
 
+use super::families::{Draft, FAMILIES, Family, Sizes};
+use super::quantization::quantization;
 use super::{Architecture, MAX_DIM, MAX_HEADS, MAX_LAYERS, ModelSpec, Rope, RopeScaling};
 use crate::{Error, Result};
 
@@ -12,7 +14,7 @@ use crate::{Error, Result};
 pub(super) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Parses the text of a config.json; `file` names it in errors.
-pub(super) fn parse(json: &str, file: &str) -> Result<ModelSpec> {
+pub(super) fn parse(json: &str, file: &str) -> Result<(&'static Family, Draft)> {
     let root: Value =
         serde_json::from_str(json).map_err(|source| Error::Json { what: file.to_owned(), source })?;
     let Value::Object(map) = &root else {
@@ -22,127 +24,185 @@ pub(super) fn parse(json: &str, file: &str) -> Result<ModelSpec> {
         });
     };
     let f = Fields { map, file, path: String::new() };
-    let architecture = architecture(&f)?;
-    refuse_what_the_rules_would_shard_wrongly(&f, architecture)?;
-
-    let hidden_size = f.required("hidden_size", MAX_DIM)?;
-    let num_attention_heads = f.required("num_attention_heads", MAX_HEADS)?;
-    let decoder = architecture.is_decoder();
-    let num_key_value_heads = if decoder {
-        f.size("num_key_value_heads", MAX_HEADS)?.unwrap_or(num_attention_heads)
-    } else {
-        num_attention_heads
+    // transformers' name for it, or diffusers'.
+    let Some(model_type) = f.text("model_type")?.or(f.text("_class_name")?) else {
+        return Err(f.error("model_type", "is missing"));
     };
+    let Some(family) = FAMILIES.iter().find(|x| x.architecture.model_types().contains(&model_type)) else {
+        return Err(Error::UnknownArchitecture {
+            file: file.to_owned(),
+            model_type: model_type.to_owned(),
+            supported: FAMILIES.iter().flat_map(|x| x.architecture.model_types()).copied().collect(),
+        });
+    };
+    let mut draft = (family.read)(&f)?;
+    draft.spec.quantization = quantization(&f)?;
+    Ok((family, draft))
+}
+
+/// The fields that most decoders and encoders have, under the names that a family gives them.
+pub(super) struct Names {
+    pub(super) hidden: &'static str,
+    pub(super) layers: &'static str,
+    pub(super) heads: &'static str,
+    /// No name: as many as query heads.
+    pub(super) kv_heads: &'static str,
+    /// No name: the hidden size over the heads.
+    pub(super) head_dim: &'static str,
+    /// The width of a head where the field is absent; 0: the hidden size over the heads.
+    pub(super) default_head_dim: usize,
+    /// Whether the family works out the width of a head itself.
+    pub(super) any_head_dim: bool,
+    pub(super) ffn: &'static str,
+    /// What the feed-forward width is where the field is absent, in hidden sizes; 0: it is needed.
+    pub(super) ffn_times: usize,
+    pub(super) positions: &'static str,
+    pub(super) default_positions: usize,
+    /// The field and its default.
+    pub(super) act: (&'static str, &'static str),
+    /// The field and its default.
+    pub(super) eps: (&'static str, f64),
+    pub(super) rope: bool,
+    pub(super) tied: bool,
+    /// No name: there is no vocabulary.
+    pub(super) vocab: &'static str,
+    /// The vocabulary where the field is absent; 0: it is needed.
+    pub(super) default_vocab: usize,
+}
+
+pub(super) const LLAMA_NAMES: Names = Names {
+    hidden: "hidden_size",
+    layers: "num_hidden_layers",
+    heads: "num_attention_heads",
+    kv_heads: "num_key_value_heads",
+    head_dim: "head_dim",
+    default_head_dim: 0,
+    any_head_dim: false,
+    ffn: "intermediate_size",
+    ffn_times: 0,
+    positions: "max_position_embeddings",
+    default_positions: 2048,
+    act: ("hidden_act", "silu"),
+    eps: ("rms_norm_eps", 1e-6),
+    rope: true,
+    tied: false,
+    vocab: "vocab_size",
+    default_vocab: 0,
+};
+
+/// Reads those fields. The dimensions are the stack's `heads`, `kv_heads`, `ffn` and `vocab`; the other sizes
+/// `hidden`, `head_dim` and `positions`.
+pub(super) fn standard(f: &Fields, architecture: Architecture, names: &Names) -> Result<Draft> {
+    let mut sizes = Sizes::default();
+    let hidden_size = f.required(names.hidden, MAX_DIM)?;
+    let num_attention_heads = f.required(names.heads, MAX_HEADS)?;
+    sizes.set("hidden", hidden_size, names.hidden);
+    sizes.set("heads", num_attention_heads, names.heads);
+    let kv_heads = if names.kv_heads.is_empty() { None } else { f.size(names.kv_heads, MAX_HEADS)? };
+    let num_key_value_heads = kv_heads.unwrap_or(num_attention_heads);
+    sizes.set_or_assume("kv_heads", kv_heads, num_attention_heads, names.kv_heads);
     if !num_attention_heads.is_multiple_of(num_key_value_heads) {
         return Err(f.error(
-            "num_key_value_heads",
-            format!("= {num_key_value_heads} must divide num_attention_heads = {num_attention_heads}"),
+            names.kv_heads,
+            format!("= {num_key_value_heads} must divide {} = {num_attention_heads}", names.heads),
         ));
     }
-    let head_dim = match f.size("head_dim", MAX_DIM)?.filter(|_| decoder) {
-        Some(d) => d,
-        None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
-        None => {
-            return Err(f.error(
-                "hidden_size",
-                format!("= {hidden_size} must be a multiple of num_attention_heads = {num_attention_heads}"),
-            ));
-        }
-    };
-    // Both factors are far below 2^32, so their product fits.
-    if num_attention_heads * head_dim > MAX_DIM {
+    let head_dim = if names.head_dim.is_empty() { None } else { f.size(names.head_dim, MAX_DIM)? };
+    let derived = head_dim.is_none() && names.default_head_dim == 0 && !names.any_head_dim;
+    if derived && !hidden_size.is_multiple_of(num_attention_heads) {
         return Err(f.error(
-            "head_dim",
-            format!("= {head_dim} times {num_attention_heads} heads is above {MAX_DIM}"),
+            names.hidden,
+            format!("= {hidden_size} must be a multiple of {} = {num_attention_heads}", names.heads),
         ));
     }
-    let attention_bias = f.flag("attention_bias")?.unwrap_or(false);
-    let mlp_bias = f.flag("mlp_bias")?.unwrap_or(false);
-    let (qkv_bias, attention_output_bias, mlp_bias) = match architecture {
-        Architecture::Bert => (true, true, true),
-        Architecture::Llama => (attention_bias, attention_bias, mlp_bias),
-        Architecture::Qwen2 => (true, false, false),
+    let default_head_dim = match names.default_head_dim {
+        0 => (hidden_size / num_attention_heads).max(1),
+        width => width,
     };
-    let (act, eps, default_eps, positions) = match architecture {
-        Architecture::Bert => ("gelu", "layer_norm_eps", 1e-12, 512),
-        Architecture::Llama => ("silu", "rms_norm_eps", 1e-6, 2048),
-        Architecture::Qwen2 => ("silu", "rms_norm_eps", 1e-6, 32768),
-    };
-    let type_vocab_size = if decoder { 0 } else { f.size("type_vocab_size", MAX_DIM)?.unwrap_or(2) };
+    sizes.set_or_assume("head_dim", head_dim, default_head_dim, names.head_dim);
+    let head_dim = sizes.value("head_dim");
+    f.check_heads(names.head_dim, head_dim, num_attention_heads)?;
+    let ffn = f.size(names.ffn, MAX_DIM)?;
+    if ffn.is_none() && names.ffn_times == 0 {
+        return Err(f.error(names.ffn, "is missing"));
+    }
+    sizes.set_or_assume("ffn", ffn, hidden_size * names.ffn_times, names.ffn);
+    let positions = f.size(names.positions, MAX_DIM)?;
+    sizes.set_or_assume("positions", positions, names.default_positions, names.positions);
+    if !names.vocab.is_empty() {
+        let rows = f.size(names.vocab, MAX_DIM)?;
+        if rows.is_none() && names.default_vocab == 0 {
+            return Err(f.error(names.vocab, "is missing"));
+        }
+        sizes.set_or_assume("vocab", rows, names.default_vocab, names.vocab);
+    }
+    let num_layers = f.required(names.layers, MAX_LAYERS)?;
+    let tied = f.flag("tie_word_embeddings")?.unwrap_or(names.tied);
     let sliding_window = match f.flag("use_sliding_window")? {
         Some(true) => f.size("sliding_window", MAX_DIM)?,
         _ => None,
     };
-
-    let mut spec = ModelSpec {
+    let spec = ModelSpec {
         architecture,
-        num_layers: f.required("num_hidden_layers", MAX_LAYERS)?,
+        num_layers,
         hidden_size,
         num_attention_heads,
         num_key_value_heads,
         head_dim,
-        intermediate_size: f.required("intermediate_size", MAX_DIM)?,
-        vocab_size: f.required("vocab_size", MAX_DIM)?,
-        max_position_embeddings: f.size("max_position_embeddings", MAX_DIM)?.unwrap_or(positions),
-        type_vocab_size,
-        hidden_act: f.text("hidden_act")?.unwrap_or(act).to_owned(),
-        norm_eps: f.positive(eps)?.unwrap_or(default_eps),
-        rope: if decoder { Some(rope(&f)?) } else { None },
+        intermediate_size: sizes.value("ffn"),
+        vocab_size: sizes.get("vocab").map_or(0, |s| s.value),
+        max_position_embeddings: sizes.value("positions"),
+        hidden_act: f.text(names.act.0)?.unwrap_or(names.act.1).to_owned(),
+        norm_eps: f.positive(names.eps.0)?.unwrap_or(names.eps.1),
+        rope: if names.rope { Some(rope(f)?) } else { None },
         sliding_window,
-        tie_word_embeddings: decoder && f.flag("tie_word_embeddings")?.unwrap_or(false),
-        qkv_bias,
-        attention_output_bias,
-        mlp_bias,
+        tie_word_embeddings: tied,
         eos_token_ids: f.tokens("eos_token_id")?,
-        dtype: dtype(&f)?,
-        prefix: architecture.rules().prefixes[0].to_owned(),
-        tensors: Vec::new(),
-        unused: Vec::new(),
-        source: PathBuf::from(file),
-        weight_files: Vec::new(),
+        dtype: dtype(f)?,
+        source: PathBuf::from(f.file),
+        ..ModelSpec::empty(architecture)
     };
-    spec.derive_tensors()?;
-    Ok(spec)
+    let mut draft = Draft::new(spec, sizes, num_layers);
+    draft.flag("tied", tied);
+    Ok(draft)
 }
 
-fn architecture(f: &Fields) -> Result<Architecture> {
-    let Some(model_type) = f.text("model_type")? else {
-        return Err(f.error("model_type", "is missing"));
-    };
-    Architecture::ALL.into_iter().find(|a| a.model_type() == model_type).ok_or_else(|| {
-        Error::UnknownArchitecture {
-            file: f.file.to_owned(),
-            model_type: model_type.to_owned(),
-            supported: Architecture::ALL.iter().map(|a| a.model_type()).collect(),
+impl Sizes {
+    /// The configured value, or a default that the weights may correct.
+    pub(super) fn set_or_assume(
+        &mut self,
+        name: &'static str,
+        value: Option<usize>,
+        default: usize,
+        field: &'static str,
+    ) {
+        match value {
+            Some(value) => self.set(name, value, field),
+            None => self.assume(name, default, field),
         }
-    })
+    }
 }
 
-fn refuse_what_the_rules_would_shard_wrongly(f: &Fields, architecture: Architecture) -> Result<()> {
-    let unsupported = |what: String| Err(Error::Unsupported { file: f.file.to_owned(), what });
-    if f.get("quantization_config").is_some() {
-        return unsupported(
-            "quantised weights (quantization_config) are not supported: use the f32, f16 or bf16 weights"
-                .to_owned(),
-        );
-    }
-    if architecture == Architecture::Bert {
-        if let Some(kind) = f.text("position_embedding_type")?.filter(|k| *k != "absolute") {
-            return unsupported(format!(
-                "position_embedding_type \"{kind}\" is not supported, only \"absolute\""
-            ));
-        }
-        if f.flag("is_decoder")? == Some(true) {
-            return unsupported(
-                "BERT as a decoder (is_decoder) is not supported, only as an encoder".to_owned(),
-            );
+impl Draft {
+    pub(super) fn flag(&mut self, name: &'static str, on: bool) {
+        if on {
+            self.flags.insert(name);
         }
     }
-    Ok(())
+
+    /// Which linear layers have a bias.
+    pub(super) fn bias(&mut self, qkv: bool, attention_output: bool, mlp: bool) {
+        self.flag("qkv_bias", qkv);
+        self.flag("attention_output_bias", attention_output);
+        self.flag("mlp_bias", mlp);
+        self.spec.qkv_bias = qkv;
+        self.spec.attention_output_bias = attention_output;
+        self.spec.mlp_bias = mlp;
+    }
 }
 
 /// The type the weights are stored in, which newer files call `dtype`; float32 where none is named.
-fn dtype(f: &Fields) -> Result<DType> {
+pub(super) fn dtype(f: &Fields) -> Result<DType> {
     let field = if f.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
     match f.text(field)?.map(|name| name.strip_prefix("torch.").unwrap_or(name)) {
         None | Some("float32") => Ok(DType::F32),
@@ -192,24 +252,38 @@ fn scaling(p: &Fields) -> Result<RopeScaling> {
 }
 
 /// One JSON object of the file. A field that is null counts as absent.
-struct Fields<'a> {
-    map: &'a Map<String, Value>,
-    file: &'a str,
+pub(super) struct Fields<'a> {
+    pub(super) map: &'a Map<String, Value>,
+    pub(super) file: &'a str,
     /// Where the object is in the file: empty, or such as `rope_scaling.`.
     path: String,
 }
 
 impl<'a> Fields<'a> {
-    fn get(&self, field: &str) -> Option<&'a Value> {
+    /// Something that the rules would shard wrongly.
+    pub(super) fn unsupported(&self, what: impl Into<String>) -> Error {
+        Error::Unsupported { file: self.file.to_owned(), what: what.into() }
+    }
+
+    /// Refuses heads that are together wider than any model.
+    pub(super) fn check_heads(&self, field: &str, head_dim: usize, heads: usize) -> Result<()> {
+        // Both factors are far below 2^32, so their product fits.
+        if head_dim * heads > MAX_DIM {
+            return Err(self.error(field, format!("= {head_dim} times {heads} heads is above {MAX_DIM}")));
+        }
+        Ok(())
+    }
+
+    pub(super) fn get(&self, field: &str) -> Option<&'a Value> {
         self.map.get(field).filter(|v| !v.is_null())
     }
 
-    fn error(&self, field: &str, problem: impl Into<String>) -> Error {
+    pub(super) fn error(&self, field: &str, problem: impl Into<String>) -> Error {
         let field = format!("{}{field}", self.path);
         Error::Config { file: self.file.to_owned(), field, problem: problem.into() }
     }
 
-    fn wrong(&self, field: &str, expected: &str, found: &Value) -> Error {
+    pub(super) fn wrong(&self, field: &str, expected: &str, found: &Value) -> Error {
         let mut found = found.to_string();
         if found.len() > 60 {
             found = format!("{}...", found.chars().take(60).collect::<String>());
@@ -218,7 +292,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A whole number from 1 to `limit`.
-    fn size(&self, field: &str, limit: usize) -> Result<Option<usize>> {
+    pub(super) fn size(&self, field: &str, limit: usize) -> Result<Option<usize>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=limit).contains(n)) {
             Some(n) => Ok(Some(n)),
@@ -226,11 +300,31 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn required(&self, field: &str, limit: usize) -> Result<usize> {
+    /// A whole number from 0 to `limit`.
+    pub(super) fn count(&self, field: &str, limit: usize) -> Result<Option<usize>> {
+        match self.get(field) {
+            Some(value) if value.as_u64() == Some(0) => Ok(Some(0)),
+            _ => self.size(field, limit),
+        }
+    }
+
+    /// Three whole numbers from 1 to `limit`.
+    pub(super) fn sizes(&self, field: &str, limit: usize) -> Result<Option<[usize; 3]>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let one =
+            |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=limit).contains(n));
+        let three: Option<Vec<usize>> = value.as_array().and_then(|list| list.iter().map(one).collect());
+        match three.as_deref() {
+            Some(&[a, b, c]) => Ok(Some([a, b, c])),
+            _ => Err(self.wrong(field, &format!("three whole numbers from 1 to {limit}"), value)),
+        }
+    }
+
+    pub(super) fn required(&self, field: &str, limit: usize) -> Result<usize> {
         self.size(field, limit)?.ok_or_else(|| self.error(field, "is missing"))
     }
 
-    fn positive(&self, field: &str) -> Result<Option<f64>> {
+    pub(super) fn positive(&self, field: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_f64().filter(|x| x.is_finite() && *x > 0.0) {
             Some(x) => Ok(Some(x)),
@@ -238,21 +332,21 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn required_positive(&self, field: &str) -> Result<f64> {
+    pub(super) fn required_positive(&self, field: &str) -> Result<f64> {
         self.positive(field)?.ok_or_else(|| self.error(field, "is missing"))
     }
 
-    fn flag(&self, field: &str) -> Result<Option<bool>> {
+    pub(super) fn flag(&self, field: &str) -> Result<Option<bool>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         value.as_bool().map(Some).ok_or_else(|| self.wrong(field, "true or false", value))
     }
 
-    fn text(&self, field: &str) -> Result<Option<&'a str>> {
+    pub(super) fn text(&self, field: &str) -> Result<Option<&'a str>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.wrong(field, "a string", value))
     }
 
-    fn object(&self, field: &str) -> Result<Option<Fields<'a>>> {
+    pub(super) fn object(&self, field: &str) -> Result<Option<Fields<'a>>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_object() {
             Some(map) => Ok(Some(Fields { map, file: self.file, path: format!("{}{field}.", self.path) })),
@@ -261,7 +355,7 @@ impl<'a> Fields<'a> {
     }
 
     /// One token or a list of tokens.
-    fn tokens(&self, field: &str) -> Result<Vec<u32>> {
+    pub(super) fn tokens(&self, field: &str) -> Result<Vec<u32>> {
         let Some(value) = self.get(field) else { return Ok(Vec::new()) };
         let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let tokens = match value {

@@ -7,6 +7,11 @@
 
 mod arch;
 mod config;
+mod dimension;
+mod expand;
+mod families;
+mod layer;
+mod quantization;
 mod safetensors;
 mod tensors;
 
@@ -18,9 +23,14 @@ use tensorwire_core::DType;
 
 use crate::{Error, Result};
 
-pub use arch::{Architecture, Axis};
+pub use arch::Architecture;
+pub use dimension::{Axis, Cut, Dimension, Segment};
+pub use layer::{AttentionSpec, Block, Cache, ExpertsSpec, LayerSpec, Stream, Sum, Use};
+pub use quantization::{QuantFormat, Quantization};
 pub use safetensors::StoredType;
-pub use tensors::{Location, TensorSpec, UnusedTensor};
+pub use tensors::{Location, Owner, TensorSpec, UnusedTensor};
+
+pub(crate) use expand::gcd;
 
 /// Transformer layers at most; real models have about a hundred.
 pub const MAX_LAYERS: usize = 4096;
@@ -40,7 +50,7 @@ pub const MAX_BYTES: u64 = 1 << 50;
 pub struct ModelSpec {
     /// Which rules apply.
     pub architecture: Architecture,
-    /// Transformer layers.
+    /// Layers, of all stacks.
     pub num_layers: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -50,7 +60,7 @@ pub struct ModelSpec {
     pub num_key_value_heads: usize,
     /// Elements a head.
     pub head_dim: usize,
-    /// Width of the feed-forward layer.
+    /// Width of the feed-forward layer; of the dense one where others have experts.
     pub intermediate_size: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
@@ -80,8 +90,22 @@ pub struct ModelSpec {
     pub dtype: DType,
     /// What every name in `tensors` but the head's starts with: `model.`, `bert.` or nothing.
     pub prefix: String,
+    /// How the linear layers are quantised.
+    pub quantization: Option<Quantization>,
+    /// What ranks may share.
+    pub dims: Vec<Dimension>,
+    /// The dimension of the vocabulary, where the model has one.
+    pub vocab: Option<usize>,
+    /// The modules that look up vocabulary rows: a rank has some rows, and the ranks' results are summed.
+    pub embeddings: Vec<Sum>,
+    /// The module that makes logits, where there is one.
+    pub logits: Option<String>,
+    /// The layers, of all stacks.
+    pub layers: Vec<LayerSpec>,
     /// Every tensor that the model computes with, sorted by name.
     pub tensors: Vec<TensorSpec>,
+    /// What a plan must say of how the model was read.
+    pub notes: Vec<String>,
     /// What else the files hold, sorted by name: no rank reads it.
     pub unused: Vec<UnusedTensor>,
     source: PathBuf,
@@ -135,19 +159,19 @@ impl ModelSpec {
         let meta = std::fs::metadata(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
         let config = if meta.is_dir() { path.join("config.json") } else { path.to_owned() };
         let json = read_text(&config, config::MAX_CONFIG_BYTES)?;
-        let mut spec = config::parse(&json, &config.display().to_string())?;
-        spec.source = path.to_owned();
-        if meta.is_dir()
-            && let Some(weights) = safetensors::open(path)?
-        {
-            spec.use_weights(weights)?;
+        let (family, mut draft) = config::parse(&json, &config.display().to_string())?;
+        draft.spec.source = path.to_owned();
+        let weights = if meta.is_dir() { safetensors::open(path)? } else { None };
+        match weights {
+            Some(weights) => draft.with_weights(family, weights),
+            None => draft.derive(family),
         }
-        Ok(spec)
     }
 
     /// Reads the text of a config.json. The tensors are those the architecture implies.
     pub fn from_config(json: &str) -> Result<ModelSpec> {
-        config::parse(json, "config.json")
+        let (family, draft) = config::parse(json, "config.json")?;
+        draft.derive(family)
     }
 
     /// The files that hold the weights; [`Location::file`] counts in these.
@@ -170,26 +194,59 @@ impl ModelSpec {
         self.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|i| &self.tensors[i])
     }
 
-    /// The prefix of layer `n`'s tensors, such as `model.layers.0`.
-    pub fn layer_name(&self, n: usize) -> String {
-        format!("{}{}.{n}", self.prefix, self.architecture.rules().layer)
-    }
-
-    /// The layer that a tensor is part of.
-    pub(crate) fn layer_of(&self, tensor: &str) -> Option<usize> {
-        let rest =
-            tensor.strip_prefix(self.prefix.as_str())?.strip_prefix(self.architecture.rules().layer)?;
-        rest.strip_prefix('.')?.split('.').next()?.parse().ok()
+    /// The prefix of layer `n`'s tensors, such as `model.layers.0`; empty if there is no such layer.
+    pub fn layer_name(&self, n: usize) -> &str {
+        self.layers.get(n).map_or("", |l| &l.name)
     }
 
     /// Parameters in all, of the tensors that the model computes with.
     pub fn parameters(&self) -> u64 {
-        self.tensors.iter().map(TensorSpec::elements).sum()
+        self.tensors.iter().map(TensorSpec::parameters).sum()
     }
 
     /// Bytes of the tensors that the model computes with, as stored.
     pub fn weight_bytes(&self) -> u64 {
         self.tensors.iter().map(TensorSpec::bytes).sum()
+    }
+}
+
+impl ModelSpec {
+    /// A model of nothing, for a family to fill.
+    fn empty(architecture: Architecture) -> ModelSpec {
+        ModelSpec {
+            architecture,
+            num_layers: 0,
+            hidden_size: 0,
+            num_attention_heads: 0,
+            num_key_value_heads: 0,
+            head_dim: 0,
+            intermediate_size: 0,
+            vocab_size: 0,
+            max_position_embeddings: 0,
+            type_vocab_size: 0,
+            hidden_act: String::new(),
+            norm_eps: 0.0,
+            rope: None,
+            sliding_window: None,
+            tie_word_embeddings: false,
+            qkv_bias: false,
+            attention_output_bias: false,
+            mlp_bias: false,
+            eos_token_ids: Vec::new(),
+            dtype: DType::F32,
+            prefix: String::new(),
+            quantization: None,
+            dims: Vec::new(),
+            vocab: None,
+            embeddings: Vec::new(),
+            logits: None,
+            layers: Vec::new(),
+            tensors: Vec::new(),
+            notes: Vec::new(),
+            unused: Vec::new(),
+            source: PathBuf::new(),
+            weight_files: Vec::new(),
+        }
     }
 }
 

@@ -1,8 +1,10 @@
-//! The list of a model's tensors: derived from the architecture, or matched against real files.
+//! The list of a model's tensors: as the architecture implies it, or matched against real files.
 
 use std::collections::BTreeMap;
 
-use super::arch::{Rule, When};
+use super::expand::{Expanded, expand};
+use super::families::{Draft, Family, Form};
+use super::layer::Use;
 use super::safetensors::{Stored, Weights};
 use super::{Axis, MAX_BYTES, ModelSpec, StoredType};
 use crate::{Error, Result};
@@ -19,12 +21,31 @@ pub struct TensorSpec {
     pub name: String,
     /// Its dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// What each dimension counts.
+    /// What each dimension is made of.
     pub axes: Vec<Axis>,
     /// The type of its elements as stored.
     pub stored: StoredType,
     /// Where its bytes are; none if the spec was made from a config.json alone.
     pub location: Option<Location>,
+    /// What it is part of as a whole, such as one expert: only ranks that have that hold anything of it.
+    pub owner: Option<Owner>,
+    /// Which of [`ModelSpec::layers`] it is in; none for embeddings, heads and the like.
+    pub layer: Option<usize>,
+    /// How it is used.
+    pub used: Use,
+    /// How many of the model's parameters an element holds: 1, more where they are packed, 0 for scales and the
+    /// like.
+    pub weights_an_element: u32,
+}
+
+/// One index of a dimension, such as expert 17.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Owner {
+    /// Which of [`ModelSpec::dims`].
+    pub dim: usize,
+    /// Which index of it.
+    pub index: usize,
 }
 
 /// A tensor that a file holds and the model computes without, such as a pooler or a table of position
@@ -60,71 +81,127 @@ impl TensorSpec {
     pub fn bytes(&self) -> u64 {
         self.elements() * self.stored.size()
     }
-}
 
-impl ModelSpec {
-    /// Fills `tensors` with those the architecture implies.
-    pub(super) fn derive_tensors(&mut self) -> Result<()> {
-        let Some(stored) = StoredType::of(self.dtype) else {
-            let what = format!("{} weights are not supported: use F32, F16 or BF16", self.dtype);
-            return Err(Error::Unsupported { file: self.source.display().to_string(), what });
-        };
-        let mut tensors = Vec::new();
-        for (name, rule) in self.expected(&self.prefix) {
-            if self.requires(rule.when) {
-                let shape = self.shape(rule.axes);
-                tensors.push(TensorSpec { name, shape, axes: rule.axes.to_vec(), stored, location: None });
-            }
-        }
-        self.set_tensors(tensors)
+    /// The model's parameters that it holds.
+    pub fn parameters(&self) -> u64 {
+        self.elements() * u64::from(self.weights_an_element)
     }
 
-    /// Replaces `tensors` by those of real files, each checked against the architecture.
-    pub(super) fn use_weights(&mut self, mut weights: Weights) -> Result<()> {
-        let rules = self.architecture.rules();
-        let embedding = |prefix: &str| format!("{prefix}{}", rules.stem[0].name);
-        let Some(prefix) = rules.prefixes.iter().find(|p| weights.tensors.contains_key(&embedding(p))) else {
-            return Err(Error::MissingTensor { path: weights.root, tensor: embedding(rules.prefixes[0]) });
+    /// Whether ranks may hold different parts of it.
+    pub fn is_shared(&self) -> bool {
+        self.owner.is_some() || self.axes.iter().any(|a| !a.is_whole())
+    }
+}
+
+impl Draft {
+    /// The model with the tensors that the architecture implies.
+    pub(super) fn derive(self, family: &Family) -> Result<ModelSpec> {
+        let prefix = family.prefixes[0];
+        let expanded = expand(family, &self, prefix)?;
+        let tensors = expanded.tensors.into_iter().filter(|t| t.needed);
+        let tensors = tensors
+            .map(|t| TensorSpec {
+                name: t.name,
+                shape: t.shape,
+                axes: t.axes,
+                stored: t.stored,
+                location: None,
+                owner: t.owner,
+                layer: t.layer,
+                used: t.used,
+                weights_an_element: t.weights_an_element,
+            })
+            .collect();
+        let Expanded { dims, layers, .. } = expanded;
+        self.finish(family, prefix, dims, layers, tensors)
+    }
+
+    /// The model with the tensors of real files, each checked against the architecture.
+    pub(super) fn with_weights(mut self, family: &Family, mut weights: Weights) -> Result<ModelSpec> {
+        let marker = |prefix: &str| {
+            let rule = family.stem.first();
+            let suffix =
+                if rule.is_some_and(|r| matches!(r.form, Form::Linear { .. })) { ".weight" } else { "" };
+            format!("{prefix}{}{suffix}", rule.map_or("", |r| r.name))
         };
-        self.prefix = (*prefix).to_owned();
+        let found = |p: &&&str| family.stem.is_empty() || weights.tensors.contains_key(&marker(p));
+        let Some(prefix) = family.prefixes.iter().find(found) else {
+            return Err(Error::MissingTensor { path: weights.root, tensor: marker(family.prefixes[0]) });
+        };
+        let Expanded { dims, layers, tensors: mut expected } = expand(family, &self, prefix)?;
+        // A name may be that of a tensor in a form that another model has.
+        expected.sort_by_key(|t| !t.needed);
 
         let (mut tensors, mut unused) = (Vec::new(), Vec::new());
-        for (name, rule) in self.expected(prefix) {
-            let needed = self.requires(rule.when);
-            let Some(Stored { dtype, shape, location }) = weights.tensors.remove(&name) else {
-                if needed {
-                    return Err(Error::MissingTensor { path: weights.root, tensor: name });
+        for t in expected {
+            let Some(Stored { dtype, shape, location }) = weights.tensors.remove(&t.name) else {
+                if t.needed {
+                    return Err(Error::MissingTensor { path: weights.root, tensor: t.name });
                 }
                 continue;
             };
-            if !needed {
-                unused.push(UnusedTensor { name, bytes: location.bytes });
+            if !t.needed {
+                unused.push(UnusedTensor { name: t.name, bytes: location.bytes });
                 continue;
             }
             let path = &weights.files[location.file];
-            let expected = self.shape(rule.axes);
-            if shape != expected {
-                return Err(Error::TensorShape { path: path.clone(), tensor: name, found: shape, expected });
+            if shape != t.shape {
+                return Err(Error::TensorShape {
+                    path: path.clone(),
+                    tensor: t.name,
+                    found: shape,
+                    expected: t.shape,
+                });
             }
-            if dtype.dtype().is_none() {
+            // What is expected in the model's own type may be in another that it can be computed with.
+            let fits = if t.stored.dtype().is_some() { dtype.dtype().is_some() } else { dtype == t.stored };
+            if !fits {
                 let what = format!(
-                    "tensor {name} is stored as {dtype}: only F32, F16 and BF16 weights are supported"
+                    "tensor {} is stored as {dtype}: only F32, F16 and BF16 weights are supported, and what \
+                     quantization_config describes",
+                    t.name
                 );
                 return Err(Error::Unsupported { file: path.display().to_string(), what });
             }
-            let location = Some(location);
-            tensors.push(TensorSpec { name, shape, axes: rule.axes.to_vec(), stored: dtype, location });
+            tensors.push(TensorSpec {
+                name: t.name,
+                shape,
+                axes: t.axes,
+                stored: dtype,
+                location: Some(location),
+                owner: t.owner,
+                layer: t.layer,
+                used: t.used,
+                weights_an_element: t.weights_an_element,
+            });
         }
         let known: u64 = tensors.iter().map(TensorSpec::bytes).fold(0, u64::saturating_add);
-        self.dtype = most_common_type(&tensors).unwrap_or(self.dtype);
+        if self.spec.quantization.is_none() {
+            self.spec.dtype = most_common_type(&tensors).unwrap_or(self.spec.dtype);
+        }
 
         for (name, Stored { dtype, shape, location }) in weights.tensors {
-            if location.bytes > MAX_UNKNOWN_BYTES.max(known / 100) {
-                let model_type = self.architecture.model_type();
+            if self.whole.iter().any(|start| name.starts_with(start)) {
+                tensors.push(TensorSpec {
+                    axes: vec![Axis::WHOLE; shape.len()],
+                    name,
+                    shape,
+                    stored: dtype,
+                    location: Some(location),
+                    owner: None,
+                    layer: None,
+                    used: Use::Call,
+                    weights_an_element: 1,
+                });
+                continue;
+            }
+            let ignored = self.ignored.iter().any(|start| name.starts_with(start));
+            if !ignored && location.bytes > MAX_UNKNOWN_BYTES.max(known / 100) {
                 let what = format!(
-                    "tensor {name} ({dtype} {shape:?}) is not part of a {model_type} model of {} layers: \
+                    "tensor {name} ({dtype} {shape:?}) is not part of a {} model of {} layers: \
                      is config.json another model's?",
-                    self.num_layers
+                    self.spec.architecture.model_type(),
+                    layers.len()
                 );
                 return Err(Error::Unsupported {
                     file: weights.files[location.file].display().to_string(),
@@ -134,12 +211,19 @@ impl ModelSpec {
             unused.push(UnusedTensor { name, bytes: location.bytes });
         }
         unused.sort_by(|a, b| a.name.cmp(&b.name));
-        self.unused = unused;
-        self.weight_files = weights.files;
-        self.set_tensors(tensors)
+        self.spec.unused = unused;
+        self.spec.weight_files = weights.files;
+        self.finish(family, prefix, dims, layers, tensors)
     }
 
-    fn set_tensors(&mut self, mut tensors: Vec<TensorSpec>) -> Result<()> {
+    fn finish(
+        self,
+        family: &Family,
+        prefix: &str,
+        dims: Vec<super::Dimension>,
+        layers: Vec<super::LayerSpec>,
+        mut tensors: Vec<TensorSpec>,
+    ) -> Result<ModelSpec> {
         let total: u128 = tensors
             .iter()
             .map(|t| t.shape.iter().map(|&d| d as u128).fold(t.stored.size() as u128, u128::saturating_mul))
@@ -149,49 +233,21 @@ impl ModelSpec {
             return Err(Error::TooLarge { what, size: total, limit: MAX_BYTES as u128 });
         }
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        self.tensors = tensors;
-        Ok(())
-    }
-
-    /// Every tensor that the architecture knows, by name.
-    fn expected(&self, prefix: &str) -> Vec<(String, &'static Rule)> {
-        let rules = self.architecture.rules();
-        let layers = (0..self.num_layers).flat_map(|n| {
-            let layer = format!("{prefix}{}.{n}", rules.layer);
-            rules.layers.iter().map(move |rule| (format!("{layer}.{}", rule.name), rule))
-        });
-        let stem = rules.stem.iter().map(|rule| (format!("{prefix}{}", rule.name), rule));
-        let head = rules.head.iter().map(|rule| (rule.name.to_owned(), rule));
-        stem.chain(layers).chain(head).collect()
-    }
-
-    fn requires(&self, when: When) -> bool {
-        match when {
-            When::Always => true,
-            When::QkvBias => self.qkv_bias,
-            When::AttentionOutputBias => self.attention_output_bias,
-            When::MlpBias => self.mlp_bias,
-            When::UntiedHead => !self.tie_word_embeddings,
-            When::Unused => false,
-        }
-    }
-
-    fn shape(&self, axes: &[Axis]) -> Vec<usize> {
-        axes.iter().map(|&axis| self.axis_size(axis)).collect()
-    }
-
-    /// Elements along an axis. Heads are at most 4096 and their product with `head_dim` is checked on
-    /// parsing.
-    fn axis_size(&self, axis: Axis) -> usize {
-        match axis {
-            Axis::Hidden => self.hidden_size,
-            Axis::QueryHeads => self.num_attention_heads * self.head_dim,
-            Axis::KvHeads => self.num_key_value_heads * self.head_dim,
-            Axis::Ffn => self.intermediate_size,
-            Axis::Vocab => self.vocab_size,
-            Axis::Position => self.max_position_embeddings,
-            Axis::TokenType => self.type_vocab_size,
-        }
+        let encoder_only = self.flags.contains("encoder_only");
+        let own = |&(module, stream): &(&str, _)| {
+            // Of an encoder alone, what the decoder looks up isn't looked up.
+            let gone = encoder_only && stream == super::Stream::Tokens;
+            let stream = if encoder_only { super::Stream::Tokens } else { stream };
+            (!gone).then(|| super::Sum { after: module.to_owned(), stream })
+        };
+        let mut spec = self.spec;
+        spec.num_layers = layers.len();
+        spec.vocab = dims.iter().position(|d| d.cut == super::Cut::Vocabulary);
+        spec.embeddings = family.embeddings.iter().filter_map(own).collect();
+        spec.logits = family.logits.filter(|_| !encoder_only).map(str::to_owned);
+        spec.prefix = prefix.to_owned();
+        (spec.dims, spec.layers, spec.tensors) = (dims, layers, tensors);
+        Ok(spec)
     }
 }
 

@@ -1,14 +1,14 @@
 //! Proof that a plan is consistent: with itself, and with the model it is for.
 
-use super::{Layer, Plan, SCHEMA, Span, TensorShard, shard_bytes, slices, summarise};
-use crate::model::{MAX_HEADS, ModelSpec, TensorSpec};
-use crate::shard::{HeadShares, Shares, VocabShares, kv_heads};
+use super::share::elements;
+use super::{DimensionPlan, Layer, Plan, SCHEMA, Span, TensorShard, shared_by, summarise};
+use crate::model::{Cut, Dimension, MAX_HEADS, ModelSpec, TensorSpec};
+use crate::shard::{DimensionShares, Experts, Shares, kv_heads};
 use crate::{Error, Result};
 
 impl Plan {
-    /// Checks that the plan doesn't contradict itself, as far as that can be seen without the model: shares
-    /// are partitions, key/value heads those that the query heads read, and every tensor has an entry a rank
-    /// that cuts at most one dimension.
+    /// Checks that the plan doesn't contradict itself, as far as that can be seen without the model: dimensions
+    /// are shared without gaps and where they may be cut, layers refer to them, and tensors are in order.
     ///
     /// Error: [`Error::InvalidPlan`].
     pub fn validate(&self) -> Result<()> {
@@ -17,7 +17,8 @@ impl Plan {
 
     /// Checks that the plan is right for `spec`: besides [`validate`](Plan::validate), that every element of
     /// every tensor that the model computes with is on exactly one rank, or on several that all declare it
-    /// replicated; that tensors are cut where the layers say; and that the bytes add up.
+    /// replicated; that tensors are cut where the dimensions say; that key/value heads are those that the query
+    /// heads read; and that the bytes add up.
     ///
     /// Error: [`Error::InvalidPlan`].
     pub fn check(&self, spec: &ModelSpec) -> Result<()> {
@@ -36,21 +37,15 @@ impl Plan {
         if self.layers.len() != model.num_layers {
             return Some(format!("it has {} layers for a model of {}", self.layers.len(), model.num_layers));
         }
-        for layer in &self.layers {
-            let Layer { name, attention, mlp, .. } = layer;
-            if let Some(what) = not_a_partition(&attention.q_heads, model.num_attention_heads, world) {
-                return Some(format!("{name}: q_heads {what}"));
-            }
-            let needs = |q: &Span| kv_heads(model.num_attention_heads, model.num_key_value_heads, *q);
-            if !attention.kv_heads.iter().copied().eq(attention.q_heads.iter().map(needs)) {
-                return Some(format!("{name}: kv_heads are not those that q_heads read"));
-            }
-            if let Some(what) = not_a_partition(&mlp.ffn, model.intermediate_size, world) {
-                return Some(format!("{name}: ffn {what}"));
-            }
+        if let Some(what) = self.dimensions.iter().find_map(|d| wrong_ranges(d, world)) {
+            return Some(what);
         }
-        if let Some(what) = not_a_partition(&self.vocab.ranges, model.vocab_size, world) {
-            return Some(format!("vocab {what}"));
+        if let Some(what) = self.layers.iter().find_map(|layer| self.unknown_ranges(layer)) {
+            return Some(what);
+        }
+        let vocab = self.dimension("vocab");
+        if self.vocab.ranges[..] != *vocab.map_or(&[][..], |d| &d.ranges) {
+            return Some("vocab: ranges are not those of the dimension vocab".to_owned());
         }
         if self.vocab.padded < model.vocab_size {
             return Some(format!(
@@ -64,60 +59,73 @@ impl Plan {
         self.tensors_out_of_order()
     }
 
-    /// `tensors` must hold each name once for each rank, sorted by both, for [`Plan::tensor`] to find them.
+    /// Why a layer's ranges aren't those of dimensions.
+    fn unknown_ranges(&self, layer: &Layer) -> Option<String> {
+        let Layer { name, attention, cross_attention, mlp, .. } = layer;
+        let cross = cross_attention.as_ref();
+        let lists = [
+            ("q_heads", &attention.q_heads),
+            ("kv_heads", &attention.kv_heads),
+            ("ffn", &mlp.ffn),
+            ("experts", &mlp.experts),
+            ("shared_ffn", &mlp.shared_ffn),
+        ];
+        let of_cross = cross.map(|a| [("cross q_heads", &a.q_heads), ("cross kv_heads", &a.kv_heads)]);
+        let known = |ranges: &[Span]| ranges.is_empty() || self.dimensions.iter().any(|d| d.ranges == ranges);
+        let mut all = lists.into_iter().chain(of_cross.into_iter().flatten());
+        let (what, _) = all.find(|(_, ranges)| !known(ranges))?;
+        Some(format!("{name}: {what} are not the ranges of any dimension"))
+    }
+
+    /// `tensors` must be sorted by name and rank, for [`Plan::tensor`] to find them.
     fn tensors_out_of_order(&self) -> Option<String> {
-        if !self.tensors.len().is_multiple_of(self.world) {
-            return Some(format!(
-                "{} tensor shards are not a multiple of {} ranks",
-                self.tensors.len(),
-                self.world
-            ));
+        if let Some(shard) = self.tensors.iter().find(|s| s.rank >= self.world) {
+            return Some(format!("tensor {} has an entry for rank {}", shard.name, shard.rank));
         }
-        let mut before: Option<&str> = None;
-        for shards in self.tensors.chunks(self.world) {
-            let name = &shards[0].name;
-            if before.is_some_and(|b| b >= name.as_str()) {
-                return Some(format!("tensor {name} is not in its place: tensors must be sorted by name"));
-            }
-            if !shards.iter().map(|s| s.rank).eq(0..self.world) || shards.iter().any(|s| s.name != *name) {
-                return Some(format!("tensor {name} doesn't have one entry for each rank in order"));
-            }
-            before = Some(name);
-        }
-        None
+        let pair = self.tensors.windows(2).find(|w| (&w[0].name, w[0].rank) >= (&w[1].name, w[1].rank))?;
+        let TensorShard { name, rank, .. } = &pair[1];
+        Some(format!(
+            "tensor {name} of rank {rank} is not in its place: tensors must be sorted by name and rank"
+        ))
     }
 
     fn find_mismatch(&self, spec: &ModelSpec) -> Option<String> {
         if self.model != summarise(spec) {
             return Some("it is for a model of other dimensions".to_owned());
         }
-        if self.tensors.len() != spec.tensors.len() * self.world {
-            return Some(format!(
-                "it has {} tensors for a model of {}",
-                self.tensors.len() / self.world,
-                spec.tensors.len()
-            ));
+        let shares = match self.shares(spec) {
+            Ok(shares) => shares,
+            Err(what) => return Some(what),
+        };
+        for (n, layer) in self.layers.iter().enumerate() {
+            let expected = shared_by(spec, &shares, n);
+            let same = layer.name == spec.layers[n].name
+                && layer.attention == expected.attention
+                && layer.cross_attention == expected.cross_attention
+                && layer.mlp == expected.mlp;
+            if !same {
+                return Some(format!("{}: its shares are not those of the model's layer {n}", layer.name));
+            }
         }
         let mut bytes = vec![0u64; self.world];
-        for (tensor, shards) in spec.tensors.iter().zip(self.tensors.chunks(self.world)) {
-            if shards[0].name != tensor.name {
-                return Some(format!("it has no tensor {}", tensor.name));
-            }
-            if let Some(what) = not_covered(tensor, shards) {
+        let mut rest = &self.tensors[..];
+        for tensor in &spec.tensors {
+            let (shards, after) = rest.split_at(rest.iter().take_while(|s| s.name == tensor.name).count());
+            rest = after;
+            if let Some(what) = self.wrong_shards(tensor, shards, &shares) {
                 return Some(format!("tensor {}: {what}", tensor.name));
             }
-            let Some(shares) = self.shares_for(spec, tensor) else {
-                return Some(format!("tensor {} is of no layer", tensor.name));
-            };
             for shard in shards {
-                if shard.slices != slices(&tensor.axes, &shares, spec.head_dim, shard.rank) {
-                    return Some(format!(
-                        "tensor {}: rank {}'s slice is not what its heads, columns or rows need",
-                        tensor.name, shard.rank
-                    ));
+                let size = elements(tensor, &shard.slices) * tensor.stored.size();
+                if shard.bytes != size {
+                    let TensorShard { name, rank, bytes, .. } = shard;
+                    return Some(format!("tensor {name}: rank {rank}'s part is {size} bytes, not {bytes}"));
                 }
-                bytes[shard.rank] += shard_bytes(tensor, &shard.slices);
+                bytes[shard.rank] += size;
             }
+        }
+        if let Some(shard) = rest.first() {
+            return Some(format!("the model has no tensor {}", shard.name));
         }
         let wrong = self.ranks.iter().zip(&bytes).find(|(r, bytes)| r.weight_bytes != **bytes);
         wrong.map(|(r, bytes)| {
@@ -125,33 +133,93 @@ impl Plan {
         })
     }
 
-    /// The shares that apply to a tensor: those of its layer, or of any where it is in none.
-    fn shares_for(&self, spec: &ModelSpec, tensor: &TensorSpec) -> Option<Shares> {
-        let layer = self.layers.get(spec.layer_of(&tensor.name).unwrap_or(0))?;
-        Some(Shares {
-            heads: HeadShares { q: layer.attention.q_heads.clone(), kv: layer.attention.kv_heads.clone() },
-            ffn: layer.mlp.ffn.clone(),
-            vocab: VocabShares { ranges: self.vocab.ranges.clone(), padded: self.vocab.padded },
+    fn wrong_shards(&self, tensor: &TensorSpec, shards: &[TensorShard], shares: &Shares) -> Option<String> {
+        if shards.is_empty() {
+            return Some("no rank holds it".to_owned());
+        }
+        if let Some(what) = not_covered(tensor, shards) {
+            return Some(what);
+        }
+        let mut listed = shards.iter().peekable();
+        for rank in 0..self.world {
+            let shard = listed.next_if(|s| s.rank == rank);
+            match (shares.slices(tensor, rank), shard) {
+                (Some(expected), Some(shard)) if expected == shard.slices => {}
+                (None, None) => {}
+                (Some(_), None) => return Some(format!("rank {rank} has no entry, but needs it")),
+                _ => return Some(format!("rank {rank}'s slice is not what its heads, columns or rows need")),
+            }
+        }
+        None
+    }
+
+    /// The shares that the plan's dimensions are, if they are the model's.
+    fn shares(&self, spec: &ModelSpec) -> std::result::Result<Shares, String> {
+        let same = |(p, d): (&DimensionPlan, &Dimension)| {
+            (&p.name, p.size, p.granule) == (&d.name, d.size, d.granule)
+        };
+        if self.dimensions.len() != spec.dims.len() || !self.dimensions.iter().zip(&spec.dims).all(same) {
+            return Err("its dimensions are not those of the model".to_owned());
+        }
+        for (p, d) in self.dimensions.iter().zip(&spec.dims) {
+            let Cut::KvHeads { q } = d.cut else {
+                // A partition; that cuts are where they may be was checked.
+                if p.shared && p.ranges.windows(2).any(|w| w[0].end != w[1].start) {
+                    return Err(format!("{}: ranges of several ranks overlap", p.name));
+                }
+                continue;
+            };
+            let heads = &self.dimensions[q];
+            for (rank, (q, kv)) in heads.ranges.iter().zip(&p.ranges).enumerate() {
+                let needs = kv_heads(heads.size, p.size, *q);
+                let widened = Span::new(
+                    needs.start / p.granule * p.granule,
+                    needs.end.next_multiple_of(p.granule).min(p.size),
+                );
+                if *kv != widened {
+                    return Err(format!("{} of rank {rank} are not those that its query heads read", p.name));
+                }
+            }
+        }
+        let parallel = self.dimensions.iter().zip(&spec.dims).any(|(p, d)| d.cut == Cut::Experts && p.shared);
+        let share = |p: &DimensionPlan| DimensionShares {
+            ranges: p.ranges.clone(),
+            shared: p.shared,
+            padded: if p.name == "vocab" { self.vocab.padded } else { p.size },
+        };
+        Ok(Shares {
+            world: self.world,
+            dims: self.dimensions.iter().map(share).collect(),
+            experts: if parallel { Experts::Parallel } else { Experts::Tensor },
         })
     }
 }
 
-/// Why `spans` aren't `world` non-empty ranges that follow each other from 0 to `size`.
-fn not_a_partition(spans: &[Span], size: usize, world: usize) -> Option<String> {
-    if spans.len() != world {
-        return Some(format!("has {} ranges for {world} ranks", spans.len()));
+/// Why a dimension's ranges don't cover it, or cut it where it mustn't be. Ranges may overlap here: which do is seen
+/// with the model.
+fn wrong_ranges(d: &DimensionPlan, world: usize) -> Option<String> {
+    let DimensionPlan { name, size, ranges, granule, shared } = d;
+    if ranges.len() != world {
+        return Some(format!("{name} has {} ranges for {world} ranks", ranges.len()));
     }
-    let mut end = 0;
-    for (rank, span) in spans.iter().enumerate() {
-        if span.start != end || span.is_empty() {
-            return Some(format!(
-                "of rank {rank} is {}..{}: it must start at {end} and hold something",
-                span.start, span.end
-            ));
+    if *granule == 0 {
+        return Some(format!("{name} has a granule of 0"));
+    }
+    let (mut start, mut end) = (0, 0);
+    for (rank, r) in ranges.iter().enumerate() {
+        let of_rank = format!("{name} of rank {rank} is {}..{}", r.start, r.end);
+        if !shared && (r.start, r.end) != (0, *size) {
+            return Some(format!("{of_rank}, but it isn't shared: it must be 0..{size}"));
         }
-        end = span.end;
+        if r.is_empty() || r.start < start || r.start > end || r.end < end {
+            return Some(format!("{of_rank}: it must start at {end} and hold something"));
+        }
+        if !r.start.is_multiple_of(*granule) || (r.end != *size && !r.end.is_multiple_of(*granule)) {
+            return Some(format!("{of_rank}: it can only be cut at multiples of {granule}"));
+        }
+        (start, end) = (r.start, r.end);
     }
-    (end != size).then(|| format!("ends at {end}, not {size}"))
+    (end != *size).then(|| format!("{name} ends at {end}, not {size}"))
 }
 
 /// Why the shards of a tensor don't hold each element once, or several times and declared so.
@@ -167,38 +235,44 @@ fn not_covered(tensor: &TensorSpec, shards: &[TensorShard]) -> Option<String> {
         },
         None => 1,
     };
-    let mut ranges = Vec::with_capacity(shards.len());
+    let mut ranges: Vec<Vec<Span>> = Vec::with_capacity(shards.len());
     for shard in shards {
-        let range = match (cut, shard.slices.as_slice()) {
-            (None, []) => Span::new(0, 1),
-            (Some(dim), [slice]) if slice.dim == dim => slice.range,
-            _ => return Some("its shards don't all cut one and the same dimension".to_owned()),
+        let own: Vec<Span> = match cut {
+            None => vec![Span::new(0, 1)],
+            Some(_) => shard.slices.iter().map(|s| s.range).collect(),
         };
-        if range.is_empty() || range.end > size {
-            return Some(format!(
-                "rank {}: {}..{} is not within 0..{size}",
-                shard.rank, range.start, range.end
-            ));
+        if own.is_empty() || shard.slices.iter().any(|s| Some(s.dim) != cut) {
+            return Some("its shards don't all cut one and the same dimension".to_owned());
         }
-        ranges.push(range);
+        let mut end = 0;
+        for range in &own {
+            if range.is_empty() || range.start < end || range.end > size {
+                return Some(format!(
+                    "rank {}: {}..{} is not within {end}..{size}",
+                    shard.rank, range.start, range.end
+                ));
+            }
+            end = range.end;
+        }
+        ranges.push(own);
     }
 
-    let mut ends: Vec<usize> = ranges.iter().flat_map(|r| [r.start, r.end]).chain([0, size]).collect();
+    let all = ranges.iter().flatten();
+    let mut ends: Vec<usize> = all.flat_map(|r| [r.start, r.end]).chain([0, size]).collect();
     ends.sort_unstable();
     ends.dedup();
     let stretches = |r: &Span| ends.partition_point(|e| *e < r.start)..ends.partition_point(|e| *e < r.end);
     let mut holders = vec![0u32; ends.len() - 1];
-    for range in &ranges {
+    for range in ranges.iter().flatten() {
         holders[stretches(range)].iter_mut().for_each(|count| *count += 1);
     }
     if let Some(i) = holders.iter().position(|count| *count == 0) {
         return Some(format!("no rank holds {}..{} of dimension {}", ends[i], ends[i + 1], cut.unwrap_or(0)));
     }
-    let shares_something: Vec<bool> =
-        ranges.iter().map(|range| holders[stretches(range)].iter().any(|count| *count > 1)).collect();
-    let undeclared = shards.iter().zip(&shares_something).find(|(s, shares)| s.replicated != **shares);
-    undeclared.map(|(s, shares)| {
-        let (is, says) = if *shares {
+    let shares = |own: &Vec<Span>| own.iter().any(|r| holders[stretches(r)].iter().any(|count| *count > 1));
+    let undeclared = shards.iter().zip(&ranges).find(|(s, own)| s.replicated != shares(own));
+    undeclared.map(|(s, own)| {
+        let (is, says) = if shares(own) {
             ("on other ranks too", "not replicated")
         } else {
             ("on no other rank", "replicated")

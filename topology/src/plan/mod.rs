@@ -6,22 +6,32 @@
 //! exchange. [`Plan::check`] proves that the slices cover the model.
 
 mod check;
+mod collectives;
+mod diff;
+mod explain;
+mod html;
 pub(crate) mod json;
-mod notes;
+pub(crate) mod notes;
+mod share;
 mod summary;
+mod svg;
 mod types;
+mod view;
 
 use crate::cost::CostModel;
-use crate::model::{Axis, ModelSpec, TensorSpec};
-use crate::shard::Shares;
+use crate::model::{ModelSpec, Stream, TensorSpec};
+use crate::shard::{Experts, Options, Shares};
 use crate::{Error, Result};
 
+pub use diff::{ClassDiff, DIFF_SCHEMA, Diff, Move, RankDiff, Source};
+pub use explain::{Alternative, Explanation, Limit, NoteCost};
 pub use types::{
-    Attention, Collective, Layer, Mlp, ModelSummary, Plan, Predicted, RankShare, SCHEMA, Slice, Span,
-    TensorShard, Vocab,
+    Attention, Collective, DimensionPlan, Layer, LayerShare, Mlp, ModelSummary, Plan, Predicted, RankShare,
+    SCHEMA, Slice, Span, TensorShard, Vocab,
 };
 
-/// Entries of [`Plan::tensors`] at most. A 70-billion-parameter Llama over 64 ranks has 46 thousand.
+/// Entries of [`Plan::tensors`] at most. A 70-billion-parameter Llama over 64 ranks has 46 thousand, DeepSeek-V3
+/// over 32 less than 200 thousand.
 pub const MAX_TENSOR_SHARDS: usize = 1 << 22;
 
 /// Plans one model.
@@ -29,12 +39,13 @@ pub const MAX_TENSOR_SHARDS: usize = 1 << 22;
 pub struct Planner<'a> {
     spec: &'a ModelSpec,
     costs: CostModel,
+    options: Options,
 }
 
 impl<'a> Planner<'a> {
     /// A planner for `spec` that predicts with the default [`CostModel`].
     pub fn new(spec: &'a ModelSpec) -> Planner<'a> {
-        Planner { spec, costs: CostModel::default() }
+        Planner { spec, costs: CostModel::default(), options: Options::default() }
     }
 
     /// The same planner with other costs, such as measured ones.
@@ -42,185 +53,178 @@ impl<'a> Planner<'a> {
         Planner { costs, ..self }
     }
 
+    /// The same planner with other options.
+    pub fn with_options(self, options: Options) -> Planner<'a> {
+        Planner { options, ..self }
+    }
+
+    /// The same planner, with routed experts shared so.
+    pub fn experts(mut self, experts: Experts) -> Planner<'a> {
+        self.options.experts = experts;
+        self
+    }
+
+    /// The same planner, with tokens shared between blocks or not: see [`Options::sequence_parallel`].
+    pub fn sequence_parallel(mut self, on: bool) -> Planner<'a> {
+        self.options.sequence_parallel = on;
+        self
+    }
+
     /// Shards the model over `world` tensor-parallel ranks. The same input gives the same plan.
     ///
     /// Errors: [`Error::NoRanks`], [`Error::TooManyRanks`], and [`Error::TooLarge`] for a plan of more than
     /// [`MAX_TENSOR_SHARDS`] entries.
     pub fn plan(&self, world: usize) -> Result<Plan> {
-        let spec = self.spec;
-        let shares = Shares::of(spec, world)?;
-        let entries = spec.tensors.len().saturating_mul(world);
-        if entries > MAX_TENSOR_SHARDS {
-            let what = format!("the number of tensors times {world} ranks");
-            return Err(Error::TooLarge { what, size: entries as u128, limit: MAX_TENSOR_SHARDS as u128 });
+        let shares = Shares::of(self.spec, world, &self.options)?;
+        let mut tensors = Vec::new();
+        for tensor in &self.spec.tensors {
+            if tensors.len().saturating_add(world) > MAX_TENSOR_SHARDS {
+                let what = format!("the number of tensors times {world} ranks");
+                let size = self.spec.tensors.len() as u128 * world as u128;
+                return Err(Error::TooLarge { what, size, limit: MAX_TENSOR_SHARDS as u128 });
+            }
+            tensors.extend((0..world).filter_map(|rank| shard(tensor, &shares, rank)));
         }
+        Ok(Plan { tensors, ..self.plan_without_tensors(&shares) })
+    }
 
-        let tensors = spec
-            .tensors
-            .iter()
-            .flat_map(|t| {
-                (0..world).map(|rank| shard(t, &shares, spec.head_dim, world, rank)).collect::<Vec<_>>()
-            })
-            .collect();
-        let ranks: Vec<RankShare> = (0..world).map(|rank| rank_share(spec, &shares, rank)).collect();
-        let layer = self.layer(&shares, world);
-        let vocab = Vocab {
-            ranges: shares.vocab.ranges.clone(),
-            padded: shares.vocab.padded,
-            collectives: self.vocab_collectives(&shares, world),
-        };
-        let predicted = self.predict(&shares, &layer, &vocab, world);
-        let notes = notes::notes(spec, &shares, &self.costs, &predicted, self.one_rank_us());
-        Ok(Plan {
+    /// [`plan`](Planner::plan) with [`Plan::tensors`] left empty, which is much less work: to compare many.
+    ///
+    /// Errors: [`Error::NoRanks`], [`Error::TooManyRanks`].
+    pub fn outline(&self, world: usize) -> Result<Plan> {
+        Ok(self.plan_without_tensors(&Shares::of(self.spec, world, &self.options)?))
+    }
+
+    fn plan_without_tensors(&self, shares: &Shares) -> Plan {
+        let (spec, world) = (self.spec, shares.world);
+        let carried = share::Carried::of(spec, shares);
+        let layers: Vec<Layer> = (0..spec.layers.len()).map(|n| self.layer(n, shares, &carried)).collect();
+        let vocab = self.vocab(shares);
+        let predicted = self.predict(&carried, &layers, &vocab, world);
+        let notes = self.notes(shares, &predicted).into_iter().map(|n| n.text).collect();
+        Plan {
             schema: SCHEMA.to_owned(),
             model: summarise(spec),
             world,
-            layers: (0..spec.num_layers)
-                .map(|n| Layer { name: spec.layer_name(n), ..layer.clone() })
-                .collect(),
+            dimensions: spec.dims.iter().zip(&shares.dims).map(dimension).collect(),
+            layers,
             vocab,
-            ranks,
-            tensors,
+            ranks: (0..world).map(|rank| carried.rank(spec, shares, rank)).collect(),
+            tensors: Vec::new(),
             predicted,
             notes,
-        })
-    }
-
-    /// A layer's shares and collectives; all layers of these architectures are alike.
-    fn layer(&self, shares: &Shares, world: usize) -> Layer {
-        // A weight whose input axis is sharded gives partial sums, so an all-reduce follows it.
-        let row_parallel = |axes: &[Axis]| axes.len() == 2 && axes[1].is_sharded();
-        let rules = self.spec.architecture.rules().layers.iter().filter(|r| row_parallel(r.axes));
-        let collectives =
-            if world == 1 { Vec::new() } else { rules.map(|r| self.all_reduce(r.name, world)).collect() };
-        Layer {
-            name: String::new(),
-            attention: Attention { q_heads: shares.heads.q.clone(), kv_heads: shares.heads.kv.clone() },
-            mlp: Mlp { ffn: shares.ffn.clone() },
-            collectives,
         }
     }
 
-    /// After the embedding an all-reduce, as each token's row is on one rank and zero on the others; after
-    /// the head an all-gather of the logits.
-    fn vocab_collectives(&self, shares: &Shares, world: usize) -> Vec<Collective> {
-        let architecture = self.spec.architecture;
-        if world == 1 {
-            return Vec::new();
-        }
-        let mut collectives = vec![self.all_reduce(architecture.rules().stem[0].name, world)];
-        if architecture.is_decoder() {
-            let bytes_per_token = (shares.vocab.padded * self.spec.dtype.size()) as u64;
-            collectives.push(Collective {
-                op: "all_gather".to_owned(),
-                after: "lm_head".to_owned(),
-                bytes_per_token,
-                predicted_us: rounded(self.costs.all_gather_us(bytes_per_token, world)),
-            });
-        }
-        collectives
+    /// A layer's shares and collectives.
+    fn layer(&self, n: usize, shares: &Shares, carried: &share::Carried) -> Layer {
+        let spec = &self.spec.layers[n];
+        let collectives = self.layer_collectives(n, shares);
+        let ranks = carried.layers[n].clone();
+        let stream = stream_name(spec.stream);
+        Layer { name: spec.name.clone(), stream, collectives, ranks, ..shared_by(self.spec, shares, n) }
     }
 
-    /// The all-reduce of one token's residual stream after the module of this weight.
-    fn all_reduce(&self, weight: &str, world: usize) -> Collective {
-        let bytes_per_token = (self.spec.hidden_size * self.spec.dtype.size()) as u64;
-        Collective {
-            op: "all_reduce".to_owned(),
-            after: weight.strip_suffix(".weight").unwrap_or(weight).to_owned(),
-            bytes_per_token,
-            predicted_us: rounded(self.costs.all_reduce_us(bytes_per_token, world)),
+    fn vocab(&self, shares: &Shares) -> Vocab {
+        let rows = self.spec.vocab.map(|dim| &shares.dims[dim]);
+        Vocab {
+            ranges: rows.map_or_else(Vec::new, |d| d.ranges.clone()),
+            padded: rows.map_or(0, |d| d.padded),
+            collectives: self.vocab_collectives(shares),
         }
     }
 
-    fn predict(&self, shares: &Shares, layer: &Layer, vocab: &Vocab, world: usize) -> Predicted {
-        let a_layer: f64 = layer.collectives.iter().map(|c| c.predicted_us).sum();
-        let comm = a_layer * self.spec.num_layers as f64
-            + vocab.collectives.iter().map(|c| c.predicted_us).sum::<f64>();
+    fn predict(&self, carried: &share::Carried, layers: &[Layer], vocab: &Vocab, world: usize) -> Predicted {
+        // A step is one token: what the context needs was done before.
+        let own = |c: &&Collective| c.stream != "context";
+        let in_layers = layers.iter().filter(|l| l.stream != "context").flat_map(|l| &l.collectives);
+        let comm: f64 = in_layers.chain(&vocab.collectives).filter(own).map(|c| c.predicted_us).sum();
         // The slowest rank sets the pace.
-        let read = (0..world).map(|rank| bytes_read_per_token(self.spec, shares, rank)).max().unwrap_or(0);
+        let read = (0..world).map(|rank| carried.read_bytes(self.spec, rank)).max().unwrap_or(0);
+        let blocks = layers.iter().filter(|l| l.stream.is_empty()).count() + 1;
         Predicted {
-            decode_us_per_token: rounded(self.costs.read_us(read) + comm),
+            decode_us_per_token: rounded(self.costs.step(blocks, read, world).us + comm),
             comm_us_per_token: rounded(comm),
         }
     }
 
+    fn notes(&self, shares: &Shares, predicted: &Predicted) -> Vec<notes::Note> {
+        notes::notes(self.spec, shares, &self.options, &self.costs, predicted, self.one_rank_us())
+    }
+
     /// What one rank alone is predicted to take for a token.
     fn one_rank_us(&self) -> f64 {
-        Shares::of(self.spec, 1)
-            .map_or(0.0, |all| self.costs.read_us(bytes_read_per_token(self.spec, &all, 0)))
+        let all = Shares::of(self.spec, 1, &Options::default());
+        all.map_or(0.0, |all| {
+            let read = share::Carried::of(self.spec, &all).read_bytes(self.spec, 0);
+            self.costs.step(self.spec.layers.len() + 1, read, 1).us
+        })
     }
 }
 
 impl Plan {
-    /// What `rank` reads of the tensor `name`.
+    /// What `rank` reads of the tensor `name`; none if it reads nothing of it.
     ///
     /// A binary search: [`tensors`](Plan::tensors) is sorted by name, then rank.
     pub fn tensor(&self, name: &str, rank: usize) -> Option<&TensorShard> {
         let found = self.tensors.binary_search_by(|t| (t.name.as_str(), t.rank).cmp(&(name, rank)));
         found.ok().map(|i| &self.tensors[i])
     }
+
+    /// The dimension of that name.
+    pub fn dimension(&self, name: &str) -> Option<&DimensionPlan> {
+        self.dimensions.iter().find(|d| d.name == name)
+    }
 }
 
 /// The part of one tensor that one rank reads.
-fn shard(tensor: &TensorSpec, shares: &Shares, head_dim: usize, world: usize, rank: usize) -> TensorShard {
-    let slices = slices(&tensor.axes, shares, head_dim, rank);
-    let whole_everywhere = slices.is_empty();
-    let shared_kv = tensor.axes.contains(&Axis::KvHeads) && shares.heads.shares_kv(rank);
-    TensorShard {
-        name: tensor.name.clone(),
-        rank,
-        slices,
-        replicated: world > 1 && (whole_everywhere || shared_kv),
+fn shard(tensor: &TensorSpec, shares: &Shares, rank: usize) -> Option<TensorShard> {
+    let slices = shares.slices(tensor, rank)?;
+    let replicated = shares.is_replicated(tensor, rank);
+    let bytes = share::elements(tensor, &slices) * tensor.stored.size();
+    Some(TensorShard { name: tensor.name.clone(), rank, slices, replicated, bytes })
+}
+
+/// Which of a layer's dimensions each rank has what of; its name and what follows from that are left empty.
+fn shared_by(spec: &ModelSpec, shares: &Shares, n: usize) -> Layer {
+    let ranges = |dim: usize| shares.dims[dim].ranges.clone();
+    let if_shared = |dim: usize| if shares.dims[dim].shared { ranges(dim) } else { Vec::new() };
+    let mut layer = Layer::default();
+    for block in &spec.layers[n].blocks {
+        if let Some(a) = &block.attention {
+            let attention = Attention { q_heads: ranges(a.heads), kv_heads: ranges(a.kv_heads) };
+            if a.cross {
+                layer.cross_attention = Some(attention);
+            } else {
+                layer.attention = attention;
+            }
+        }
+        if let Some(ffn) = block.ffn {
+            layer.mlp.ffn = if_shared(ffn);
+        }
+        if let Some(e) = block.experts {
+            layer.mlp = Mlp {
+                ffn: if_shared(e.ffn),
+                experts: if_shared(e.experts),
+                shared_ffn: e.shared.map_or_else(Vec::new, if_shared),
+            };
+        }
     }
+    layer
 }
 
-fn slices(axes: &[Axis], shares: &Shares, head_dim: usize, rank: usize) -> Vec<Slice> {
-    let slice = |(dim, &axis): (usize, &Axis)| {
-        let range = shares.range(axis, head_dim, rank)?;
-        Some(Slice { dim, range })
-    };
-    axes.iter().enumerate().filter_map(slice).collect()
+fn dimension((d, shares): (&crate::model::Dimension, &crate::shard::DimensionShares)) -> DimensionPlan {
+    let (name, ranges) = (d.name.clone(), shares.ranges.clone());
+    DimensionPlan { name, size: d.size, granule: d.granule, ranges, shared: shares.shared }
 }
 
-/// Bytes of the part of one tensor that one rank reads.
-fn shard_bytes(tensor: &TensorSpec, slices: &[Slice]) -> u64 {
-    let part = |(dim, &size): (usize, &usize)| match slices.iter().find(|s| s.dim == dim) {
-        Some(slice) => slice.range.len() as u64,
-        None => size as u64,
-    };
-    tensor.shape.iter().enumerate().map(part).product::<u64>() * tensor.stored.size()
-}
-
-fn rank_share(spec: &ModelSpec, shares: &Shares, rank: usize) -> RankShare {
-    let bytes = |t: &TensorSpec| shard_bytes(t, &slices(&t.axes, shares, spec.head_dim, rank));
-    let weight_bytes = spec.tensors.iter().map(bytes).sum();
-    let largest: u64 = spec.tensors.iter().map(bytes).max().unwrap_or(0);
-
-    let (q, kv, ffn) = (&shares.heads.q[rank], &shares.heads.kv[rank], &shares.ffn[rank]);
-    let kv_width = 2 * kv.len() * spec.head_dim;
-    let kv_bytes =
-        if spec.architecture.is_decoder() { spec.num_layers * kv_width * spec.dtype.size() } else { 0 };
-    let logits = if spec.architecture.is_decoder() { shares.vocab.padded } else { 0 };
-    // The residual stream and a block's input and output, queries, keys, values and the attention's result,
-    // gate and up of the feed-forward layer, and the logits.
-    let activations = 3 * spec.hidden_size + 2 * q.len() * spec.head_dim + kv_width + 2 * ffn.len() + logits;
-    RankShare {
-        rank,
-        weight_bytes,
-        kv_bytes_per_token: kv_bytes as u64,
-        peak_bytes: weight_bytes + largest + (activations * spec.dtype.size()) as u64,
+/// How a plan writes a stream: not at all for the model's own tokens.
+fn stream_name(stream: Stream) -> String {
+    match stream {
+        Stream::Tokens => String::new(),
+        Stream::Context => "context".to_owned(),
+        Stream::Both => "both".to_owned(),
     }
-}
-
-/// Bytes of weights that one rank reads to decode one token: all but the embedding, of which it is one row,
-/// unless that is the output head too.
-fn bytes_read_per_token(spec: &ModelSpec, shares: &Shares, rank: usize) -> u64 {
-    let embedding = format!("{}{}", spec.prefix, spec.architecture.rules().stem[0].name);
-    spec.tensors
-        .iter()
-        .filter(|t| spec.tie_word_embeddings || t.name != embedding)
-        .map(|t| shard_bytes(t, &slices(&t.axes, shares, spec.head_dim, rank)))
-        .sum()
 }
 
 fn summarise(spec: &ModelSpec) -> ModelSummary {
@@ -234,6 +238,7 @@ fn summarise(spec: &ModelSpec) -> ModelSummary {
         intermediate_size: spec.intermediate_size,
         vocab_size: spec.vocab_size,
         dtype: spec.dtype.name().to_owned(),
+        quantization: spec.quantization.as_ref().map_or("", |q| q.format.name()).to_owned(),
         tie_word_embeddings: spec.tie_word_embeddings,
         parameters: spec.parameters(),
     }

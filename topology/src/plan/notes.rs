@@ -1,45 +1,75 @@
 //! The plan's notes: every replication, padding and imbalance, and what it costs.
 
+use std::collections::BTreeMap;
+
 use super::{Predicted, Span};
 use crate::cost::CostModel;
-use crate::model::{Axis, ModelSpec, TensorSpec};
-use crate::shard::Shares;
+use crate::model::{Cache, Cut, Dimension, ModelSpec, TensorSpec, Use};
+use crate::shard::{DimensionShares, Experts, Options, Shares};
+
+/// A note, and what the thing that it tells of costs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Note {
+    pub(super) text: String,
+    /// Bytes of weights more, over all ranks.
+    pub(super) weight_bytes: u64,
+    /// Bytes of KV cache more a token of context, over all ranks.
+    pub(super) kv_bytes_per_token: u64,
+    /// Time more a decoded token.
+    pub(super) us_per_token: f64,
+}
+
+impl From<String> for Note {
+    /// A note on what costs nothing.
+    fn from(text: String) -> Note {
+        Note { text, ..Note::default() }
+    }
+}
 
 /// Notes for a plan with these shares; `one_rank_us` is the predicted time of one rank alone.
 pub(super) fn notes(
     spec: &ModelSpec,
     shares: &Shares,
+    options: &Options,
     costs: &CostModel,
     predicted: &Predicted,
     one_rank_us: f64,
-) -> Vec<String> {
-    let world = shares.ffn.len();
-    let about = About { spec, shares, costs, world };
-    let mut notes = Vec::new();
-    if world == 1 {
-        notes.push("one rank: nothing is sharded and nothing exchanged".to_owned());
+) -> Vec<Note> {
+    let about = About { spec, shares, costs, world: shares.world };
+    let mut notes: Vec<Note> = spec.notes.iter().cloned().map(Note::from).collect();
+    if shares.world == 1 {
+        notes.push("one rank: nothing is sharded and nothing exchanged".to_owned().into());
     } else {
-        notes.extend(about.heads());
-        notes.extend(about.kv_heads());
-        notes.extend(about.ffn());
-        notes.extend(about.vocabulary());
+        notes.extend(about.experts(options).map(Note::from));
+        for (id, (d, s)) in spec.dims.iter().zip(&shares.dims).enumerate() {
+            notes.extend(about.dimension(id, d, s));
+        }
+        notes.extend(about.latent());
         notes.extend(about.replicated());
         if one_rank_us <= predicted.decode_us_per_token {
-            notes.push(format!(
+            let text = format!(
                 "one rank alone is predicted to be as fast: {} a token instead of {}",
                 time(one_rank_us),
                 time(predicted.decode_us_per_token)
-            ));
+            );
+            let us_per_token = predicted.decode_us_per_token - one_rank_us;
+            notes.push(Note { us_per_token, ..text.into() });
         }
     }
-    notes.extend(about.unused());
+    notes.extend(about.unused().map(Note::from));
     if spec.tie_word_embeddings {
-        notes.push("the output head is the embedding: one tensor, sharded by vocabulary row".to_owned());
+        notes.push(
+            "the output head is the embedding: one tensor, sharded by vocabulary row".to_owned().into(),
+        );
     }
     if !spec.has_weights() {
-        notes.push(format!("planned from config.json alone, every tensor taken to be {}", spec.dtype));
+        let stored = spec.quantization.as_ref().map_or_else(
+            || format!("every tensor taken to be {}", spec.dtype),
+            |q| format!("linear layers taken to be {}, all else {}", q.format.name(), spec.dtype),
+        );
+        notes.push(format!("planned from config.json alone, {stored}").into());
     }
-    notes.push(format!("predicted times are from {}", costs.source));
+    notes.push(format!("predicted times are from {}", costs.source).into());
     notes
 }
 
@@ -51,108 +81,243 @@ struct About<'a> {
 }
 
 impl About<'_> {
-    fn heads(&self) -> Option<String> {
-        let q = &self.shares.heads.q;
-        let note = self.uneven("query heads", q, &[Axis::QueryHeads])?;
-        let evenest = self.spec.num_attention_heads.div_ceil(self.world);
-        let why =
-            if extremes(q).0 > evenest { "; evener shares would hold more key/value heads" } else { "" };
-        Some(note + why)
+    /// How a dimension is shared, where that is worth a word.
+    fn dimension(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<Note> {
+        match d.cut {
+            Cut::Heads { kv } => {
+                let note = self.uneven(id, d, shares)?;
+                let evenest = d.size.div_ceil(self.world).next_multiple_of(d.granule);
+                let grouped = self.spec.dims[kv].size < d.size;
+                let more = extremes(&shares.ranges).0 > evenest && grouped;
+                let why = if more { "; evener shares would hold more key/value heads" } else { "" };
+                Some(Note { text: note.text + why, ..note })
+            }
+            Cut::KvHeads { .. } => self.kv_heads(id, d, shares),
+            Cut::Vocabulary => self.vocabulary(id, d, shares),
+            Cut::SharedColumns if !shares.shared => Some(self.whole_shared_expert(id, d)),
+            _ if shares.shared => self.uneven(id, d, shares),
+            _ => None,
+        }
     }
 
-    fn ffn(&self) -> Option<String> {
-        self.uneven("feed-forward columns", &self.shares.ffn, &[Axis::Ffn])
+    /// Bytes of all tensors that a dimension cuts.
+    fn bytes_of(&self, id: usize) -> u64 {
+        let cut_by =
+            |t: &&TensorSpec| t.axes.iter().any(|a| a.has(id)) || t.owner.is_some_and(|o| o.dim == id);
+        self.spec.tensors.iter().filter(cut_by).map(TensorSpec::bytes).sum()
     }
 
     /// A note where the largest share is above the mean, with the time the others wait for it.
-    fn uneven(&self, things: &str, spans: &[Span], axes: &[Axis]) -> Option<String> {
-        let (largest, smallest) = extremes(spans);
+    fn uneven(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<Note> {
+        let (largest, smallest) = extremes(&shares.ranges);
         if largest == smallest {
             return None;
         }
-        let total: usize = spans.iter().map(Span::len).sum();
+        let total = d.size;
         let mean = total as f64 / self.world as f64;
-        let cut_by = |t: &&TensorSpec| t.axes.iter().any(|a| axes.contains(a));
-        let bytes: u64 = self.spec.tensors.iter().filter(cut_by).map(TensorSpec::bytes).sum();
-        let excess = (bytes as f64 / total as f64 * (largest as f64 - mean)) as u64;
-        Some(format!(
-            "{total} {things} are shared unevenly over {} ranks, from {largest} down to {smallest}: the \
+        let excess = (self.bytes_of(id) as f64 / total as f64 * (largest as f64 - mean)) as u64;
+        let groups = match d.granule {
+            1 => String::new(),
+            g => format!(" in {} groups of {g}, which are never cut,", d.units()),
+        };
+        let text = format!(
+            "{total} {}{groups} are shared unevenly over {} ranks, from {largest} down to {smallest}: the \
              largest share is {:.1}% above the mean, {} more to read, about {} a token",
+            things(d),
             self.world,
             (largest as f64 / mean - 1.0) * 100.0,
             size(excess),
             time(self.costs.read_us(excess)),
-        ))
+        );
+        Some(Note { us_per_token: self.costs.read_us(excess), ..text.into() })
     }
 
-    fn kv_heads(&self) -> Option<String> {
-        let copies = self.shares.heads.duplicated_kv_heads();
+    fn kv_heads(&self, id: usize, d: &Dimension, shares: &DimensionShares) -> Option<Note> {
+        let held: usize = shares.ranges.iter().map(Span::len).sum();
+        let copies = held - d.size;
         if copies == 0 {
             return None;
         }
         let spec = self.spec;
         // Every duplicated head is one that two neighbours both need.
         let mut twice: Vec<usize> =
-            self.shares.heads.kv.windows(2).flat_map(|w| w[1].start..w[0].end).collect::<Vec<_>>();
+            shares.ranges.windows(2).flat_map(|w| w[1].start..w[0].end).collect::<Vec<_>>();
         twice.dedup();
-        let of_kv = spec.tensors.iter().filter(|t| t.axes.contains(&Axis::KvHeads));
-        let bytes =
-            of_kv.map(TensorSpec::bytes).sum::<u64>() / spec.num_key_value_heads as u64 * copies as u64;
-        let cache = if spec.architecture.is_decoder() {
-            let per_head = 2 * spec.head_dim * spec.dtype.size() * spec.num_layers;
-            format!(" and {} of KV cache a token of context", size((copies * per_head) as u64))
+        let part = |t: &TensorSpec| {
+            let of_axis = |(axis, &size): (&crate::model::Axis, &usize)| {
+                let own = axis.segments.iter().filter(|s| s.dim == id).map(|s| s.len()).sum::<usize>();
+                (own > 0).then(|| (u128::from(t.bytes()) * own as u128 / size.max(1) as u128) as u64)
+            };
+            t.axes.iter().zip(&t.shape).find_map(of_axis).unwrap_or(0)
+        };
+        let bytes = spec.tensors.iter().map(part).sum::<u64>() / d.size as u64 * copies as u64;
+        let attentions = spec.layers.iter().flat_map(|l| &l.blocks).filter_map(|b| b.attention.as_ref());
+        let caches = attentions.filter(|a| a.kv_heads == id && a.cache == Cache::Heads && !a.cross);
+        let per_head: usize = caches.map(|a| (a.head_dim + a.v_head_dim) * spec.dtype.size()).sum();
+        let kv_bytes_per_token = (copies * per_head) as u64;
+        let cache = if per_head > 0 {
+            format!(" and {} of KV cache a token of context", size(kv_bytes_per_token))
         } else {
             String::new()
         };
-        Some(format!(
-            "key/value heads on more than one rank: {} of {} ({}), {}: {} of weights{cache} more over \
-             all ranks",
+        let text = format!(
+            "{} on more than one rank: {} of {} ({}), {}: {} of weights{cache} more over all ranks",
+            things(d),
             twice.len(),
-            spec.num_key_value_heads,
+            d.size,
             list(twice.iter()),
             count(copies, "copy", "copies"),
             size(bytes),
-        ))
+        );
+        // A rank's part of the copies.
+        let us_per_token = self.costs.read_us(bytes / self.world as u64);
+        Some(Note { weight_bytes: bytes, kv_bytes_per_token, us_per_token, ..text.into() })
     }
 
-    fn vocabulary(&self) -> Option<String> {
-        let vocab = &self.shares.vocab;
-        let rows = self.spec.vocab_size;
+    fn vocabulary(&self, id: usize, d: &Dimension, vocab: &DimensionShares) -> Option<Note> {
+        let rows = d.size;
         if vocab.padded > rows {
             let share = vocab.padded / self.world;
             let extra = vocab.padded - rows;
-            return Some(format!(
+            let text = format!(
                 "vocabulary padded from {rows} to {} rows, {share} a rank, as a multiple of lcm(64, {}): \
                  {extra} rows of zeros ({:.2}%) that no file holds",
                 vocab.padded,
                 self.world,
                 extra as f64 / rows as f64 * 100.0
-            ));
+            );
+            // The logits of these rows are gathered too.
+            let gather =
+                |rows: usize| self.costs.all_gather_us((rows * self.spec.dtype.size()) as u64, self.world);
+            let us_per_token =
+                if self.spec.logits.is_some() { gather(vocab.padded) - gather(rows) } else { 0.0 };
+            return Some(Note { us_per_token, ..text.into() });
         }
-        let uneven = self.uneven("vocabulary rows", &vocab.ranges, &[Axis::Vocab])?;
-        Some(format!("{uneven}; not padded, as a multiple of lcm(64, {}) would cost more", self.world))
+        let uneven = self.uneven(id, d, vocab)?;
+        let why = format!("; not padded, as a multiple of lcm(64, {}) would cost more", self.world);
+        Some(Note { text: uneven.text + &why, ..uneven })
+    }
+
+    fn whole_shared_expert(&self, id: usize, d: &Dimension) -> Note {
+        let bytes = self.bytes_of(id);
+        let text = format!(
+            "whole on every rank: the shared expert, as its {} columns are {} groups of {} for {} ranks: {} a rank, \
+             {} more over all ranks",
+            d.size,
+            d.units(),
+            d.granule,
+            self.world,
+            size(bytes),
+            size(bytes.saturating_mul(self.world as u64 - 1)),
+        );
+        self.whole(text, bytes)
+    }
+
+    /// The note on weights that every rank has whole: what that costs, beside sharing them.
+    fn whole(&self, text: String, bytes: u64) -> Note {
+        let others = self.world as u64 - 1;
+        let us_per_token = self.costs.read_us(bytes / self.world as u64 * others);
+        Note { weight_bytes: bytes.saturating_mul(others), us_per_token, ..text.into() }
+    }
+
+    /// Why experts are shared whole.
+    fn experts(&self, options: &Options) -> Option<String> {
+        if self.shares.experts != Experts::Parallel {
+            return None;
+        }
+        let columns = self.spec.dims.iter().find(|d| d.cut == Cut::ExpertColumns)?;
+        let experts = self.spec.dims.iter().find(|d| d.cut == Cut::Experts)?;
+        let (units, world) = (columns.units(), self.world);
+        let why = if options.experts == Experts::Parallel {
+            "as asked for".to_owned()
+        } else if units < world {
+            format!(
+                "as the {} columns of each are only {units} groups of {}, fewer than {world} ranks",
+                columns.size, columns.granule
+            )
+        } else {
+            let share = columns.size as f64 / world as f64;
+            let largest = units.div_ceil(world) * columns.granule;
+            format!(
+                "as {share} columns of each a rank can't be cut, only groups of {}: the largest share would be \
+                 {largest}, {:.0}% above the mean",
+                columns.granule,
+                (largest as f64 / share - 1.0) * 100.0
+            )
+        };
+        Some(format!(
+            "experts are shared whole (expert parallel), {} over {world} ranks, {why}; a rank's load depends on \
+             where tokens are routed",
+            experts.size
+        ))
+    }
+
+    /// What multi-head latent attention keeps on every rank.
+    fn latent(&self) -> Option<Note> {
+        let caches = self.spec.layers.iter().flat_map(|l| &l.blocks).filter_map(|b| b.attention.as_ref());
+        let latent: usize = caches
+            .filter_map(|a| match a.cache {
+                Cache::Latent { elements } => Some(elements),
+                _ => None,
+            })
+            .sum();
+        (latent > 0).then(|| {
+            let bytes = (latent * self.spec.dtype.size()) as u64;
+            let copies = bytes * (self.world as u64 - 1);
+            let text = format!(
+                "whole on every rank: the latent KV cache, which all heads read, {} a token of context and rank, {} \
+                 more over all ranks",
+                size(bytes),
+                size(copies)
+            );
+            Note { kv_bytes_per_token: copies, ..text.into() }
+        })
     }
 
     /// One note for each kind of tensor that is whole on every rank.
-    fn replicated(&self) -> Vec<String> {
-        let kinds = ["norms and biases added after a reduction", "position and token type embeddings"];
-        let kind_of = |t: &TensorSpec| match t.axes.as_slice() {
-            [Axis::Hidden] => Some(kinds[0]),
-            [Axis::Position | Axis::TokenType, _] => Some(kinds[1]),
-            _ => None,
+    fn replicated(&self) -> Vec<Note> {
+        let kinds = [
+            "norms and biases added after a reduction",
+            "position and token type embeddings",
+            "matrices that every rank needs the whole result of",
+        ];
+        let kind_of = |t: &&TensorSpec| match t.used {
+            _ if t.is_shared() => None,
+            Use::Vector => Some(0),
+            Use::Lookup => Some(1),
+            _ => Some(2),
         };
-        let note = |kind: &&str| {
-            let of_kind = self.spec.tensors.iter().filter(|t| kind_of(t) == Some(*kind));
-            let (found, bytes) = of_kind.fold((0, 0), |(found, bytes), t| (found + 1, bytes + t.bytes()));
-            (found > 0).then(|| {
-                format!(
-                    "whole on every rank: {kind}, {} in {}",
+        let mut found = [(0usize, 0u64), (0, 0), (0, 0)];
+        let mut matrices: BTreeMap<&str, ()> = BTreeMap::new();
+        for t in &self.spec.tensors {
+            if let Some(kind) = kind_of(&t) {
+                found[kind] = (found[kind].0 + 1, found[kind].1 + t.bytes());
+                if kind == 2 {
+                    matrices.insert(self.local_name(t), ());
+                }
+            }
+        }
+        let names = matrices.keys().copied().collect::<Vec<_>>();
+        let note = |(kind, (n, bytes)): (&str, (usize, u64))| {
+            (n > 0).then(|| {
+                let which =
+                    if kind == kinds[2] { format!(" ({})", list(names.iter())) } else { String::new() };
+                let text = format!(
+                    "whole on every rank: {kind}{which}, {} in {}",
                     size(bytes),
-                    count(found, "tensor", "tensors")
-                )
+                    count(n, "tensor", "tensors")
+                );
+                self.whole(text, bytes)
             })
         };
-        kinds.iter().filter_map(note).collect()
+        kinds.into_iter().zip(found).filter_map(note).collect()
+    }
+
+    /// A tensor's name within its layer.
+    fn local_name<'t>(&self, t: &'t TensorSpec) -> &'t str {
+        let layer = t.layer.and_then(|n| t.name.strip_prefix(self.spec.layers[n].name.as_str()));
+        let name = layer.unwrap_or(&t.name).trim_start_matches('.');
+        name.strip_suffix(".weight").unwrap_or(name)
     }
 
     fn unused(&self) -> Option<String> {
@@ -161,13 +326,30 @@ impl About<'_> {
             return None;
         }
         let bytes = unused.iter().map(|t| t.bytes).fold(0, u64::saturating_add);
-        let result = if self.spec.architecture.is_decoder() { "logits" } else { "embeddings" };
+        let result = if self.spec.logits.is_some() { "logits" } else { "embeddings" };
         Some(format!(
             "on no rank, as {result} are computed without: {} ({}), {} in the file",
             count(unused.len(), "tensor", "tensors"),
             list(unused.iter().map(|t| &t.name)),
             size(bytes),
         ))
+    }
+}
+
+/// What a dimension counts, for a person.
+fn things(d: &Dimension) -> String {
+    let what = match d.cut {
+        Cut::Heads { .. } => "query heads",
+        Cut::KvHeads { .. } => "key/value heads",
+        Cut::Columns => "feed-forward columns",
+        Cut::SharedColumns => "columns of the shared expert",
+        Cut::ExpertColumns => "columns of each expert",
+        Cut::Experts => "experts",
+        Cut::Vocabulary => "vocabulary rows",
+    };
+    match d.name.split_once('.') {
+        Some((stack, _)) => format!("{stack} {what}"),
+        None => what.to_owned(),
     }
 }
 
@@ -189,12 +371,12 @@ fn count(n: usize, one: &str, many: &str) -> String {
 }
 
 /// A time for a person.
-pub(super) fn time(us: f64) -> String {
+pub(crate) fn time(us: f64) -> String {
     if us < 10_000.0 { format!("{us:.1} us") } else { format!("{:.1} ms", us / 1e3) }
 }
 
 /// Bytes for a person, in powers of 1000.
-pub(super) fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     match bytes {
         0..10_000 => format!("{bytes} B"),
         10_000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),

@@ -9,6 +9,12 @@ use super::{Collective, Plan, Span};
 impl Plan {
     /// The plan in a few lines: shares, weights, exchanges, prediction and notes.
     pub fn summary(&self) -> String {
+        let notes = self.notes.iter().map(|note| format!("note: {note}\n"));
+        self.shares_text() + &notes.collect::<String>()
+    }
+
+    /// The summary without the notes.
+    pub(super) fn shares_text(&self) -> String {
         let m = &self.model;
         let mut out = String::new();
         // Writing to a string can't fail, so these results say nothing.
@@ -33,12 +39,16 @@ impl Plan {
             self.world,
             if self.world == 1 { "" } else { "s" }
         );
-        if let Some(layer) = self.layers.first() {
-            let _ = writeln!(out, "  query heads      {}", lengths(&layer.attention.q_heads));
-            let _ = writeln!(out, "  key/value heads  {}", lengths(&layer.attention.kv_heads));
-            let _ = writeln!(out, "  ffn columns      {}", lengths(&layer.mlp.ffn));
+        for d in self.dimensions.iter().filter(|d| d.shared) {
+            let what = match d.name.as_str() {
+                "heads" => "query heads",
+                "kv_heads" => "key/value heads",
+                "ffn" => "ffn columns",
+                "vocab" => "vocabulary rows",
+                other => other,
+            };
+            let _ = writeln!(out, "  {what:<16} {}", lengths(&d.ranges));
         }
-        let _ = writeln!(out, "  vocabulary rows  {}", lengths(&self.vocab.ranges));
         let _ = writeln!(out, "  weights          {}", runs(self.ranks.iter().map(|r| size(r.weight_bytes))));
         if self.ranks.iter().any(|r| r.kv_bytes_per_token > 0) {
             let _ = writeln!(
@@ -54,9 +64,6 @@ impl Plan {
             time(self.predicted.decode_us_per_token),
             time(self.predicted.comm_us_per_token)
         );
-        for note in &self.notes {
-            let _ = writeln!(out, "note: {note}");
-        }
         out
     }
 

@@ -2,6 +2,7 @@
 
 use super::check_ranks;
 use crate::Result;
+use crate::model::{Dimension, gcd};
 use crate::plan::Span;
 
 /// The share of the mean, in percent, that the largest vocabulary share may be for the sake of even padding.
@@ -23,6 +24,12 @@ pub fn even(what: &'static str, size: usize, world: usize) -> Result<Vec<Span>> 
     let (share, larger) = (size / world, size % world);
     let start = |rank: usize| rank * share + rank.min(larger);
     Ok((0..world).map(|rank| Span::new(start(rank), start(rank + 1))).collect())
+}
+
+/// The indices of a dimension in whole granules, of which the last may be partial.
+pub(super) fn in_granules(d: &Dimension, world: usize) -> Result<Vec<Span>> {
+    let scale = |s: Span| Span::new(s.start * d.granule, (s.end * d.granule).min(d.size));
+    Ok(even(d.field, d.units(), world)?.into_iter().map(scale).collect())
 }
 
 /// How a vocabulary is shared.
@@ -67,9 +74,5 @@ pub fn vocab(size: usize, world: usize) -> Result<VocabShares> {
 }
 
 fn lcm(a: usize, b: usize) -> Option<usize> {
-    let (mut x, mut y) = (a, b);
-    while y != 0 {
-        (x, y) = (y, x % y);
-    }
-    (a / x).checked_mul(b)
+    (a / gcd(a, b)).checked_mul(b)
 }

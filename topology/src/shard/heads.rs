@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 
 use super::check_ranks;
+use crate::model::{Dimension, gcd};
 use crate::plan::Span;
 use crate::{Error, Result};
 
@@ -96,6 +97,41 @@ pub fn heads(q_heads: usize, kv_heads: usize, world: usize) -> Result<HeadShares
     let q = best_cuts(q_heads, q_heads / kv_heads, world);
     let kv = q.iter().map(|&q| self::kv_heads(q_heads, kv_heads, q)).collect();
     Ok(HeadShares { q, kv })
+}
+
+/// How many query heads are always together: those that one scale or packed word of a weight stands for.
+/// Groups of one key/value head are a multiple of it, or it of them.
+fn unit(q: &Dimension, kv: &Dimension) -> usize {
+    let group = q.size / kv.size.max(1);
+    if group.is_multiple_of(q.granule) || q.granule.is_multiple_of(group) {
+        return q.granule;
+    }
+    q.granule / gcd(q.granule, group) * group
+}
+
+/// What there is to share of query heads.
+pub(super) fn units(q: &Dimension, kv: &Dimension) -> usize {
+    q.size.div_ceil(unit(q, kv))
+}
+
+/// [`heads`] in units that the weights can be cut in.
+pub(super) fn of(q: &Dimension, kv: &Dimension, world: usize) -> Result<HeadShares> {
+    let unit = unit(q, kv);
+    if unit == 1 && kv.granule == 1 {
+        return heads(q.size, kv.size, world);
+    }
+    let (units, group) = (units(q, kv), (q.size / kv.size.max(1) / unit).max(1));
+    // A partial unit at the end leaves a group incomplete: cuts are then plainly even.
+    let groups = if units.is_multiple_of(group) { units / group } else { 1 };
+    let scale = |s: &Span| Span::new(s.start * unit, (s.end * unit).min(q.size));
+    let shares: Vec<Span> = heads(units, groups, world)?.q.iter().map(scale).collect();
+    // A rank holds whole granules of key/value heads, perhaps more than it needs.
+    let widen = |s: Span| {
+        let end = s.end.next_multiple_of(kv.granule).min(kv.size);
+        Span::new(s.start / kv.granule * kv.granule, end)
+    };
+    let kv = shares.iter().map(|&s| widen(kv_heads(q.size, kv.size, s))).collect();
+    Ok(HeadShares { q: shares, kv })
 }
 
 /// For each head, where the longest range that starts there ends, such that it has at most `share` heads and

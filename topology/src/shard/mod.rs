@@ -1,4 +1,4 @@
-//! The rules: which part of each axis a rank holds. Pure functions from sizes and ranks to ranges.
+//! The rules: which part of each dimension a rank holds. Pure functions from sizes and ranks to ranges.
 //!
 //! With `n` ranks, `h` query heads, `k` key/value heads, `F` feed-forward columns and `V` vocabulary rows:
 //!
@@ -8,14 +8,17 @@
 //!   `floor(a*k/h) ..= floor((b-1)*k/h)`, which other ranks may need too.
 //! * [`even`]: feed-forward columns, in `n` ranges of `ceil(F/n)` or `floor(F/n)`, larger first. That
 //!   a rank has fewer heads is no reason to give it more columns: each block ends in an all-reduce, so ranks
-//!   wait for the slowest of each block by itself.
+//!   wait for the slowest of each block by itself. Where weights are quantised, whole groups are shared.
 //! * [`vocab`]: vocabulary rows, padded to a multiple of `lcm(64, n)` and cut evenly; unpadded where that
 //!   would unbalance them.
+//! * routed experts: the columns of each ([`Experts::Tensor`]) or whole experts ([`Experts::Parallel`]). By
+//!   default columns, unless their shares would be illegal or more uneven than 1.03 times the mean and whole
+//!   experts are shared more evenly.
 //!
-//! Everything else (norms, position embeddings, biases of row-parallel layers) is whole on every rank.
-//! Column- and row-parallel layers are those of Shoeybi et al., "Megatron-LM: Training Multi-Billion
-//! Parameter Language Models Using Model Parallelism", 2019: with `Y = X A` cut by A's columns and `Z = Y B`
-//! by B's rows, the two need one all-reduce, of `Z`.
+//! [`Shares`] are all of these for one model. Everything else (norms, position embeddings, biases of row-parallel
+//! layers) is whole on every rank. Column- and row-parallel layers are those of Shoeybi et al., "Megatron-LM:
+//! Training Multi-Billion Parameter Language Models Using Model Parallelism", 2019: with `Y = X A` cut by A's
+//! columns and `Z = Y B` by B's rows, the two need one all-reduce, of `Z`.
 
 mod even;
 mod heads;
@@ -23,64 +26,220 @@ mod heads;
 pub use even::{VocabShares, even, vocab};
 pub use heads::{HeadShares, heads, kv_heads};
 
-use crate::model::{Axis, ModelSpec};
-use crate::plan::Span;
+use crate::model::{Cut, Dimension, ModelSpec, TensorSpec};
+use crate::plan::{Slice, Span};
 use crate::{Error, Result};
 
-/// Each rank's part of every sharded axis.
+/// What a plan may choose besides the number of ranks.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Options {
+    /// How routed experts are shared.
+    pub experts: Experts,
+    /// Whether each rank keeps a part of the tokens between blocks: reduce-scatter and all-gather instead of
+    /// all-reduce, the same bytes, and activations are shared too.
+    pub sequence_parallel: bool,
+}
+
+/// How routed experts are shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Experts {
+    /// As the rules choose.
+    #[default]
+    Auto,
+    /// Each rank has some columns of every expert.
+    Tensor,
+    /// Each rank has some experts; tokens travel to them and back.
+    Parallel,
+}
+
+/// Each rank's part of every dimension.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shares {
-    /// Query and key/value heads.
-    pub heads: HeadShares,
-    /// Columns of the feed-forward layer.
-    pub ffn: Vec<Span>,
-    /// Rows of embedding and output head.
-    pub vocab: VocabShares,
+    /// How many ranks.
+    pub world: usize,
+    /// As [`ModelSpec::dims`].
+    pub dims: Vec<DimensionShares>,
+    /// How routed experts are shared: never [`Experts::Auto`].
+    pub experts: Experts,
 }
+
+/// Each rank's part of one dimension.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct DimensionShares {
+    /// One range a rank: a partition, but for key/value heads, which overlap where one is on several ranks, and
+    /// for dimensions that aren't shared.
+    pub ranges: Vec<Span>,
+    /// Whether it is shared; else it is whole on every rank.
+    pub shared: bool,
+    /// Its size after padding.
+    pub padded: usize,
+}
+
+/// The largest share of columns that isn't worth sharing experts instead, in percent of the mean.
+const LARGEST_COLUMNS_PERCENT: usize = 103;
 
 impl Shares {
     /// The shares of `world` ranks.
     ///
     /// Errors: [`Error::NoRanks`], [`Error::TooManyRanks`].
-    pub fn of(spec: &ModelSpec, world: usize) -> Result<Shares> {
-        let limits = [
-            ("num_attention_heads", spec.num_attention_heads),
-            ("intermediate_size", spec.intermediate_size),
-            ("vocab_size", spec.vocab_size),
-        ];
-        // The first of equals: heads are what runs out in any real model.
-        let (constraint, size) = limits.into_iter().min_by_key(|(_, size)| *size).unwrap_or(limits[0]);
-        if world > size {
-            return Err(Error::TooManyRanks { world, constraint, size, nearest: size });
+    pub fn of(spec: &ModelSpec, world: usize, options: &Options) -> Result<Shares> {
+        if world == 0 {
+            return Err(Error::NoRanks);
         }
-        Ok(Shares {
-            heads: heads(spec.num_attention_heads, spec.num_key_value_heads, world)?,
-            ffn: even("intermediate_size", spec.intermediate_size, world)?,
-            vocab: vocab(spec.vocab_size, world)?,
-        })
+        let experts = experts(spec, world, options.experts);
+        if let Some((d, units)) = binding(spec, experts).filter(|(_, units)| *units < world) {
+            let legal =
+                |n: usize| binding(spec, self::experts(spec, n, options.experts)).is_none_or(|(_, u)| n <= u);
+            return Err(Error::TooManyRanks {
+                world,
+                constraint: d.field,
+                size: units,
+                granule: d.size.div_ceil(units),
+                nearest: (1..=units).rev().find(|&n| legal(n)).unwrap_or(1),
+                alternatives: alternatives(spec, world, experts, d.cut),
+            });
+        }
+
+        let mut dims: Vec<DimensionShares> = Vec::with_capacity(spec.dims.len());
+        for d in &spec.dims {
+            let whole =
+                DimensionShares { ranges: vec![Span::new(0, d.size); world], shared: false, padded: d.size };
+            let of = |ranges| DimensionShares { ranges, shared: true, padded: d.size };
+            dims.push(match d.cut {
+                _ if !is_shared(d, world, experts) => whole,
+                Cut::Heads { kv } => of(heads::of(d, &spec.dims[kv], world)?.q),
+                Cut::KvHeads { q } => of(heads::of(&spec.dims[q], d, world)?.kv),
+                Cut::Vocabulary => {
+                    let VocabShares { ranges, padded } = vocab(d.size, world)?;
+                    DimensionShares { ranges, shared: true, padded }
+                }
+                _ => of(even::in_granules(d, world)?),
+            });
+        }
+        Ok(Shares { world, dims, experts })
     }
 
-    /// The elements along `axis` that `rank` holds; none where the axis isn't sharded.
-    ///
-    /// `head_dim` is the number of elements a head.
-    pub fn range(&self, axis: Axis, head_dim: usize, rank: usize) -> Option<Span> {
-        let of_heads =
-            |heads: &[Span]| heads.get(rank).map(|s| Span::new(s.start * head_dim, s.end * head_dim));
-        match axis {
-            Axis::QueryHeads => of_heads(&self.heads.q),
-            Axis::KvHeads => of_heads(&self.heads.kv),
-            Axis::Ffn => self.ffn.get(rank).copied(),
-            Axis::Vocab => self.vocab.ranges.get(rank).copied(),
-            Axis::Hidden | Axis::Position | Axis::TokenType => None,
-        }
+    /// What `rank` holds of a dimension.
+    pub fn share(&self, dim: usize, rank: usize) -> Span {
+        self.dims.get(dim).and_then(|d| d.ranges.get(rank)).copied().unwrap_or_default()
     }
+
+    /// The part of a tensor that `rank` holds: the ranges of each dimension that is cut, in order; none if it
+    /// holds nothing.
+    pub fn slices(&self, tensor: &TensorSpec, rank: usize) -> Option<Vec<Slice>> {
+        if tensor.owner.is_some_and(|o| !self.share(o.dim, rank).contains(o.index)) {
+            return None;
+        }
+        let mut slices = Vec::new();
+        for (dim, axis) in tensor.axes.iter().enumerate() {
+            if axis.segments.iter().any(|s| self.dims[s.dim].shared) {
+                let ranges = axis.ranges(|d| self.share(d, rank));
+                slices.extend(ranges.into_iter().map(|range| Slice { dim, range }));
+            }
+        }
+        Some(slices)
+    }
+
+    /// Whether other ranks hold some of what `rank` holds of a tensor.
+    pub fn is_replicated(&self, tensor: &TensorSpec, rank: usize) -> bool {
+        if self.world == 1 {
+            return false;
+        }
+        let mut shared = tensor.owner.is_some_and(|o| self.dims[o.dim].shared);
+        for segment in tensor.axes.iter().flat_map(|a| &a.segments) {
+            let d = &self.dims[segment.dim];
+            shared |= d.shared;
+            if d.shared && overlaps(&d.ranges, rank, segment.indices) {
+                return true;
+            }
+        }
+        !shared
+    }
+}
+
+/// Whether a neighbour has some of the `among` that `rank` has. Ranges ascend, so neighbours are all to look at.
+fn overlaps(ranges: &[Span], rank: usize, among: Span) -> bool {
+    let mine = ranges[rank].intersection(among);
+    let with = |other: usize| ranges.get(other).is_some_and(|o| !o.intersection(mine).is_empty());
+    !mine.is_empty() && (with(rank + 1) || rank.checked_sub(1).is_some_and(with))
+}
+
+/// How routed experts are shared where the choice is open.
+fn experts(spec: &ModelSpec, world: usize, wish: Experts) -> Experts {
+    if wish != Experts::Auto {
+        return wish;
+    }
+    let of = |cut: Cut| spec.dims.iter().filter(move |d| d.cut == cut);
+    // The largest share over the mean, in percent; none if there isn't one for each rank.
+    let largest =
+        |d: &Dimension| (world <= d.units()).then(|| d.units().div_ceil(world) * world * 100 / d.units());
+    let worst = |cut: Cut| of(cut).map(largest).try_fold(100, |worst, x| x.map(|x| x.max(worst)));
+    match (worst(Cut::ExpertColumns), worst(Cut::Experts)) {
+        (Some(columns), _) if columns <= LARGEST_COLUMNS_PERCENT => Experts::Tensor,
+        (Some(columns), Some(whole)) if whole < columns => Experts::Parallel,
+        (None, Some(_)) => Experts::Parallel,
+        _ => Experts::Tensor,
+    }
+}
+
+/// Whether ranks have different parts of a dimension.
+fn is_shared(d: &Dimension, world: usize, experts: Experts) -> bool {
+    match d.cut {
+        Cut::SharedColumns => world <= d.units(),
+        Cut::ExpertColumns => experts == Experts::Tensor,
+        Cut::Experts => experts == Experts::Parallel,
+        _ => true,
+    }
+}
+
+/// The dimension that there is least of to share, and how much of it. The first of equals: heads are what runs out
+/// in most models.
+fn binding(spec: &ModelSpec, experts: Experts) -> Option<(&Dimension, usize)> {
+    let units = |d: &Dimension| match d.cut {
+        Cut::Heads { kv } => heads::units(d, &spec.dims[kv]),
+        _ => d.units(),
+    };
+    let limits = spec.dims.iter().filter(|d| match d.cut {
+        // Key/value heads follow from the query heads and may be on several ranks; a shared expert may be on all.
+        Cut::KvHeads { .. } | Cut::SharedColumns => false,
+        _ => is_shared(d, 1, experts),
+    });
+    limits.map(|d| (d, units(d))).min_by_key(|(_, units)| *units)
+}
+
+/// What else could use that many ranks.
+fn alternatives(spec: &ModelSpec, world: usize, experts: Experts, binding: Cut) -> String {
+    let enough = |cut: Cut| spec.dims.iter().any(|d| d.cut == cut && d.units() >= world);
+    let mut ways = Vec::new();
+    if binding == Cut::ExpertColumns && experts == Experts::Tensor && enough(Cut::Experts) {
+        ways.push("share whole experts (expert parallel)");
+    }
+    if binding == Cut::Experts && enough(Cut::ExpertColumns) {
+        ways.push("share each expert's columns (tensor parallel)");
+    }
+    ways.push("run several copies of the model (data parallel)");
+    ways.push("cut it by layers (pipeline parallel)");
+    let last = ways.pop().unwrap_or_default();
+    format!("{} or {last}", ways.join(", "))
 }
 
 /// Refuses 0 ranks, and more ranks than there is something to share.
 fn check_ranks(constraint: &'static str, size: usize, world: usize) -> Result<()> {
     match world {
         0 => Err(Error::NoRanks),
-        _ if world > size => Err(Error::TooManyRanks { world, constraint, size, nearest: size }),
+        _ if world > size => Err(Error::TooManyRanks {
+            world,
+            constraint,
+            size,
+            granule: 1,
+            nearest: size,
+            alternatives:
+                "run several copies of the model (data parallel) or cut it by layers (pipeline parallel)"
+                    .to_owned(),
+        }),
         _ => Ok(()),
     }
 }

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use tensorwire_core::{Link, Tuning};
 
-use super::{Absent, MOST, MOST_NETWORKS, Measured, Network, SCHEMA, Table};
+use super::{Absent, MOST, MOST_NETWORKS, MOST_PROFILES, Measured, Network, Profile, SCHEMA, Table};
 use crate::discover::Fingerprint;
 use crate::{Error, Result};
 
 /// Far above what a table of the most worlds takes.
-const MOST_BYTES: u64 = 256 << 10;
+const MOST_BYTES: u64 = 4 << 20;
 
 const AGAIN: &str = "tensorwire topo --probe makes a new one";
 
@@ -32,6 +32,8 @@ struct File {
     worlds: Vec<World>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     networks: Vec<Transport>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    profiles: Vec<Profile>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -139,6 +141,7 @@ impl Table {
             measured_at: self.measured_at,
             worlds: self.tunings.iter().map(world).collect(),
             networks: self.networks.iter().map(network).collect(),
+            profiles: self.profiles.clone(),
         };
         // Numbers and strings: nothing that JSON can't hold.
         let json = serde_json::to_string_pretty(&file);
@@ -182,12 +185,19 @@ impl Table {
             inter: measured(n.inter),
         };
         let networks: Vec<Network> = file.networks.into_iter().map(network).collect();
-        let least = usize::from(networks.is_empty());
+        let profiles = file.profiles;
+        let least = usize::from(networks.is_empty() && profiles.is_empty());
         if tunings.len() < least || tunings.len() > MOST {
             return Err(format!("it has {} worlds, not {least} to {MOST}: {AGAIN}", tunings.len()));
         }
         if networks.len() > MOST_NETWORKS {
             return Err(format!("it has {} networks, at most {MOST_NETWORKS}: {AGAIN}", networks.len()));
+        }
+        if profiles.len() > MOST_PROFILES {
+            return Err(format!("it has {} profiles, at most {MOST_PROFILES}: {AGAIN}", profiles.len()));
+        }
+        if let Some(why) = profiles.iter().find_map(Profile::unsound) {
+            return Err(format!("{why}: {AGAIN}"));
         }
         let sound = |n: &Network| [n.intra, n.inter].iter().flatten().all(|m| m.link.is_sound());
         if let Some(n) = networks.iter().find(|n| !sound(n)) {
@@ -199,7 +209,7 @@ impl Table {
         if !tunings.is_sorted_by(|a, b| a.world < b.world) {
             return Err(format!("its worlds aren't in ascending order: {AGAIN}"));
         }
-        Ok(Table { machine: file.machine, measured_at: file.measured_at, tunings, networks })
+        Ok(Table { machine: file.machine, measured_at: file.measured_at, tunings, networks, profiles })
     }
 }
 
@@ -245,6 +255,7 @@ fn with_temporary(path: &Path, write: impl FnOnce(&Path, &mut fs::File) -> io::R
 
 #[cfg(test)]
 mod tests {
+    use super::super::profile::tests::profile;
     use super::*;
     use proptest::prelude::*;
 
@@ -266,6 +277,7 @@ mod tests {
             measured_at: 1_795_000_000,
             tunings: vec![Tuning::built_in(2), Tuning::built_in(4)],
             networks: vec![network("tcp", Some(9.5), None), network("tls", Some(12.0), Some(50.25))],
+            profiles: vec![profile(Some(50), 0.25, 1_795_000_000), profile(Some(480), 1.25, 1_795_000_001)],
         }
     }
 
@@ -314,6 +326,10 @@ mod tests {
             ("\"gbps\": 1.25", "\"gbps\": 0.0", "make no sense"),
             ("\"alpha_us\": 9.5", "\"alpha_us\": -9.5", "make no sense"),
             ("\"alpha_us\": 9.5", "\"alpha_us\": null", "no table"),
+            ("\"collective\": \"all_reduce\"", "\"collective\": 7", "no table"),
+            ("\"layer_us\": 30.0", "\"layer_us\": -30.0", "step of 2 ranks makes no sense"),
+            ("\"band\": 1.1,", "\"band\": 0.1,", "makes no sense"),
+            ("\"knots\": [", "\"knots\": [[9, 9.0], ", "all_reduce over 2 ranks make no sense"),
             ("}\n", "", "no table"),
         ] {
             let bad = json.replacen(from, to, 1);
@@ -329,6 +345,24 @@ mod tests {
         );
         let many = Table { networks: vec![network("tcp", None, None); 17], ..table() };
         assert!(Table::parse(&many.to_json(), &machine()).unwrap_err().contains("17 networks"));
+        let many = Table { profiles: vec![Profile::default(); 5], ..table() };
+        assert!(Table::parse(&many.to_json(), &machine()).unwrap_err().contains("5 profiles"));
+    }
+
+    #[test]
+    fn a_file_of_before_there_were_profiles_is_read() {
+        let before = Table { profiles: vec![], ..table() };
+        assert!(!before.to_json().contains("profiles"));
+        assert_eq!(Table::parse(&before.to_json(), &machine()), Ok(before));
+    }
+
+    #[test]
+    fn a_file_that_was_cut_short_is_refused_wherever() {
+        let json = table().to_json();
+        // The last is the newline.
+        for end in 0..json.len() - 1 {
+            assert!(Table::parse(&json[..end], &machine()).is_err(), "{end}");
+        }
     }
 
     #[test]
@@ -354,7 +388,7 @@ mod tests {
         }
         let folder = tempfile::tempdir().unwrap();
         let large = folder.path().join("large");
-        fs::write(&large, vec![b' '; 1 << 20]).unwrap();
+        fs::write(&large, vec![b' '; MOST_BYTES as usize + 1]).unwrap();
         assert!(Table::load(&large, &machine()).unwrap_err().to_string().contains("too large"));
         let below = large.join("a.json");
         assert!(matches!(Table::check_place(&below), Err(Error::Write { .. })));
@@ -377,13 +411,14 @@ mod tests {
 
         /// Damage anywhere: a table that can be used, or a reason.
         #[test]
-        fn damage_is_no_panic(at in 0usize..500, bytes in proptest::collection::vec(any::<u8>(), 1..8)) {
+        fn damage_is_no_panic(at in 0usize..5000, bytes in proptest::collection::vec(any::<u8>(), 1..8)) {
             let mut text = table().to_json().into_bytes();
             let at = at % text.len();
             let end = (at + bytes.len()).min(text.len());
             text.splice(at..end, bytes);
             if let Ok(table) = Table::parse(&String::from_utf8_lossy(&text), &machine()) {
                 prop_assert!(table.tunings.iter().all(Tuning::is_sound));
+                prop_assert!(table.profiles.iter().all(|p| p.unsound().is_none()));
             }
         }
     }

@@ -10,19 +10,29 @@
 //!  "worlds": [{"ranks": 2, "one_shot": 131072, "symmetric_one_shot": 65536, "chunk": 262144}],
 //!  "networks": [{"transport": "tcp",
 //!    "intra": {"alpha_us": 9.5, "gbps": 2.6, "overhead_us": 1.9, "measured_at": 1795000000},
-//!    "inter": {"alpha_us": 31.0, "gbps": 1.2, "overhead_us": 2.1, "measured_at": 1795000000}}]}
+//!    "inter": {"alpha_us": 31.0, "gbps": 1.2, "overhead_us": 2.1, "measured_at": 1795000000}}],
+//!  "profiles": [{"distance_ns": 102,
+//!    "timings": [{"collective": "all_reduce", "transport": "shm", "ranks": 2, "contended": false,
+//!      "p50": {"knots": [[1024, 0.25], [4194304, 190.0]], "band": 1.12},
+//!      "p99": {"knots": [[1024, 0.5], [4194304, 400.0]], "band": 1.9}, "measured_at": 1795000000}],
+//!    "steps": [{"ranks": 2, "layer_us": 40.0, "gbps": 27.0, "band": 1.05, "measured_at": 1795000000}],
+//!    "reads": [{"processors": 1, "bytes": 268435456, "gbps": 30.0}]}]}
 //! ```
 //!
 //! Shared memory and each transport are measured apart, and each measurement leaves the others as they are; of a network,
-//! also the links on a host and those between hosts.
+//! also the links on a host and those between hosts; and each [`Profile`], one for each distance of the processors.
+//! `networks` and `profiles` may be missing.
 //!
 //! It is `$TENSORWIRE_TABLE`, or a file named after the machine's [`Fingerprint`] in `$XDG_CACHE_HOME/tensorwire` or
 //! `~/.cache/tensorwire`: machines that share a home have a file each. `TENSORWIRE_TABLE=off` is for the
 //! built-in constants. A file that is damaged, of another version or of another machine isn't used, and
 //! [`Absent`] says why.
 
+pub mod claims;
+mod curve;
 mod file;
 pub mod fit;
+mod profile;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -30,6 +40,9 @@ use std::path::{Path, PathBuf};
 use tensorwire_core::{Link, Tuning};
 
 use crate::discover::Fingerprint;
+
+pub use curve::{Curve, Piece};
+pub use profile::{Profile, Reading, Step, Timing, one_distance};
 
 /// The schema that a table's file names.
 pub const SCHEMA: &str = "tensorwire.table/v1";
@@ -39,6 +52,9 @@ const MOST: usize = 256;
 
 /// The most transports that a table may hold.
 const MOST_NETWORKS: usize = 16;
+
+/// The most profiles that a table may hold: a new one takes the place of the oldest.
+const MOST_PROFILES: usize = 4;
 
 /// What was measured on a machine.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +67,8 @@ pub struct Table {
     pub tunings: Vec<Tuning>,
     /// What messages cost over each transport that was measured.
     pub networks: Vec<Network>,
+    /// What collectives and layers take, a profile for each distance of the processors.
+    pub profiles: Vec<Profile>,
 }
 
 /// What messages over a transport were found to cost, from this machine.
@@ -138,7 +156,7 @@ impl Place {
 impl Table {
     /// A table of this machine in which nothing is measured yet.
     pub fn empty(machine: Fingerprint) -> Table {
-        Table { machine, measured_at: 0, tunings: Vec::new(), networks: Vec::new() }
+        Table { machine, measured_at: 0, tunings: Vec::new(), networks: Vec::new(), profiles: Vec::new() }
     }
 
     /// What was measured over a transport, such as `tcp`.
@@ -155,6 +173,16 @@ impl Table {
             }
             None => self.networks.push(measured),
         }
+    }
+
+    /// What was measured nearest to this distance of the processors, in nanoseconds; where it isn't known, last.
+    pub fn profile(&self, distance_ns: Option<u32>) -> Option<&Profile> {
+        profile::nearest(&self.profiles, distance_ns)
+    }
+
+    /// Takes over what was measured at one distance, and leaves the others as they are.
+    pub fn set_profile(&mut self, measured: Profile) {
+        profile::merge(&mut self.profiles, measured, MOST_PROFILES);
     }
 
     /// The file of this machine's table, whether it exists or not.

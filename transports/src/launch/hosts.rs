@@ -100,7 +100,7 @@ pub(super) fn supervise_hosts(
     for (host, ranks) in placed {
         let mut command = shell.command(host);
         command.stdin(Stdio::piped());
-        let started = spawn_watched(&mut command, &watch.guard, Vec::new()).and_then(|child| {
+        let started = spawn_watched(&mut command, &watch.guard, Vec::new(), None).and_then(|child| {
             let mut remote = Remote::new(host, ranks.clone(), child)?;
             let (first, ranks) = (ranks.start as u32, ranks.len() as u32);
             let mut job = Job { first, ranks, ..job.clone() };

@@ -23,7 +23,7 @@ pub use agent::{agent, is_of_a_host};
 pub use env::{Env, Master, Rendezvous};
 pub use hostfile::{Host, parse_hostfile};
 pub use hosts::RemoteShell;
-pub use spawn::{Failure, LOST_PEER_STATUS, Launcher, Line, Outcome, Stream};
+pub use spawn::{BIND_VAR, Failure, LOST_PEER_STATUS, Launcher, Line, Outcome, Stream};
 #[cfg(feature = "tcp")]
 pub(crate) use transport::TRANSPORT_VAR;
 pub use transport::Transport;

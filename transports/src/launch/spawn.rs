@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
+use rustix::thread::sched_setaffinity;
 use tensorwire_core::{Error, Result};
 
 use super::agent::is_of_a_host;
@@ -16,6 +17,7 @@ use super::hostfile::{Host, place};
 use super::hosts::{RemoteShell, supervise_hosts};
 use super::supervise::supervise;
 use super::wire::Job;
+use crate::processors::{Processors, shares};
 
 /// The exit status of a rank that ends because *another* rank is gone. When both are seen to have ended at
 /// the same moment, the other one is named as the first that failed.
@@ -116,6 +118,10 @@ fn exit_code(status: ExitStatus) -> i32 {
     status.code().or(status.signal().map(|s| 128 + s)).unwrap_or(1)
 }
 
+/// The environment variable that says whether a launcher binds its ranks to processors: `auto`, as it does without, or
+/// `none`.
+pub const BIND_VAR: &str = "TENSORWIRE_BIND";
+
 type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
 
 /// Starts the ranks of a job on this host or [on several](Launcher::on_hosts), and watches over them until all have
@@ -123,6 +129,10 @@ type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
 ///
 /// Every rank finds its place in `TENSORWIRE_RANK`, `TENSORWIRE_WORLD`, `TENSORWIRE_LOCAL_RANK`,
 /// `TENSORWIRE_LOCAL_WORLD` and `TENSORWIRE_STORE`, reads nothing on standard input, and leads a process group of its own.
+///
+/// Each rank may use its share of the processors that the launcher may use on that host: neighbours, as many for each as
+/// there are, so that no two ranks meet on one. Where there are fewer than ranks, or `TENSORWIRE_BIND=none` is set, here
+/// or by [`env`](Launcher::env), they may use all of them.
 ///
 /// * When a rank ends unsuccessfully, the others are sent `SIGTERM` and, 300 ms later, their process groups
 ///   are killed.
@@ -288,8 +298,21 @@ impl<'a> Launcher<'a> {
         launcher
     }
 
-    /// Starts one rank under the guard.
-    pub(super) fn spawn(&self, rank: usize, guard: &Guard) -> Result<Child> {
+    /// Which processors each rank may use; `None` where it may use all.
+    pub(super) fn binding(&self) -> Result<Option<Vec<Processors>>> {
+        let given = self.env.iter().rfind(|(name, _)| name == BIND_VAR).map(|(_, value)| value.clone());
+        match given.or_else(|| std::env::var_os(BIND_VAR)).unwrap_or_default().to_str() {
+            Some("" | "auto") => Ok(shares(&Processors::allowed(), self.ranks)),
+            Some("none") => Ok(None),
+            other => {
+                let other = other.unwrap_or("no text");
+                Err(Error::Config(format!("{BIND_VAR} is '{other}': use auto or none")))
+            }
+        }
+    }
+
+    /// Starts one rank under the guard, on the processors that it may use.
+    pub(super) fn spawn(&self, rank: usize, guard: &Guard, on: Option<&Processors>) -> Result<Child> {
         let mut command = Command::new(&self.program);
         command
             .args(&self.args)
@@ -307,7 +330,7 @@ impl<'a> Launcher<'a> {
         }
         let handed: Vec<_> =
             self.inherited.iter().filter(|(of, _)| *of == rank).map(|(_, fd)| fd.as_raw_fd()).collect();
-        spawn_watched(&mut command, guard, handed).map_err(|e| {
+        spawn_watched(&mut command, guard, handed, on).map_err(|e| {
             let rank = self.first + rank;
             Error::os(format!("cannot start rank {rank}, '{}'", self.program.to_string_lossy()), e)
         })
@@ -315,12 +338,18 @@ impl<'a> Launcher<'a> {
 }
 
 /// Starts a process in a group of its own, with pipes for its output, that ends with this thread or the guard; `handed`
-/// are the descriptors that it inherits.
-pub(super) fn spawn_watched(command: &mut Command, guard: &Guard, handed: Vec<RawFd>) -> io::Result<Child> {
+/// are the descriptors that it inherits, and `on` the processors that it may use, if not all.
+pub(super) fn spawn_watched(
+    command: &mut Command,
+    guard: &Guard,
+    handed: Vec<RawFd>,
+    on: Option<&Processors>,
+) -> io::Result<Child> {
     let (control, launcher) = (guard.control(), std::process::id());
+    let mask = on.map(Processors::mask);
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     // SAFETY: runs in the child between fork and exec, where only async-signal-safe calls are allowed:
-    // prctl, getppid, write and fcntl are, and nothing here allocates.
+    // prctl, getppid, sched_setaffinity, write and fcntl are, and nothing here allocates.
     unsafe {
         command.pre_exec(move || {
             if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
@@ -329,6 +358,9 @@ pub(super) fn spawn_watched(command: &mut Command, guard: &Guard, handed: Vec<Ra
             // A launcher that died before that call won't be noticed by the kernel any more.
             if libc::getppid() as u32 != launcher {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            if let Some(mask) = &mask {
+                sched_setaffinity(None, mask)?;
             }
             announce(control)?;
             for &fd in &handed {

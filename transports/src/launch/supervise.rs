@@ -59,8 +59,10 @@ pub(super) fn supervise(
         kill_at: None,
         killed: false,
     };
+    let binding = launcher.binding()?;
     for rank in 0..ranks {
-        let child = launcher.spawn(rank, &watch.guard)?;
+        let on = binding.as_ref().map(|shares| &shares[rank]);
+        let child = launcher.spawn(rank, &watch.guard, on)?;
         let rank = launcher.first + rank;
         watch.ranks.push(Rank::new(child).map_err(|e| Error::os(format!("cannot watch rank {rank}"), e))?);
     }

@@ -51,6 +51,27 @@ fn gone(pid: &str) -> bool {
     true
 }
 
+/// The processors that each of so many ranks may use.
+fn allowed(ranks: usize, bind: &str) -> Vec<Processors> {
+    let script = "sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status";
+    let (outcome, lines) = run(shell(ranks, script).env(BIND_VAR, bind));
+    assert_eq!(outcome.exit_code(), 0);
+    texts(&lines).into_iter().map(|text| text.parse().unwrap()).collect()
+}
+
+#[test]
+fn ranks_share_the_processors_out_unless_told_otherwise() {
+    let all = Processors::allowed();
+    for ranks in [1, 2, 3] {
+        let each = shares(&all, ranks).unwrap_or(vec![all.clone(); ranks]);
+        assert_eq!(allowed(ranks, "auto"), each);
+        assert_eq!(allowed(ranks, ""), each);
+        assert_eq!(allowed(ranks, "none"), vec![all.clone(); ranks]);
+    }
+    let refused = shell(1, "true").env(BIND_VAR, "core").run().unwrap_err();
+    assert!(refused.to_string().contains("TENSORWIRE_BIND is 'core': use auto or none"), "{refused}");
+}
+
 #[test]
 fn each_rank_finds_its_place() {
     let launcher =

@@ -16,6 +16,7 @@ use super::sync::Ordering;
 use super::words::Words;
 use super::{Options, region::Region};
 use crate::liveness::Liveness;
+use crate::processors::Processors;
 
 /// How often a rank that waits to go on looks who is alive.
 const LOOK: Duration = Duration::from_millis(10);
@@ -44,9 +45,10 @@ impl Group {
         layout: Layout,
         rank: usize,
         liveness: Liveness,
+        processors: Vec<Processors>,
         options: &Options,
     ) -> Result<Group> {
-        let group = |part| Group::new(Words::new(part, layout), rank, liveness, options);
+        let group = |part| Group::new(Words::new(part, layout), rank, liveness, processors, options);
         let (group, had) = match memory.map(start, layout.len) {
             Ok(part) => (group(part), memory.reserve(start + layout.slot(rank, 0) as u64, layout.slots())),
             // What it takes to say so may still be had.
@@ -65,15 +67,7 @@ impl Group {
     /// color gets none. Every rank of this group calls it. A failure to get memory is every rank's, and leaves
     /// this group as it was.
     pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<Group>, Failure> {
-        self.begin(Call {
-            op: Op::Split,
-            dtype: None,
-            reduce: None,
-            count: 0,
-            root: None,
-            layout: 0,
-            wire: None,
-        })?;
+        self.begin(Call::bare(Op::Split))?;
         let ranks = color::members(color, &self.exchange(color::choice(color, key))?);
 
         // The first of each new group takes its memory and tells the others where it starts; 0 says it failed.
@@ -90,8 +84,9 @@ impl Group {
             (Err(e), ..) | (_, Err(e), _) => Err(e),
             (_, _, None) => Ok(None),
             (_, Ok(layout), Some(rank)) if start != 0 => {
-                let liveness = self.liveness.subset(&ranks);
-                let group = Group::enter_part(self.memory(), start, layout, rank, liveness, &self.options);
+                let (liveness, processors) = (self.liveness.subset(&ranks), self.processors_of(&ranks));
+                let group =
+                    Group::enter_part(self.memory(), start, layout, rank, liveness, processors, &self.options);
                 // The processors are shared with the ranks of the other groups.
                 group.map(|mut group| {
                     group.patience = self.patience;
@@ -102,6 +97,10 @@ impl Group {
             _ => Err(self.no_memory(first.unwrap_or(0))),
         };
         self.agree(made)
+    }
+
+    fn processors_of(&self, ranks: &[usize]) -> Vec<Processors> {
+        ranks.iter().map(|r| self.processors[*r].clone()).collect()
     }
 
     /// This group and those above it, for a group of some of its ranks.
@@ -195,9 +194,16 @@ impl Group {
             Error::Rendezvous { rank: me, world: self.world(), what }
         })?;
         let layout = Layout::new(members.len(), shared.words.layout.slots())?;
-        let liveness = self.liveness.subset(&members);
-        let mut group =
-            Group::enter_part(self.memory(), decision.start, layout, rank, liveness, &self.options)?;
+        let (liveness, processors) = (self.liveness.subset(&members), self.processors_of(&members));
+        let mut group = Group::enter_part(
+            self.memory(),
+            decision.start,
+            layout,
+            rank,
+            liveness,
+            processors,
+            &self.options,
+        )?;
         group.above = self.above_another(&members);
         Ok(group)
     }

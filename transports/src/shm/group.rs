@@ -25,6 +25,7 @@ use super::sync::{Ordering, fence};
 use super::words::Words;
 use super::{Failure, Options, wait::Patience};
 use crate::liveness::Liveness;
+use crate::processors::{Processors, may_spin};
 
 /// How long a sleeping rank goes without looking whether its peers are alive.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(20);
@@ -42,6 +43,8 @@ pub struct Group {
     pub(super) liveness: Liveness,
     pub(super) options: Options,
     pub(super) patience: Patience,
+    /// Of each rank.
+    pub(super) processors: Vec<Processors>,
     /// The step that this rank is in.
     step: u64,
     /// Where the current call's steps keep their bytes.
@@ -131,12 +134,19 @@ impl Awaited {
 }
 
 impl Group {
-    pub(super) fn new(words: Words, rank: usize, liveness: Liveness, options: &Options) -> Group {
+    pub(super) fn new(
+        words: Words,
+        rank: usize,
+        liveness: Liveness,
+        processors: Vec<Processors>,
+        options: &Options,
+    ) -> Group {
         let world = words.layout.world;
         Group {
             shared: Arc::new(Shared::new(words, rank)),
             liveness,
-            patience: Patience::for_world(world),
+            patience: Patience::new(may_spin(&processors[rank], &processors)),
+            processors,
             options: options.clone(),
             step: 0,
             span: Span::NONE,
@@ -146,15 +156,7 @@ impl Group {
             recorded: 0,
             unrecorded: false,
             label: Label::NONE,
-            call: Call {
-                op: Op::Barrier,
-                dtype: None,
-                reduce: None,
-                count: 0,
-                root: None,
-                layout: 0,
-                wire: None,
-            },
+            call: Call::bare(Op::Barrier),
             fingerprint: 0,
             deadline: None,
             above: Vec::new(),
@@ -214,7 +216,10 @@ impl Group {
     }
 
     /// Begins a call: every wait until the next one checks that peers are in the same call.
-    #[inline]
+    ///
+    /// Always inlined, for a call is made of constants: written to memory in small pieces to be passed on, and read
+    /// there in large ones, it would have to wait for the pieces to leave the store buffer.
+    #[inline(always)]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
         self.seq += 1;
         // Of all calls so far: a rank that waits for nobody, as the root of a broadcast, is found out later. What is
@@ -231,7 +236,7 @@ impl Group {
     }
 
     /// Notes what this rank is doing, for errors; fails if the group has ended.
-    #[inline]
+    #[inline(always)]
     pub(super) fn enter(&mut self, call: Call) -> Result<(), Failure> {
         self.call = call;
         self.deadline = None;
@@ -446,6 +451,7 @@ impl Group {
         let arrived = || awaited.arrived(&self.shared);
         self.shared.ring();
         if self.patience.spin_until(arrived) {
+            self.deadline = None;
             return Ok(());
         }
         let me = self.shared.words.control(self.rank());
@@ -463,6 +469,8 @@ impl Group {
             self.sleep(awaited, bell, deadline);
             if arrived() {
                 self.show_waiting(None);
+                // However long a call takes, it is late only where nobody comes.
+                self.deadline = None;
                 return Ok(());
             }
         }
@@ -613,9 +621,13 @@ impl Handle {
     /// Ends the group: every rank's current or next call fails with [`Error::Aborted`] and `why`. Does nothing
     /// if the group has ended already.
     pub fn abort(&self, why: &str) {
-        let call =
-            Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
+        let call = Call::bare(Op::Barrier);
         self.shared.fail(Error::InvalidArgument(why.to_owned()), call, 0);
+    }
+
+    /// Ends the group for every rank because of an error that another layer has met, unless it has ended.
+    pub fn end_with(&self, error: &Error) {
+        self.shared.end_with(error);
     }
 
     /// What every rank is doing, and did last.

@@ -2,7 +2,8 @@
 //!
 //! Rank 0 makes the memory and listens on an abstract Unix socket whose name it publishes through the job's
 //! store. Each other rank connects and says who it is, with a pidfd of itself; when all have come, each gets
-//! its memfd and everyone's pidfd, and says so; when all have, each is told to go on. A rank that can't take them
+//! its memfd and everyone's pidfd, and says so, and which processors it may use; when all have, each is told to go on,
+//! and everyone's processors. A rank that can't take them
 //! is everyone's error. That a rank can be handed the memory is the proof that it is on
 //! this host.
 
@@ -24,6 +25,7 @@ use super::layout::Layout;
 use super::memory::{Memory, VERSION};
 use crate::liveness;
 use crate::local_socket;
+use crate::processors::Processors;
 use crate::store::Store;
 
 const MAGIC: [u8; 4] = *b"TWsh";
@@ -47,6 +49,7 @@ pub(super) struct Handover {
     pub(super) layout: Layout,
     pub(super) tuning: Vec<Tuning>,
     pub(super) pidfds: Vec<OwnedFd>,
+    pub(super) processors: Vec<Processors>,
 }
 
 /// Rank 0: makes the memory, waits for the others and hands it over.
@@ -110,13 +113,19 @@ pub(super) fn give(
         hand().map_err(went_away(i))?;
     }
     drop(borrowed);
+    let mut processors = vec![Processors::allowed()];
     for (i, stream) in streams.iter_mut().enumerate() {
-        local_socket::read_frame(stream).map_err(went_away(i))?;
+        let theirs = local_socket::read_frame(stream).map_err(went_away(i))?;
+        let theirs = parse_processors(&theirs).and_then(|all| all.into_iter().next());
+        processors.push(theirs.ok_or_else(|| {
+            rendezvous(format!("rank {} said of its processors what makes no sense", i + 1))
+        })?);
     }
+    let all = write_processors(&processors);
     for (i, stream) in streams.iter_mut().enumerate() {
-        local_socket::write_frame(stream, &[]).map_err(went_away(i))?;
+        local_socket::write_frame(stream, &all).map_err(went_away(i))?;
     }
-    Ok(Handover { memory, start, layout, tuning: tuning.to_vec(), pidfds })
+    Ok(Handover { memory, start, layout, tuning: tuning.to_vec(), pidfds, processors })
 }
 
 /// What to do about an error.
@@ -242,11 +251,24 @@ pub(super) fn take(
         advice => rendezvous(format!("no room for {} descriptors: {e}{advice}", world + 1)),
     })?;
     let mut confirm = || {
-        local_socket::write_frame(&mut stream, &[])?;
+        local_socket::write_frame(&mut stream, &write_processors(&[Processors::allowed()]))?;
         local_socket::read_frame(&mut stream)
     };
-    confirm().map_err(|e| rendezvous(format!("rank 0 gave up, for a rank that could not join: {e}")))?;
-    Ok(Handover { memory: Memory::open(memory)?, start, layout, tuning, pidfds })
+    let all =
+        confirm().map_err(|e| rendezvous(format!("rank 0 gave up, for a rank that could not join: {e}")))?;
+    let processors = parse_processors(&all)
+        .filter(|all| all.len() == world)
+        .ok_or_else(|| rendezvous("rank 0 said of all ranks' processors what makes no sense".into()))?;
+    Ok(Handover { memory: Memory::open(memory)?, start, layout, tuning, pidfds, processors })
+}
+
+/// Some ranks' processors, as text with a space between.
+fn write_processors(all: &[Processors]) -> Vec<u8> {
+    all.iter().map(Processors::to_string).collect::<Vec<_>>().join(" ").into_bytes()
+}
+
+fn parse_processors(text: &[u8]) -> Option<Vec<Processors>> {
+    str::from_utf8(text).ok()?.split(' ').map(|one| one.parse().ok()).collect()
 }
 
 /// Rank 0's answer to a rank it lets in, in words behind status 0: the slot bytes of the layout, where the group

@@ -152,17 +152,7 @@ mod tests {
     }
 
     fn barrier(group: &mut Group) {
-        group
-            .begin(Call {
-                op: Op::Barrier,
-                dtype: None,
-                reduce: None,
-                count: 0,
-                root: None,
-                layout: 0,
-                wire: None,
-            })
-            .unwrap();
+        group.begin(Call::bare(Op::Barrier)).unwrap();
         let step = group.next_step().unwrap();
         group.publish();
         group.wait_all(step).unwrap();

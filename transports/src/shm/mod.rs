@@ -48,6 +48,7 @@ pub use record::Label;
 pub use region::Region;
 
 use crate::liveness::Liveness;
+use crate::processors::Processors;
 use crate::store::Store;
 use layout::Layout;
 use memory::Memory;
@@ -58,7 +59,8 @@ pub type Failure = Box<Error>;
 /// What can be set about a group.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long a call, or joining the group, waits for peers. `TENSORWIRE_TIMEOUT`, in seconds.
+    /// How long joining the group takes at most, and how long a call waits while nothing comes of the peers it waits for.
+    /// `TENSORWIRE_TIMEOUT`, in seconds.
     pub timeout: Duration,
     /// Bytes of slots a rank; rank 0's value holds for all. `TENSORWIRE_SHM_BYTES`.
     pub slot_bytes: usize,
@@ -117,7 +119,11 @@ pub fn in_process(world: usize, options: &Options) -> Result<Vec<Group>> {
     let layout = Layout::new(world, options.slot_bytes)?;
     let memory = Arc::new(Memory::create()?);
     let start = layout.take(&memory)?;
-    let enter = |rank| Group::enter_part(&memory, start, layout, rank, Liveness::default(), options);
+    // Threads may move later on, each for itself.
+    let processors = vec![Processors::allowed(); world];
+    let enter = |rank| {
+        Group::enter_part(&memory, start, layout, rank, Liveness::default(), processors.clone(), options)
+    };
     (0..world).map(enter).collect()
 }
 
@@ -140,7 +146,8 @@ pub fn join(rank: usize, world: usize, store: &dyn Store, options: &Options) -> 
     };
     let (memory, liveness) = (Arc::new(handover.memory), Liveness::new(handover.pidfds));
     let options = Options { tuning: handover.tuning, ..options.clone() };
-    Group::enter_part(&memory, handover.start, handover.layout, rank, liveness, &options)
+    let processors = handover.processors;
+    Group::enter_part(&memory, handover.start, handover.layout, rank, liveness, processors, &options)
 }
 
 #[cfg(test)]

@@ -120,6 +120,12 @@ impl Verdict {
         self.text_len = end as u32;
     }
 
+    /// The rank that has ended the group.
+    #[cfg(feature = "tcp")]
+    pub(crate) fn by(&self) -> usize {
+        self.by as usize
+    }
+
     /// The ranks that the verdict says are gone or don't answer.
     pub(crate) fn lost(&self) -> Vec<usize> {
         match self.kind {

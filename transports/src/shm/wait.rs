@@ -12,16 +12,14 @@ pub(super) struct Patience {
 }
 
 impl Patience {
-    /// For `world` ranks on this host: with a processor for each, spin; with fewer, give the processor away
-    /// at once, for the rank waited for may need it.
-    pub(super) fn for_world(world: usize) -> Patience {
+    /// With a processor of its own, a rank spins; without, it gives the processor away at once, for the rank waited for
+    /// may need it.
+    pub(super) fn new(spins: bool) -> Patience {
         // Looking again and again would be all that loom tries out, and it has no time: it sleeps at once.
         if cfg!(loom) {
             return Patience { quick_looks: 0, spin: Duration::ZERO, yields: 0 };
         }
-        // Honours the affinity mask and the control group's quota.
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        if world <= processors {
+        if spins {
             Patience { quick_looks: 200, spin: Duration::from_micros(200), yields: 0 }
         } else {
             Patience { quick_looks: 0, spin: Duration::ZERO, yields: 64 }

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tensorwire_core::{Error, Result};
 
 use super::TcpOptions;
+use super::frame;
 use super::hello::{Channel, GroupId, Hello, Status};
 use super::interface::Chosen;
 use super::listener::Listener;
@@ -30,7 +31,7 @@ const MAX_ARRIVALS: usize = 128;
 /// How soon a dial is tried again that the peer refused for its own, which it was about to make.
 const CROSSED: Duration = Duration::from_millis(50);
 
-/// How soon a dial that was cut is tried again.
+/// How soon a dial that was cut is tried again, for the first time; each further time is so much later.
 const RETRY: Duration = Duration::from_millis(5);
 
 /// How often: a rank that ends hangs up too, and then nobody listens there; one that has another secret goes on.
@@ -170,6 +171,9 @@ impl Endpoint {
         let hello = Hello::new(channel, group.world, group.rank, peer, group.id)?;
         let place = group.place(channel, peer);
         let (at, until) = (Instant::now(), Instant::now() + self.inner.options.peer_timeout);
+        if channel == Channel::Verdict {
+            group.tells_one();
+        }
         lock(&self.inner.requests).push(Request {
             tries: RETRIES,
             group: Arc::downgrade(group),
@@ -258,7 +262,7 @@ impl Inner {
             let due: Vec<Request>;
             (due, later) = later.into_iter().partition(|r| r.at <= now);
             for request in due {
-                let asks = request.hello.channel == Channel::Question;
+                let asks = matches!(request.hello.channel, Channel::Question | Channel::Verdict);
                 if !request.group.upgrade().is_some_and(|g| asks || g.is_dialing(request.place)) {
                     continue;
                 }
@@ -339,6 +343,12 @@ impl Inner {
             arrival.tell_waits(&self.secret, waits);
             return;
         }
+        if hello.channel == Channel::Verdict {
+            if let Some(group) = group {
+                group.is_told(hello, &arrival);
+            }
+            return;
+        }
         match group {
             Some(group) if arrival.stream().tune(&self.options).is_ok() => {
                 group.offer(hello, arrival, &self.secret);
@@ -363,6 +373,13 @@ impl Inner {
         }
         match dial.advance(&self.secret) {
             Ok(false) => return Dialled::UnderWay(request, dial),
+            Ok(true) if request.hello.channel == Channel::Verdict => {
+                if let Some(verdict) = group.verdict() {
+                    // Behind a handshake there is room; who has gone meanwhile needs no word.
+                    let _ = dial.into_stream().say(&frame::parting(&verdict, group.checksum));
+                }
+                group.told_one();
+            }
             Ok(true) => {
                 let stream = dial.into_stream();
                 let tuned = stream.tune(&self.options).map(|()| stream);
@@ -372,7 +389,9 @@ impl Inner {
             Err(Refusal::Status(Status::Crossed)) => return self.again(request, now, CROSSED),
             Err(Refusal::Cut | Refusal::Unproved | Refusal::Untrusted) if request.tries > 0 => {
                 request.tries -= 1;
-                return self.again(request, now, RETRY);
+                // Over a second in all: a flood that pushes handshakes out may take that long to pass.
+                let after = RETRY * (RETRIES - request.tries);
+                return self.again(request, now, after);
             }
             Err(refusal) => self.refused(&request, &refusal),
         }
@@ -400,6 +419,13 @@ impl Inner {
                     _ => Answer::Elsewhere,
                 };
                 group.answered(request.hello.to as usize, answer);
+            }
+            return;
+        }
+        if request.hello.channel == Channel::Verdict {
+            // It finds out by itself.
+            if let Some(group) = request.group.upgrade() {
+                group.told_one();
             }
             return;
         }

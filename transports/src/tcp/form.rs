@@ -13,6 +13,7 @@ use super::secret::{Secret, random};
 use super::shared::Shared;
 use super::stream::Identity;
 use crate::color;
+use crate::processors::{Processors, may_spin};
 use crate::shm::Failure;
 use crate::store::Store;
 
@@ -88,7 +89,8 @@ pub fn join(
     };
     let shared = Arc::new(Shared::new(rank, world, id, checksum)?);
     endpoint.enter(&shared);
-    store.set(&key(&format!("at/{rank}")), endpoint.address().to_string().as_bytes(), deadline)?;
+    let place = format!("{}/{}", endpoint.address(), Processors::allowed());
+    store.set(&key(&format!("at/{rank}")), place.as_bytes(), deadline)?;
     let all = match rank {
         0 => gather(world, store, &key, deadline)?,
         _ => {
@@ -101,15 +103,25 @@ pub fn join(
     if let Some(why) = all.strip_prefix(FAILED) {
         return Err(failed(why.to_owned()));
     }
-    let addresses: Vec<SocketAddr> = all.split(' ').filter_map(|a| a.parse().ok()).collect();
+    let (addresses, processors): (Vec<SocketAddr>, Vec<Processors>) =
+        all.split(' ').filter_map(parse_place).unzip();
     if addresses.len() != world || addresses[rank] != endpoint.address() {
         return Err(failed(format!("the store has another process as rank {rank}: was it started twice?")));
     }
+    let here = addresses.iter().zip(&processors).filter(|(at, _)| at.ip() == endpoint.address().ip());
+    let here: Vec<Processors> = here.map(|(_, processors)| processors.clone()).collect();
+    let spins = may_spin(&processors[rank], &here);
     let _ = shared.addresses.set(addresses);
-    Ok(TcpGroup::new(shared, endpoint, options.clone()))
+    Ok(TcpGroup::new(shared, endpoint, spins, options.clone()))
 }
 
-/// Rank 0: waits for every rank's address, and tells all of them.
+/// Where a rank listens, and the processors that it may use there.
+fn parse_place(text: &str) -> Option<(SocketAddr, Processors)> {
+    let (address, processors) = text.split_once('/')?;
+    Some((address.parse().ok()?, processors.parse().ok()?))
+}
+
+/// Rank 0: waits for every rank's place, and tells all of them.
 fn gather(
     world: usize,
     store: &dyn Store,
@@ -146,15 +158,7 @@ impl TcpGroup {
     /// # Errors
     /// See [`wait`](TcpGroup::wait).
     pub fn split(&mut self, color: Option<u32>, key: i32) -> Result<Option<(TcpGroup, Vec<usize>)>, Failure> {
-        self.begin(Call {
-            op: Op::Split,
-            dtype: None,
-            reduce: None,
-            count: 0,
-            root: None,
-            layout: 0,
-            wire: None,
-        })?;
+        self.begin(Call::bare(Op::Split))?;
         let ranks = color::members(color, &self.exchange(color::choice(color, key))?);
         let made = color.map(|_| {
             // The same for all of them, and for no other group: no other split of this group has this number, and no
@@ -188,6 +192,7 @@ impl TcpGroup {
         let _ = shared.addresses.set(ranks.iter().map(|r| all[*r]).collect());
         let _ = shared.job_ranks.set(ranks.iter().map(|r| self.shared.job_rank(*r)).collect());
         self.endpoint.enter(&shared);
-        Ok(TcpGroup::new(shared, self.endpoint.clone(), self.options.clone()))
+        // The processors are shared with the ranks of the other groups.
+        Ok(TcpGroup::new(shared, self.endpoint.clone(), self.spins(), self.options.clone()))
     }
 }

@@ -37,6 +37,9 @@ pub(super) enum Kind {
     Leave = 4,
 }
 
+/// Bytes of the frame that tells why a group has ended.
+pub(super) const PARTING: usize = HEADER + Verdict::BYTES;
+
 /// The frame that tells why a group has ended, whatever was going on.
 pub(super) fn parting(verdict: &Verdict, checksum: bool) -> Vec<u8> {
     let mut header = Header { kind: Kind::Verdict, seq: 0, len: Verdict::BYTES as u64, call: [0; 4] }.bytes();
@@ -44,6 +47,15 @@ pub(super) fn parting(verdict: &Verdict, checksum: bool) -> Vec<u8> {
         seal(&mut header, verdict.bytes());
     }
     [&header[..], verdict.bytes()].concat()
+}
+
+/// What a [parting] frame says; `None` where it is none, or isn't as it was sent.
+pub(super) fn parted(bytes: &[u8], checksum: bool) -> Option<Verdict> {
+    let (header, sum) = if checksum { unseal(bytes)? } else { (Header::parse(bytes)?, 0) };
+    let verdict = bytes.get(HEADER..PARTING)?;
+    let sound = !checksum || crc32fast::hash(verdict) == sum;
+    let is_one = header.kind == Kind::Verdict && header.len == Verdict::BYTES as u64;
+    (sound && is_one).then(|| Verdict::from_bytes(verdict))
 }
 
 /// Puts the checksums into a header: its own, and its payload's.

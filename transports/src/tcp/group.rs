@@ -1,7 +1,7 @@
 //! One rank's membership in a group over TCP: calls, and what they are made of: sends, receives and waits.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tensorwire_core::{Call, DType, Deadline, Error, Op};
@@ -13,9 +13,9 @@ use super::hello::Channel;
 use super::link::{Expected, Trouble};
 use super::memory::{Memory, Place, Span};
 use super::mesh::{Around, Goal, Mesh, Stop};
-use super::shared::{Remembered, Shared};
+use super::shared::{NOTHING, Remembered, Shared};
 use crate::shm::verdict::Verdict;
-use crate::shm::{CallRecord, Failure, FlightRecord, Incoming, Outgoing, RankRecord, RankState};
+use crate::shm::{self, CallRecord, Failure, FlightRecord, Incoming, Outgoing, RankRecord, RankState};
 
 /// Collectives that may be [under way](TcpGroup::begin_behind) at once.
 pub const UNDER_WAY: usize = 16;
@@ -39,21 +39,19 @@ pub struct TcpGroup {
     under_way: VecDeque<Call>,
     /// What the message that is being received must be.
     message: Expected,
-    /// When the current call gives up; set by its first wait that isn't short.
+    /// When the current call gives up, unless something moves before; set by a wait that isn't short.
     deadline: Option<Deadline>,
 }
 
-const NOTHING: Call =
-    Call { op: Op::Barrier, dtype: None, reduce: None, count: 0, root: None, layout: 0, wire: None };
-
 impl TcpGroup {
-    /// `shared` has been entered at the endpoint and knows all addresses.
-    pub(super) fn new(shared: Arc<Shared>, endpoint: Arc<Endpoint>, options: TcpOptions) -> TcpGroup {
-        // Ranks at this rank's own address share its processors.
-        let here = endpoint.address().ip();
-        let local = shared.addresses.get().map_or(1, |all| all.iter().filter(|a| a.ip() == here).count());
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let spin = if local <= processors { SPIN } else { Duration::ZERO };
+    /// `shared` has been entered at the endpoint and knows all addresses; the rank `spins` if it has a processor of its own.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        endpoint: Arc<Endpoint>,
+        spins: bool,
+        options: TcpOptions,
+    ) -> TcpGroup {
+        let spin = if spins { SPIN } else { Duration::ZERO };
         let message = Expected { kind: Kind::Message, seq: 0, call: [0; 4] };
         TcpGroup {
             shared,
@@ -67,6 +65,10 @@ impl TcpGroup {
             message,
             deadline: None,
         }
+    }
+
+    pub(super) fn spins(&self) -> bool {
+        !self.spin.is_zero()
     }
 
     /// This rank.
@@ -83,7 +85,14 @@ impl TcpGroup {
 
     /// What other threads of this rank may do with the group.
     pub fn handle(&self) -> TcpHandle {
-        TcpHandle { shared: self.shared.clone() }
+        TcpHandle { shared: self.shared.clone(), endpoint: Arc::downgrade(&self.endpoint) }
+    }
+
+    /// Has the memory that this rank shares with others of its host, if it shares any, end with the group; and the ranks
+    /// `elsewhere`, one of each other host, be told at once where this rank ends it: they may wait in memory, where they
+    /// hear nothing from a network.
+    pub fn tie(&self, memory: Option<shm::Handle>, elsewhere: Vec<usize>) {
+        self.shared.tie(memory, elsewhere);
     }
 
     /// This rank's collectives so far: the number of the current one.
@@ -199,7 +208,9 @@ impl TcpGroup {
             if self.shared.has_failed()
                 && let Some(verdict) = self.shared.verdict()
             {
-                mesh.tell(&verdict, &Memory::none(), &self.shared, |_, _| {});
+                mesh.tell(&verdict, &Memory::none(), &self.shared, |channel, peer| {
+                    let _ = self.endpoint.dial(&self.shared, channel, peer);
+                });
             }
             seat.mesh = Some(mesh);
         }
@@ -447,6 +458,8 @@ impl Drop for TcpGroup {
 #[derive(Clone, Debug)]
 pub struct TcpHandle {
     shared: Arc<Shared>,
+    /// It makes connections for as long as there is a group that it does so for.
+    endpoint: Weak<Endpoint>,
 }
 
 impl TcpHandle {
@@ -456,7 +469,11 @@ impl TcpHandle {
         let verdict = self.shared.fail(Verdict::new(self.shared.rank, &Error::invalid(why)));
         // A call that is running has the connections, and tells the peers.
         if let Some(mesh) = &mut self.shared.seat().mesh {
-            mesh.tell(&verdict, &Memory::none(), &self.shared, |_, _| {});
+            mesh.tell(&verdict, &Memory::none(), &self.shared, |channel, peer| {
+                if let Some(endpoint) = self.endpoint.upgrade() {
+                    let _ = endpoint.dial(&self.shared, channel, peer);
+                }
+            });
         }
     }
 

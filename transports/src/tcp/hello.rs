@@ -23,7 +23,7 @@ pub(crate) const ANSWER: usize = 8 + PROOF;
 
 const MAGIC: [u8; 8] = *b"tensorwr";
 /// Changes with anything that the two sides must do alike.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Names a group of ranks among all groups of a job.
 pub(crate) type GroupId = [u8; 16];
@@ -42,12 +42,14 @@ pub(crate) enum Channel {
     Survivors = 4,
     /// None: whether the other rank waits for somebody, and for how long it will, is all that is asked. The answer says it.
     Question = 5,
+    /// None: why the group has ended follows the handshake, for a rank that reads nothing from its connections now.
+    Verdict = 6,
 }
 
 impl Channel {
     fn from_code(code: u8) -> Option<Channel> {
-        use Channel::{Collective, Message, Question, Store, Survivors};
-        [Collective, Message, Store, Survivors, Question].into_iter().find(|c| *c as u8 == code)
+        use Channel::{Collective, Message, Question, Store, Survivors, Verdict};
+        [Collective, Message, Store, Survivors, Question, Verdict].into_iter().find(|c| *c as u8 == code)
     }
 }
 

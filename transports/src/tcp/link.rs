@@ -420,6 +420,11 @@ impl Link {
         None
     }
 
+    /// Whether the kernel holds back nothing of what was sent, or there is no point in waiting for it.
+    pub(super) fn is_out(&self) -> bool {
+        self.gone.is_some() || self.stream.as_ref().is_none_or(Stream::is_out)
+    }
+
     /// Sends a frame of a group's end at once, as far as the socket takes it. For a link that sends nothing else.
     pub(super) fn say(&mut self, frame: &[u8]) {
         if let Some(stream) = self.stream.as_mut().filter(|_| self.sends.is_empty()) {

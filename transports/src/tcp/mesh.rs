@@ -25,6 +25,9 @@ const YIELD_INTERVAL: Duration = Duration::from_micros(20);
 /// For how long the end of a group waits for the rest of a frame to go out, behind which peers are told of it.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
+/// After how long of that a peer that has no room is told over another connection.
+const ASIDE: Duration = Duration::from_millis(50);
+
 /// For how long a call that others may yet complete goes on after a peer has said that the group has ended: the peer may
 /// have been in a later call.
 const GRACE: Duration = Duration::from_millis(50);
@@ -342,6 +345,10 @@ impl Mesh {
             }
             if moved {
                 idle = None;
+                // However long a call takes, it is late only where nothing moves.
+                if deadline.take().is_some() {
+                    self.asked_at = None;
+                }
                 continue;
             }
             let now = Instant::now();
@@ -353,8 +360,9 @@ impl Mesh {
                 }
                 continue;
             }
+            let known = std::mem::replace(&mut slept, true) && deadline.is_some();
             let deadline = *deadline.get_or_insert_with(|| Deadline::after(timeout));
-            if !std::mem::replace(&mut slept, true) {
+            if !known {
                 around.shared.set_waits(Some(deadline));
             }
             self.sleep(goal, around, message, deadline, memory)?;
@@ -528,7 +536,11 @@ impl Mesh {
     }
 
     /// Tells the peers that are connected why the group has ended, once, behind the frames that are half out; and those
-    /// to whom a call was about to be connected, for whom `dial` asks.
+    /// to whom a call was about to be connected, for whom `dial` asks. Who takes nothing now, because its buffers are full
+    /// while it computes, is told over a connection of its own, as is a rank of each other host where ranks share memory.
+    ///
+    /// It ends when all of it is on its way, for this rank may end next: what the kernel still holds then is lost if there
+    /// is anything that this rank hasn't read.
     pub(super) fn tell(
         &mut self,
         verdict: &Verdict,
@@ -540,48 +552,66 @@ impl Mesh {
             return;
         }
         let frame = frame::parting(verdict, self.checksum);
-        let until = Instant::now() + LAST_WORDS;
+        let begun = Instant::now();
+        for peer in shared.told_at_once(verdict) {
+            dial(Channel::Verdict, peer);
+        }
         // Those who came before the end was known here; who comes later is told on arrival.
         for (place, arrived) in shared.take_arrivals() {
             self.arrived(place, arrived);
         }
-        let mut left: Vec<usize> = self.live.clone();
-        for place in &left {
+        // With whether its peer has been told.
+        let mut left: Vec<(usize, bool)> = self.live.iter().map(|place| (*place, false)).collect();
+        let mut aside = false;
+        for (place, _) in &left {
             let link = self.link(*place);
             link.cut_short();
             if link.is_unconnected() && shared.should_dial(*place) {
                 dial(self.channel(*place), self.peer(*place));
             }
         }
-        while !left.is_empty() {
+        while begun.elapsed() < LAST_WORDS {
             for (place, arrived) in shared.take_arrivals() {
                 self.arrived(place, arrived);
             }
-            left.retain(|place| {
+            left.retain_mut(|(place, told)| {
                 let link = self.link(*place);
                 let stuck = link.is_unconnected() || (link.write(memory).is_ok() && link.is_sending());
-                // The peer may be at the same, and need room.
-                link.last_words();
-                if !stuck {
+                if !stuck && !std::mem::replace(told, true) {
                     link.say(&frame);
                 }
-                stuck
+                // The peer may be at the same, and need room.
+                link.last_words();
+                !(*told && link.is_out())
             });
-            if left.is_empty() || Instant::now() > until {
+            if left.is_empty() && !shared.is_telling() {
                 break;
             }
-            let streams = left.iter().filter_map(|place| self.links[*place].as_ref()?.stream());
-            let mut fds: Vec<_> =
-                streams.map(|s| PollFd::new(s, s.awaits(PollFlags::OUT | PollFlags::IN))).collect();
-            fds.push(PollFd::new(&shared.wake, PollFlags::IN));
-            let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 }));
+            if begun.elapsed() > ASIDE && !std::mem::replace(&mut aside, true) {
+                let mut peers: Vec<usize> = left.iter().map(|(place, _)| self.peer(*place)).collect();
+                peers.sort_unstable();
+                peers.dedup();
+                peers.into_iter().for_each(|peer| dial(Channel::Verdict, peer));
+            }
+            let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
+            for (place, told) in &left {
+                let room = if *told { PollFlags::empty() } else { PollFlags::OUT };
+                let stream = self.links[*place].as_ref().and_then(|link| link.stream());
+                fds.extend(stream.map(|s| PollFd::new(s, s.awaits(room | PollFlags::IN))));
+            }
+            // Of what is out, the kernel doesn't tell.
+            let wait = if left.iter().any(|(_, told)| *told) { 1_000_000 } else { 20_000_000 };
+            let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: wait }));
             shared.wake.hush();
         }
     }
 
-    /// Tells the peers that are connected that this rank leaves.
+    /// Tells the peers that are connected that this rank leaves, unless they know that the group has ended.
     pub(super) fn leave(&mut self) {
-        if !self.told {
+        if self.told {
+            // A connection that closes with something unread takes back what the peer hasn't got.
+            self.live.clone().into_iter().for_each(|place| drop(self.link(place).last_words()));
+        } else {
             let Expected { seq, call, .. } = self.collective;
             let mut frame = Header { kind: Kind::Leave, seq, len: 0, call }.bytes();
             if self.checksum {

@@ -125,4 +125,7 @@ pub(crate) fn fuzz_frame(bytes: &[u8]) {
         assert_eq!(header.bytes(), bytes[..frame::HEADER]);
         let _ = header.call();
     }
+    for checksum in [false, true] {
+        let _ = frame::parted(bytes, checksum);
+    }
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 
 use super::TcpOptions;
-use super::hello::{self, ANSWER, CHALLENGE, HELLO, Hello, Misfit, Status};
+use super::frame::PARTING;
+use super::hello::{self, ANSWER, CHALLENGE, Channel, HELLO, Hello, Misfit, Status};
 use super::secret::{PROOF, Secret, random};
 use super::socket;
 use super::stream::{Identity, Stream};
@@ -57,12 +58,14 @@ pub(crate) struct Arrival {
     hello: Option<[u8; HELLO]>,
     /// The challenge, as it is proved.
     challenge: Vec<u8>,
+    /// Of a rank that has proved itself and brings word that a group has ended: what has come of the frame.
+    word: Option<Vec<u8>>,
 }
 
 impl Arrival {
     pub(crate) fn new(stream: Stream) -> Arrival {
         let until = Instant::now() + PATIENCE;
-        Arrival { stream, until, inbox: Inbox::EMPTY, hello: None, challenge: Vec::new() }
+        Arrival { stream, until, inbox: Inbox::EMPTY, hello: None, challenge: Vec::new(), word: None }
     }
 
     pub(crate) fn stream(&self) -> &Stream {
@@ -72,6 +75,11 @@ impl Arrival {
     /// Whether the other side, which has proved itself, has the certificate of `who`, if it needs one.
     pub(crate) fn is_from(&self, who: Identity) -> bool {
         self.stream.is_from(who)
+    }
+
+    /// The frame that came behind the handshake, if one was to.
+    pub(super) fn word(&self) -> &[u8] {
+        self.word.as_deref().unwrap_or_default()
     }
 
     /// When it has taken too long.
@@ -107,11 +115,34 @@ impl Arrival {
             self.hello = Some(greeting);
             return Ok(None);
         };
-        let Some(proof) = self.inbox.read(&mut self.stream, PROOF)? else { return Ok(None) };
-        if !hello::check_proof(secret, &greeting, &self.challenge, proof) {
-            return Err(no());
+        let hello = Hello::parse(&greeting).map_err(|_| no())?;
+        if self.word.is_none() {
+            let Some(proof) = self.inbox.read(&mut self.stream, PROOF)? else { return Ok(None) };
+            if !hello::check_proof(secret, &greeting, &self.challenge, proof) {
+                return Err(no());
+            }
+            if hello.channel != Channel::Verdict {
+                return Ok(Some(hello));
+            }
+            self.answer(secret, Status::Accepted, Duration::ZERO)?;
+            self.word = Some(Vec::with_capacity(PARTING));
         }
-        Hello::parse(&greeting).map(Some).map_err(|_| no())
+        Ok(self.read_word()?.then_some(hello))
+    }
+
+    /// Reads on towards the frame that follows the handshake: whether all of it is there.
+    fn read_word(&mut self) -> io::Result<bool> {
+        let Some(word) = &mut self.word else { return Ok(false) };
+        let mut bytes = [0; PARTING];
+        while word.len() < PARTING {
+            let missing = PARTING - word.len();
+            match self.stream.receive(&mut bytes[..missing])? {
+                Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Some(n) => word.extend_from_slice(&bytes[..n]),
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     /// Tells the other side, which has proved itself, what becomes of the connection; it is the caller's if it was

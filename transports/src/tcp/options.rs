@@ -42,7 +42,8 @@ impl FromStr for Congestion {
 /// What can be set about a group over TCP, TLS or QUIC.
 #[derive(Clone, Debug)]
 pub struct TcpOptions {
-    /// How long a call, or joining the group, waits for peers. `TENSORWIRE_TIMEOUT`, in seconds.
+    /// How long joining the group takes at most, and how long a call waits while nothing comes of the peers it waits for.
+    /// `TENSORWIRE_TIMEOUT`, in seconds.
     pub timeout: Duration,
     /// After how long a host that answers nothing counts as cut off: at least 2 seconds. `TENSORWIRE_PEER_TIMEOUT`, in
     /// seconds.
@@ -108,6 +109,17 @@ impl TcpOptions {
     /// [`Error::Config`] names the variable and what is wrong with it.
     pub fn from_env() -> Result<TcpOptions> {
         TcpOptions::from_lookup(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
+    }
+
+    /// The same for a job over `transport`, whatever `TENSORWIRE_TRANSPORT` says.
+    ///
+    /// # Errors
+    /// See [`from_env`](TcpOptions::from_env).
+    pub fn for_transport(transport: Transport) -> Result<TcpOptions> {
+        TcpOptions::from_lookup(|name| match name {
+            TRANSPORT_VAR => Some(transport.name().to_owned()),
+            _ => std::env::var(name).ok().filter(|v| !v.is_empty()),
+        })
     }
 
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<TcpOptions> {

@@ -3,11 +3,11 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use tensorwire_core::{Call, Deadline, Error, Result};
+use tensorwire_core::{Call, Deadline, Error, Op, Result};
 
 use super::frame;
 use super::group::UNDER_WAY;
@@ -17,6 +17,7 @@ use super::negotiate::Arrival;
 use super::secret::Secret;
 use super::socket::Wake;
 use super::stream::{Identity, Stream};
+use crate::shm;
 use crate::shm::verdict::Verdict;
 
 /// Connections that a rank may have to a peer: for collectives, messages and survivors.
@@ -24,6 +25,9 @@ const CHANNELS: usize = 3;
 
 /// Calls that a rank remembers of itself: at least those that may be under way.
 const REMEMBERED: usize = UNDER_WAY;
+
+/// For an error of a rank that is in no call.
+pub(super) const NOTHING: Call = Call::bare(Op::Barrier);
 
 /// What is known of a connection that isn't in use yet, a peer and a channel.
 #[derive(Debug)]
@@ -119,8 +123,22 @@ pub(super) struct Shared {
     interrupted: AtomicBool,
     /// The peers of which this rank has asked whether they wait, and what each has answered.
     answers: Mutex<Vec<(usize, Answer)>>,
+    /// What ends with the group.
+    tied: Mutex<Tied>,
+    /// Peers that are being told over connections of their own that the group has ended. A count: Relaxed; whoever waits
+    /// for it is woken, and looks again.
+    telling: AtomicUsize,
     /// Set, Release, before the slot of a peer that has gone on without this rank; read, Acquire, behind it.
     left_behind: AtomicBool,
+}
+
+/// What a group whose ranks share memory on their hosts ends with.
+#[derive(Debug, Default)]
+struct Tied {
+    /// The memory that this rank shares.
+    memory: Option<shm::Handle>,
+    /// A rank of each other host: all others there may be waiting in their memory.
+    elsewhere: Vec<usize>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -151,6 +169,8 @@ impl Shared {
             spins: AtomicBool::new(true),
             interrupted: AtomicBool::new(false),
             answers: Mutex::default(),
+            tied: Mutex::default(),
+            telling: AtomicUsize::new(0),
         })
     }
 
@@ -166,7 +186,7 @@ impl Shared {
     /// Where the connection to `peer` for `channel` is kept.
     pub(super) fn place(&self, channel: Channel, peer: usize) -> usize {
         match channel {
-            Channel::Collective | Channel::Store | Channel::Question => peer,
+            Channel::Collective | Channel::Store | Channel::Question | Channel::Verdict => peer,
             Channel::Message => self.world + peer,
             Channel::Survivors => 2 * self.world + peer,
         }
@@ -271,11 +291,50 @@ impl Shared {
 
     /// Ends the group with `verdict`, unless it has ended with another: the one that holds.
     pub(super) fn fail(&self, verdict: Verdict) -> Verdict {
-        let mut held = lock(&self.verdict);
-        let held = *held.get_or_insert(verdict);
+        let held = *lock(&self.verdict).get_or_insert(verdict);
         self.failed.store(true, Ordering::Release);
         self.stir();
+        if let Some(memory) = &lock(&self.tied).memory {
+            memory.end_with(&held.error(self.rank, NOTHING, 0));
+        }
         held
+    }
+
+    /// Notes what ends with the group: the memory that this rank shares, and whom on other hosts it then tells.
+    pub(super) fn tie(&self, memory: Option<shm::Handle>, elsewhere: Vec<usize>) {
+        *lock(&self.tied) = Tied { memory, elsewhere };
+    }
+
+    /// The ranks of other hosts that are told at once of the group's end by the rank whose verdict it is.
+    pub(super) fn told_at_once(&self, verdict: &Verdict) -> Vec<usize> {
+        if verdict.by() == self.rank { lock(&self.tied).elsewhere.clone() } else { Vec::new() }
+    }
+
+    /// A peer is being told over a connection of its own.
+    pub(super) fn tells_one(&self) {
+        self.telling.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It has been told, or can't be.
+    pub(super) fn told_one(&self) {
+        self.telling.fetch_sub(1, Ordering::Relaxed);
+        self.stir();
+    }
+
+    pub(super) fn is_telling(&self) -> bool {
+        self.telling.load(Ordering::Relaxed) > 0
+    }
+
+    /// A peer has come to say that the group has ended, and has proved to be one of this job.
+    pub(super) fn is_told(&self, hello: &Hello, arrival: &Arrival) {
+        let (from, to) = (hello.from as usize, hello.to as usize);
+        let is_peer = hello.world as usize == self.world && to == self.rank && from < self.world;
+        if is_peer
+            && arrival.is_from(Identity::Rank(self.job_rank(from)))
+            && let Some(verdict) = frame::parted(arrival.word(), self.checksum)
+        {
+            self.fail(verdict);
+        }
     }
 
     pub(super) fn verdict(&self) -> Option<Verdict> {

@@ -106,6 +106,15 @@ pub(super) fn silent(stream: &TcpStream) -> Duration {
     if asked { Duration::from_millis(info.tcpi_last_ack_recv.into()) } else { Duration::ZERO }
 }
 
+/// Bytes that the kernel hasn't sent yet, for the peer has no room.
+pub(super) fn held_back(stream: &TcpStream) -> usize {
+    const SIOCOUTQNSD: libc::Ioctl = 0x894B;
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the request writes an int, which lives until the call returns.
+    let asked = unsafe { libc::ioctl(stream.as_raw_fd(), SIOCOUTQNSD, &raw mut bytes) };
+    if asked == 0 { bytes as usize } else { 0 }
+}
+
 /// Wakes a thread that polls.
 #[derive(Debug)]
 pub(super) struct Wake(OwnedFd);

@@ -172,6 +172,16 @@ impl Stream {
         matches!(self, Stream::Tls(_, tls) if tls.is_midway())
     }
 
+    /// Whether all that was sent is on its way, and a close takes nothing of it back.
+    pub(super) fn is_out(&self) -> bool {
+        match self {
+            Stream::Tcp(socket) => socket::held_back(socket) == 0,
+            Stream::Tls(socket, tls) => !tls.wants_write() && socket::held_back(socket) == 0,
+            // Its port sends on when the stream is closed.
+            Stream::Quic(_) => true,
+        }
+    }
+
     /// For how long the peer's host has answered nothing although it was asked to; over QUIC, its silence ends the
     /// connection.
     pub(super) fn silent(&self) -> Duration {

@@ -1,16 +1,11 @@
 //! Pictures of a measurement: time and bus bandwidth against size, both axes logarithmic.
 
 mod scale;
-mod svg;
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use tensorwire::topology::svg::{Anchor, Svg};
 
 use super::report::Row;
-use crate::failure::Failure;
 use scale::{LogScale, bytes_label, number_label, powers_of_two, round_numbers};
-use svg::{Anchor, Svg};
 
 const GROUND: &str = "#ffffff";
 const INK: &str = "#24292f";
@@ -30,55 +25,6 @@ const LEFTS: [f64; 2] = [66.0, 66.0 + PANEL + 84.0];
 
 /// The most numbers beside an axis.
 const LABELS: usize = 10;
-
-/// The file that will hold the picture: known to be writable before anything is measured.
-pub(super) struct PlotFile {
-    path: PathBuf,
-    file: File,
-    /// Made by us and still empty.
-    unused: bool,
-}
-
-impl PlotFile {
-    pub(super) fn open(path: &Path) -> Result<PlotFile, Failure> {
-        let file = match OpenOptions::new().write(true).create_new(true).open(path) {
-            Ok(file) => Ok((file, true)),
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-                OpenOptions::new().write(true).open(path).map(|file| (file, false))
-            }
-            Err(e) => Err(e),
-        };
-        match file {
-            Ok((file, unused)) => Ok(PlotFile { path: path.to_owned(), file, unused }),
-            Err(e) => Err(Failure::usage(format!("--plot {}: {e}", path.display()))),
-        }
-    }
-
-    /// Replaces what the file held.
-    pub(super) fn write(mut self, picture: &str) -> Result<(), Failure> {
-        self.replace(picture)
-            .map_err(|e| Failure::run(format!("cannot write the plot {}: {e}", self.path.display())))
-    }
-
-    fn replace(&mut self, picture: &str) -> io::Result<()> {
-        // A pipe or a terminal has no length.
-        if self.file.metadata()?.is_file() {
-            self.file.set_len(0)?;
-        }
-        self.file.write_all(picture.as_bytes())?;
-        self.unused = false;
-        Ok(())
-    }
-}
-
-impl Drop for PlotFile {
-    /// A run that failed leaves no empty file behind.
-    fn drop(&mut self) {
-        if self.unused {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
 
 /// One measured quantity over sizes.
 struct Series<'a> {
@@ -105,7 +51,7 @@ impl<'a> Series<'a> {
 
 /// Draws the rows under a title and a line that says where and when.
 pub(super) fn draw(rows: &[Row], title: &str, subtitle: &str) -> String {
-    let mut svg = Svg::new(WIDTH, HEIGHT, GROUND);
+    let mut svg = Svg::new();
     svg.text((LEFTS[0], 30.0), 17.0, INK, Anchor::Start, title);
     svg.text((LEFTS[0], 50.0), 12.0, FAINT, Anchor::Start, subtitle);
     let times = [
@@ -116,7 +62,7 @@ pub(super) fn draw(rows: &[Row], title: &str, subtitle: &str) -> String {
     panel(&mut svg, LEFTS[0], "time a call, µs", "µs", &times);
     let bandwidth = [Series::new("bus bandwidth", BLUE, "", rows, |r| Some(r.busbw_gbps))];
     panel(&mut svg, LEFTS[1], "bus bandwidth, GB/s", "GB/s", &bandwidth);
-    svg.finish()
+    svg.finish(WIDTH, HEIGHT, GROUND)
 }
 
 fn panel(svg: &mut Svg, left: f64, title: &str, unit: &str, series: &[Series<'_>]) {
@@ -215,20 +161,5 @@ mod tests {
                 "{key}: {values:?}"
             );
         }
-    }
-
-    #[test]
-    fn a_file_is_replaced_only_by_a_whole_picture() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("new.svg");
-        drop(PlotFile::open(&path).unwrap());
-        assert!(!path.exists(), "nothing was drawn");
-        PlotFile::open(&path).unwrap().write("a long first picture").unwrap();
-        drop(PlotFile::open(&path).unwrap());
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "a long first picture");
-        PlotFile::open(&path).unwrap().write("second").unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "second");
-        assert!(PlotFile::open(directory.path()).is_err());
-        assert!(PlotFile::open(&directory.path().join("none/x.svg")).is_err());
     }
 }

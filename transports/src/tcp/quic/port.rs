@@ -308,7 +308,7 @@ impl Port {
         if under_way >= MAX_HANDSHAKES {
             let oldest = state.connections.iter().filter(|(_, c)| pending(c)).min_by_key(|(_, c)| c.quiet);
             if let Some(key) = oldest.map(|(key, _)| *key) {
-                state.forget(key);
+                self.evict(state, key, now);
             }
         }
         let from = incoming.remote_address();
@@ -328,6 +328,16 @@ impl Port {
                 }
             }
         }
+    }
+
+    /// Ends a handshake to make room for another. Whose it was is told, and tries again if it is a rank: it would take
+    /// silence for a host that is gone.
+    pub(super) fn evict(&self, state: &mut State, key: Key, now: Instant) {
+        if let Some(connection) = state.connections.get_mut(&key) {
+            connection.close(now);
+            self.transmit(state, key, now);
+        }
+        state.forget(key);
     }
 
     fn run_timers(&self, state: &mut State, now: Instant) {

@@ -141,3 +141,31 @@ fn a_port_that_nobody_listens_at_is_found_deserted() {
     let arrived = arrived(&one);
     assert!(matches!(&arrived, Arrived::Failed(why) if why.contains("its process ended")), "{arrived:?}");
 }
+
+#[test]
+fn a_handshake_that_is_pushed_out_by_others_is_made_again() {
+    let authority = Authority::generate().unwrap();
+    let options = TcpOptions::default();
+    let one = end(1, 2, &secured(&authority, 1), &options);
+    // Rank 0's port, which moves on only when it is turned.
+    let port = Port::open([127, 0, 0, 1].into(), &secured(&authority, 0), Congestion::Cubic, &options);
+    let port = port.unwrap().unwrap();
+    one.shared.addresses.set(vec![port.address(), one.endpoint.address()]).unwrap();
+    assert!(one.shared.should_dial(0));
+    one.endpoint.dial(&one.shared, Channel::Collective, 0).unwrap();
+    let until = Instant::now() + SOON;
+    let mut evicted = Vec::new();
+    while evicted.len() < 3 {
+        assert!(Instant::now() < until, "after {} it isn't tried again", evicted.len());
+        port.turn();
+        let mut state = port.lock();
+        if let Some(key) = state.connections.keys().copied().next() {
+            assert!(!evicted.contains(&key));
+            port.evict(&mut state, key, Instant::now());
+            evicted.push(key);
+        }
+        drop(state);
+        assert!(one.shared.is_dialing(0), "it was given up");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

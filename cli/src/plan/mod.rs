@@ -1,0 +1,100 @@
+//! `tensorwire plan`: how a model is sharded.
+
+mod diff;
+
+use std::path::{Path, PathBuf};
+
+use tensorwire::topology::{ModelSpec, Planner};
+
+use crate::failure::{Failure, print, ranks};
+use crate::output::OutputFile;
+
+const EXAMPLES: &str = "\
+Examples:
+  tensorwire plan --model ./Llama-3.2-1B --tp 4
+  tensorwire plan --model ./config.json --tp 7 --json > plan.json
+  tensorwire plan --model ./config.json --tp 7 --explain --html plan.html
+  tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3
+  tensorwire plan verify --tp 2";
+
+/// Show how a model is sharded over ranks
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    #[command(flatten)]
+    one: Option<One>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Diff(diff::Args),
+    Verify(crate::plan_verify::Args),
+}
+
+/// One plan.
+#[derive(clap::Args)]
+struct One {
+    /// A model directory, or a config.json alone
+    #[arg(long, value_name = "DIR|config.json")]
+    model: PathBuf,
+
+    /// Tensor-parallel ranks
+    #[arg(long, value_name = "N", value_parser = ranks)]
+    tp: usize,
+
+    /// Print the whole plan as JSON, schema tensorwire.plan/v1
+    #[arg(long)]
+    json: bool,
+
+    /// Say what binds, what each note costs, and what else there was with its predicted cost; with --json in the
+    /// field `explain`
+    #[arg(long)]
+    explain: bool,
+
+    /// Draw the plan: ranks, what each holds, what they exchange
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+
+    /// Write a page with the picture, tables and notes, which needs nothing else
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    match (&args.command, &args.one) {
+        (Some(Command::Diff(args)), _) => diff::main(args),
+        (Some(Command::Verify(args)), _) => crate::plan_verify::main(args),
+        (None, Some(args)) => one(args),
+        (None, None) => Err(Failure::usage("plan needs --model and --tp (see tensorwire plan --help)")),
+    }
+}
+
+fn one(args: &One) -> Result<(), Failure> {
+    let open = |option, path: &Option<PathBuf>| {
+        path.as_deref().map(|path: &Path| OutputFile::open(option, path)).transpose()
+    };
+    let (svg, html) = (open("--svg", &args.svg)?, open("--html", &args.html)?);
+    let spec = ModelSpec::load(&args.model).map_err(Failure::usage)?;
+    let planner = Planner::new(&spec);
+    let plan = planner.plan(args.tp).map_err(|e| match planner.instead_of(args.tp) {
+        Some(instead) => Failure::usage(format!("{e}. {instead}")),
+        None => Failure::usage(e),
+    })?;
+    let explanation = if args.explain { Some(planner.explain(&plan).map_err(Failure::usage)?) } else { None };
+    if let Some(file) = svg {
+        file.write(&plan.svg())?;
+    }
+    if let Some(file) = html {
+        file.write(&plan.html())?;
+    }
+    let text = match (args.json, &explanation) {
+        (true, Some(why)) => plan.to_json_with(why),
+        (true, None) => plan.to_json(),
+        (false, Some(why)) => plan.summary_with(why),
+        (false, None) => plan.summary(),
+    };
+    print(format_args!("{}\n", text.trim_end()))
+}

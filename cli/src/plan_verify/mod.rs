@@ -1,0 +1,249 @@
+//! `tensorwire plan verify`: what a plan predicts, beside what this machine takes for it.
+
+mod compare;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::value_parser;
+use tensorwire::topology::cost::CostModel;
+use tensorwire::topology::discover::Fingerprint;
+use tensorwire::topology::table::{Profile, Table};
+use tensorwire::topology::{ModelSpec, Plan, Planner};
+use tensorwire::transports::launch::Transport;
+use tensorwire_runtime::{Kind, Model};
+
+use crate::failure::{Failure, print, ranks};
+use crate::measure::calls::{Call, Taken, take};
+use crate::measure::layers::{Steps, Subject};
+use crate::measure::{Stint, stint};
+use crate::topo::profile::{COLLECTIVES, Effort, calls, measure, sizes, steps};
+use compare::{Comparison, compare};
+
+const METHOD: &str = "\
+Each collective of the plan is called over ranks that are processes, and the model runs over as many, in turn; a figure is
+the median of its passes, of medians over calls and tokens. Predictions are from the curves that `tensorwire topo --probe`
+fitted at the distance which the processors have now, with the band that nine measurements in ten stayed within; where it
+fitted none, from constants. The host of a virtual machine may move its processors: passes during which it did are left out,
+and a distance that no probe has seen is told.
+
+Examples:
+  tensorwire topo --probe --full && tensorwire plan verify
+  tensorwire plan verify --sweep                  every collective, at sizes between those that were fitted
+  tensorwire plan verify --model DIR --tp 4 --refit
+  tensorwire plan verify --json | jq '.rows[] | .ratio'";
+
+/// Compare a plan's predictions with this machine
+#[derive(clap::Args)]
+#[command(after_help = METHOD)]
+pub(crate) struct Args {
+    /// A model's directory, with its weights [default: the built-in model]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// Tensor-parallel ranks
+    #[arg(long, value_name = "N", default_value = "2", value_parser = ranks)]
+    tp: usize,
+
+    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback
+    #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
+    transport: Transport,
+
+    /// Also every collective from 1 KiB to 64 MiB, at sizes that no probe measures: each between two that it does
+    #[arg(long)]
+    sweep: bool,
+
+    /// Measure the collectives and a decoder's layers, fit them again and keep that, for all programs of this user
+    #[arg(long)]
+    refit: bool,
+
+    /// How often everything is measured
+    #[arg(long, value_name = "N", default_value = "5", value_parser = value_parser!(u8).range(1..=100))]
+    passes: u8,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was measured while the processors had one distance: a value a pass.
+#[derive(Default)]
+struct Measured {
+    distance_ns: Option<u32>,
+    calls: Vec<Vec<Taken>>,
+    /// None of an encoder, which has no steps.
+    steps: Vec<Steps>,
+}
+
+pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    let subject = Subject::model(args.model.clone(), 48);
+    let model = subject.open()?;
+    let plan =
+        |costs: CostModel| Planner::new(model.spec()).with_costs(costs).plan(args.tp).map_err(Failure::usage);
+    let unmeasured = plan(CostModel::default())?;
+    let machine = Fingerprint::read(Path::new("/"));
+    let path = match args.refit {
+        true => Some(place(&machine)?),
+        false => None,
+    };
+
+    let mut wanted = plan_calls(&unmeasured)?;
+    if args.sweep && args.tp > 1 {
+        wanted.extend(calls(&COLLECTIVES, &held_out(), args.tp));
+    }
+    let (measured, left_out) = run(args, &model, &subject, &wanted)?;
+    let table = Table::in_force();
+    let profile = table.as_ref().ok().and_then(|table| table.profile(measured.distance_ns));
+    let mut notes = report::notes(profile, &table, measured.distance_ns, left_out);
+    let mut shown = vec![comparison(args, &model, &plan, &measured, profile)?];
+    let refitted = path.map(|path| refit(args, &machine, &path, &mut notes)).transpose()?;
+    if let Some(table) = &refitted {
+        let profile = table.profile(measured.distance_ns);
+        shown.push(comparison(args, &model, &plan, &measured, profile)?);
+    }
+    let about = report::About {
+        model: model.spec(),
+        built_in: args.model.is_none(),
+        args,
+        measured: &measured,
+        notes,
+    };
+    print(if args.json { about.json(&shown) } else { about.text(&shown) })
+}
+
+/// The file that a refit writes, once it is known that it can.
+fn place(machine: &Fingerprint) -> Result<PathBuf, Failure> {
+    let refused = |e: &dyn std::fmt::Display| Failure::usage(format!("plan verify --refit: {e}"));
+    let path = Table::path(machine).map_err(|e| refused(&e))?;
+    Table::check_place(&path).map_err(|e| refused(&e))?;
+    Ok(path)
+}
+
+/// Each of the plan's calls, for one token, once.
+fn plan_calls(plan: &Plan) -> Result<Vec<Call>, Failure> {
+    let mut found: Vec<Call> = Vec::new();
+    for collective in compare::of_a_token(plan) {
+        let call = compare::call(collective, plan.world).ok_or_else(|| {
+            Failure::run(format!("the plan has a collective that isn't known: {}", collective.op))
+        })?;
+        if !found.contains(&call) {
+            found.push(call);
+        }
+    }
+    Ok(found)
+}
+
+/// Sizes from 1 KiB to 64 MiB that no probe measures: the geometric middle of each two that it does.
+fn held_out() -> Vec<usize> {
+    const WHOLE: usize = 64;
+    let probed: Vec<usize> = sizes(false).into_iter().filter(|bytes| *bytes >= 1 << 10).collect();
+    let between = |pair: &[usize]| ((pair[0] as f64 * pair[1] as f64).sqrt() as usize) / WHOLE * WHOLE;
+    probed.windows(2).map(between).collect()
+}
+
+/// Measures in passes; returns those of the distance that most had, and how many others there were.
+fn run(args: &Args, model: &Model, subject: &Subject, wanted: &[Call]) -> Result<(Measured, usize), Failure> {
+    let decodes = model.kind() == Kind::Decoder;
+    if !decodes && wanted.is_empty() {
+        return Err(Failure::usage(
+            "plan verify: an encoder on one rank has no collectives and no steps to compare",
+        ));
+    }
+    let mut groups: Vec<Measured> = Vec::new();
+    for _ in 0..args.passes {
+        let pass = stint(|| {
+            let taken = if wanted.is_empty() { Vec::new() } else { take(args.transport, args.tp, wanted)? };
+            let steps = if decodes { Some(subject.run(args.transport, args.tp)?) } else { None };
+            Ok((taken, steps))
+        })?;
+        let Some(Stint { distance_ns, found: (taken, steps) }) = pass else { continue };
+        let same =
+            |m: &Measured| Profile { distance_ns: m.distance_ns, ..Profile::default() }.is_at(distance_ns);
+        let at = groups.iter().position(same).unwrap_or_else(|| {
+            groups.push(Measured { distance_ns, ..Measured::default() });
+            groups.len() - 1
+        });
+        groups[at].calls.push(taken);
+        groups[at].steps.extend(steps);
+    }
+    let most = groups.into_iter().max_by_key(|m| m.calls.len()).ok_or_else(|| {
+        Failure::run("plan verify: the processors were moved during every pass: try again, or more --passes")
+    })?;
+    let left_out = usize::from(args.passes) - most.calls.len();
+    Ok((most, left_out))
+}
+
+fn comparison(
+    args: &Args,
+    model: &Model,
+    plan: &impl Fn(CostModel) -> Result<Plan, Failure>,
+    measured: &Measured,
+    profile: Option<&Profile>,
+) -> Result<Comparison, Failure> {
+    let transport = args.transport.name();
+    let costs = profile.map_or_else(CostModel::default, |profile| CostModel::measured(profile, transport));
+    Ok(compare(model.spec(), &plan(costs.clone())?, &costs, measured))
+}
+
+/// Measures what predictions are made from, and keeps it; returns the table.
+fn refit(args: &Args, machine: &Fingerprint, path: &Path, notes: &mut Vec<String>) -> Result<Table, Failure> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut table = Table::load(path, machine).unwrap_or_else(|_| Table::empty(machine.clone()));
+    let mut show = |text: String| {
+        notes.push(text.trim().to_owned());
+        Ok(())
+    };
+    let mut profiles = Vec::new();
+    if args.tp > 1 {
+        let passes = args.passes.into();
+        let effort = Effort { worlds: vec![args.tp], sizes: sizes(false), passes, contended: false };
+        profiles = measure(args.transport, &effort, now, &mut show)?;
+    }
+    for mut profile in profiles {
+        steps(std::slice::from_mut(&mut profile), args.transport, &[args.tp], 1, now)?;
+        table.set_profile(profile);
+    }
+    table.save(path).map_err(|e| Failure::run(format!("plan verify --refit: {e}")))?;
+    notes.push(format!("the table was fitted again: {}", path.display()));
+    Ok(table)
+}
+
+/// The bytes of weights, as the runtime holds them, that a rank reads for a token: of each layer, and of the output head; the
+/// largest rank's.
+pub(crate) fn bytes_read(spec: &ModelSpec, plan: &Plan) -> (Vec<u64>, u64) {
+    // It holds all of them as f32.
+    let held = |bytes: u64| bytes / spec.dtype.size() as u64 * size_of::<f32>() as u64;
+    let layer = |layer: &tensorwire::topology::plan::Layer| {
+        layer.ranks.iter().map(|r| held(r.read_bytes)).max().unwrap_or(0)
+    };
+    let rows = plan.vocab.ranges.iter().map(|rows| rows.len()).max().unwrap_or(0);
+    let head = (rows * spec.hidden_size * size_of::<f32>()) as u64;
+    (plan.layers.iter().map(layer).collect(), head)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_out_is_not_probed() {
+        let (held, probed) = (held_out(), sizes(true));
+        assert!(held.len() > 20 && held.iter().all(|bytes| !probed.contains(bytes)));
+        assert!(held[0] > 1 << 10 && held[held.len() - 1] < 64 << 20);
+    }
+
+    #[test]
+    fn a_plan_calls_each_size_once() {
+        let model = Subject::model(None, 1).open().unwrap();
+        let plan = Planner::new(model.spec()).plan(2).unwrap();
+        let calls: Vec<String> = plan_calls(&plan).unwrap().iter().map(Call::to_string).collect();
+        assert_eq!(calls, ["all_reduce:3072", "all_gather:64000"]);
+        let (layers, head) = bytes_read(model.spec(), &plan);
+        assert_eq!((layers.len(), head), (12, 16_000 * 768 * 4));
+        // Without the embedding: 249.4 MB a rank, less 16,000 rows; less the last norm.
+        assert_eq!(layers.iter().sum::<u64>() + head, plan.ranks[0].weight_bytes - head - 3072);
+        let alone = Planner::new(model.spec()).plan(1).unwrap();
+        assert_eq!(plan_calls(&alone).unwrap(), []);
+    }
+}

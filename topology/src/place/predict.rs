@@ -1,0 +1,364 @@
+//! What one arrangement of a model on devices costs and needs.
+//!
+//! Each [`Part`] of a block takes its slowest rank's time and then its exchanges'. A rank takes
+//! `max(bytes / bandwidth, operations / rate)` for it (the roofline of Williams, Waterman and Patterson, 2009): the
+//! bytes are those of its weights, of the cache, and of the activations, `5 H` bytes a token for the norm and the
+//! residual addition around a part and the part's widest values written and read once; the operations are at the
+//! device's peak, so these times are floors. Exchanges are [priced by levels of links](super::exchange).
+//!
+//! Experts that a pass of `T` tokens touches, of `E` of which each token goes to `k`: `E (1 - (1 - k/E)^T)`, routing
+//! being taken as even.
+//!
+//! `W` waves through `p` pipeline stages take each stage's time once, and the slowest stage's `W - 1` times more.
+
+use super::degrees::{ContextBy, Degrees};
+use super::exchange::{all_gather_us, all_reduce_us, all_reduce_wire, all_to_all_us, gather_wire, ring_us};
+use super::groups::Group;
+use super::machine::{Machine, Worker};
+use super::pass::{Pass, Phase};
+use super::share::{self, Fraction, Memo, Share};
+use super::workload::{Block, Exchange, Part, Split, Workload};
+
+/// What time goes into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Reading memory: weights, cache, activations.
+    Memory,
+    /// Operations.
+    Compute,
+    /// Exchanges of a tensor-parallel group.
+    Tp,
+    /// Exchanges of a context-parallel group.
+    Cp,
+    /// The exchange of guidance.
+    Cfg,
+    /// Exchanges with the experts' ranks.
+    Ep,
+    /// Passing on to the next stage.
+    Pp,
+}
+
+impl Cause {
+    /// All of them.
+    pub const ALL: [Cause; 7] =
+        [Cause::Memory, Cause::Compute, Cause::Tp, Cause::Cp, Cause::Cfg, Cause::Ep, Cause::Pp];
+
+    /// As a placement's JSON names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::Memory => "memory",
+            Cause::Compute => "compute",
+            Cause::Tp => "tp",
+            Cause::Cp => "cp",
+            Cause::Cfg => "cfg",
+            Cause::Ep => "ep",
+            Cause::Pp => "pp",
+        }
+    }
+
+    /// The axis whose ranks exchange; none for what a device does alone.
+    pub fn axis(self) -> Option<&'static str> {
+        (!matches!(self, Cause::Memory | Cause::Compute)).then(|| self.name())
+    }
+
+    /// For a sentence.
+    pub(super) fn in_words(self) -> &'static str {
+        match self {
+            Cause::Memory => "reading memory",
+            Cause::Compute => "computing",
+            Cause::Tp | Cause::Cp | Cause::Cfg | Cause::Ep | Cause::Pp => "exchanges",
+        }
+    }
+}
+
+/// Time and bytes sent by a rank, by [`Cause`].
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tally {
+    /// Microseconds.
+    pub us: [f64; 7],
+    /// Bytes that a rank sends.
+    pub wire: [f64; 7],
+}
+
+impl Tally {
+    /// Microseconds in all.
+    pub fn total_us(&self) -> f64 {
+        self.us.iter().sum()
+    }
+
+    /// Bytes sent in all.
+    pub fn total_wire(&self) -> f64 {
+        self.wire.iter().sum()
+    }
+
+    pub(super) fn add(&mut self, cause: Cause, us: f64, wire: f64) {
+        self.us[cause as usize] += us;
+        self.wire[cause as usize] += wire;
+    }
+
+    pub(super) fn plus(&mut self, other: &Tally, times: f64) {
+        for i in 0..self.us.len() {
+            self.us[i] += times * other.us[i];
+            self.wire[i] += times * other.wire[i];
+        }
+    }
+}
+
+/// Each rank's shares of each part of each block.
+pub(super) struct Shares(Vec<Vec<PartShares>>);
+
+struct PartShares {
+    ranks: Vec<Share>,
+    /// Whether experts are whole.
+    whole_experts: bool,
+}
+
+/// Costs of a model's blocks on a group.
+pub(super) struct Pricer<'a> {
+    pub workload: &'a Workload,
+    pub machine: &'a Machine,
+}
+
+impl Pricer<'_> {
+    /// How fast each device of a group is with this model: the whole of a pass in its time, relative to the fastest.
+    pub(super) fn speeds(&self, workers: &[usize], pass: &Pass) -> Vec<f64> {
+        let first = &self.machine.workers[workers[0]];
+        if workers.iter().all(|w| self.machine.workers[*w].is_like(first)) {
+            return vec![1.0; workers.len()];
+        }
+        let all = Share { cut: Fraction::ALL, kv: Fraction::ALL };
+        let us = |w: &usize| -> f64 {
+            let part =
+                |p: &Part| self.compute_us(p, all, false, pass, &Degrees::ONE, &self.machine.workers[*w]);
+            self.workload.parts().map(|p| part(p).iter().sum::<f64>()).sum()
+        };
+        let times: Vec<f64> = workers.iter().map(us).collect();
+        let fastest = times.iter().copied().fold(f64::INFINITY, f64::min);
+        times.iter().map(|t| fastest / t).collect()
+    }
+
+    /// Shares of ranks with these speeds; what runs out if some rank would get nothing.
+    pub(super) fn shares(
+        &self,
+        d: &Degrees,
+        speeds: &[f64],
+        memo: &mut Memo,
+    ) -> Result<Shares, &'static str> {
+        let alike = speeds.iter().all(|s| *s == speeds[0]);
+        let mut of = |part: &Part| -> Result<PartShares, &'static str> {
+            let ranks = match part.split {
+                Split::Experts { count, .. } if d.ep > 1 => {
+                    // Where several groups share them, experts are spread evenly: the largest share counts for all.
+                    let among = if d.sharing_experts() > 1 { vec![1.0; d.ep] } else { speeds.to_vec() };
+                    share::experts(count, &among).map(|mut s| {
+                        s.truncate(d.tp);
+                        s
+                    })
+                }
+                split if alike => share::even(split, speeds.len(), memo),
+                split => share::weighted(split, speeds),
+            };
+            let what = part.split.limit().map_or("ranks", |(what, _)| what);
+            let whole_experts = d.ep > 1 && matches!(part.split, Split::Experts { .. });
+            Ok(PartShares { ranks: ranks.ok_or(what)?, whole_experts })
+        };
+        let blocks = self.workload.blocks.iter();
+        let found: Result<_, _> = blocks.map(|b| b.parts.iter().map(&mut of).collect()).collect();
+        found.map(Shares)
+    }
+
+    /// What one wave through each kind of block costs a group.
+    pub(super) fn blocks(&self, shares: &Shares, group: &Group, d: &Degrees, pass: &Pass) -> Vec<Tally> {
+        let blocks = self.workload.blocks.iter().zip(&shares.0);
+        blocks.map(|(block, shares)| self.block(block, shares, group, d, pass)).collect()
+    }
+
+    fn block(&self, block: &Block, shares: &[PartShares], group: &Group, d: &Degrees, pass: &Pass) -> Tally {
+        let mut tally = Tally::default();
+        for (part, shares) in block.parts.iter().zip(shares) {
+            let on = |(share, w): (&Share, &usize)| {
+                self.compute_us(part, *share, shares.whole_experts, pass, d, &self.machine.workers[*w])
+            };
+            let slowest = shares
+                .ranks
+                .iter()
+                .zip(&group.workers)
+                .map(on)
+                .reduce(|a, b| if b[0] + b[1] > a[0] + a[1] { b } else { a });
+            let [memory, compute] = slowest.unwrap_or_default();
+            tally.add(Cause::Memory, memory, 0.0);
+            tally.add(Cause::Compute, compute, 0.0);
+            self.exchange_tokens(part, shares, group, d, pass, &mut tally);
+            self.exchange_context(part, shares, group, d, pass, memory + compute, &mut tally);
+        }
+        tally
+    }
+
+    /// What a rank takes for a part: for reading, or for computing, whichever takes longer.
+    fn compute_us(
+        &self,
+        part: &Part,
+        share: Share,
+        whole_experts: bool,
+        pass: &Pass,
+        d: &Degrees,
+        on: &Worker,
+    ) -> [f64; 2] {
+        let tokens = pass.local_tokens(d.cp);
+        // Experts see the tokens of all that share them.
+        let seen = if whole_experts { tokens * d.sharing_experts() as f64 } else { tokens };
+        let touched = match part.split {
+            Split::Experts { count, per_token, .. } => {
+                1.0 - (1.0 - per_token as f64 / count as f64).max(0.0).powf(seen)
+            }
+            _ => 1.0,
+        };
+        let (cut, kv) = (share.cut.value(), share.kv.value());
+        let mut bytes =
+            part.cut.reads as f64 * cut * touched + part.kv.reads as f64 * kv + part.whole.reads as f64;
+        let work = |work: &super::workload::Work, tokens: f64| {
+            work.flops_per_token * tokens + work.flops_per_sequence * pass.sequences
+        };
+        let mut flops = work(&part.cut, seen) * cut + work(&part.kv, tokens) * kv + work(&part.whole, tokens);
+        if let Some(a) = &part.attention {
+            bytes += pass.cache_reads(a, d.cp) * if a.kv_whole { 1.0 } else { kv };
+            flops += pass.attention_flops(a, d.cp) * cut;
+        }
+        if part.after == Exchange::Sum {
+            let streams = 5.0 * self.workload.stream_bytes as f64 * tokens;
+            bytes += if d.sp { streams / d.tp as f64 } else { streams };
+        }
+        bytes += 2.0 * part.wide_bytes as f64 * cut * seen;
+        let (reading, computing) = (bytes / on.bytes_per_us, flops / on.flops_per_us);
+        if reading > computing { [reading, 0.0] } else { [0.0, computing] }
+    }
+
+    /// What follows a part within a tensor-parallel group and with the experts' ranks.
+    fn exchange_tokens(
+        &self,
+        part: &Part,
+        shares: &PartShares,
+        group: &Group,
+        d: &Degrees,
+        pass: &Pass,
+        tally: &mut Tally,
+    ) {
+        let tokens = pass.local_tokens(d.cp);
+        let stream = tokens * self.workload.stream_bytes as f64;
+        if let (true, Split::Experts { per_token, .. }) =
+            (shares.whole_experts && d.sharing_experts() > 1, part.split)
+        {
+            // There and back: each rank sends its part of the group's tokens to the ranks of their experts.
+            let sent = stream / d.tp as f64 * per_token as f64;
+            tally.add(Cause::Ep, 2.0 * all_to_all_us(&group.ep, sent), 2.0 * gather_wire(d.ep, sent));
+        }
+        if d.tp == 1 || part.split == Split::Whole {
+            return;
+        }
+        match part.after {
+            Exchange::None => {}
+            // The bytes are the same, but a reduce-scatter and an all-gather are two steps at least.
+            Exchange::Sum if d.sp => {
+                tally.add(Cause::Tp, 2.0 * all_gather_us(&group.tp, stream), all_reduce_wire(d.tp, stream));
+            }
+            Exchange::Sum => {
+                tally.add(Cause::Tp, all_reduce_us(&group.tp, stream), all_reduce_wire(d.tp, stream))
+            }
+            Exchange::Gather { row_bytes } => {
+                let rows = pass.sequences * row_bytes as f64;
+                tally.add(Cause::Tp, all_gather_us(&group.tp, rows), gather_wire(d.tp, rows));
+            }
+        }
+    }
+
+    /// What attention over a divided context exchanges. A ring passes keys and values on while it attends to those it
+    /// has, for which `busy` microseconds are there.
+    #[allow(clippy::too_many_arguments)]
+    fn exchange_context(
+        &self,
+        part: &Part,
+        shares: &PartShares,
+        group: &Group,
+        d: &Degrees,
+        pass: &Pass,
+        busy: f64,
+        tally: &mut Tally,
+    ) {
+        let Some(attention) = &part.attention else { return };
+        let (queries, keys) = pass.context_bytes(attention, d.cp, d.cp_by);
+        if queries + keys == 0.0 {
+            return;
+        }
+        let largest =
+            |of: fn(&Share) -> Fraction| shares.ranks.iter().map(|s| of(s).value()).fold(0.0, f64::max);
+        let (queries, keys) = (queries * largest(|s| s.cut), keys * largest(|s| s.kv));
+        let span = &group.cp;
+        match (pass.phase, d.cp_by) {
+            (Phase::Decode, _) => {
+                tally.add(Cause::Cp, all_reduce_us(span, queries), all_reduce_wire(d.cp, queries))
+            }
+            (_, ContextBy::Ulysses) => {
+                // Queries there and results back, keys, values.
+                let us = 2.0 * all_to_all_us(span, queries / 2.0) + 2.0 * all_to_all_us(span, keys / 2.0);
+                tally.add(Cause::Cp, us, gather_wire(d.cp, queries + keys));
+            }
+            (_, ContextBy::Ring) => {
+                tally.add(Cause::Cp, (ring_us(span, keys) - busy).max(0.0), (d.cp - 1) as f64 * keys);
+            }
+        }
+    }
+}
+
+/// What a rank needs for each kind of block.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Needs {
+    /// Bytes of weights.
+    pub weights: u64,
+    /// Bytes of cache, for all of the pass's sequences and their whole context.
+    pub cache: u64,
+    /// Bytes of the widest values.
+    pub wide: u64,
+    /// The largest part of a tensor.
+    pub largest: u64,
+    /// Bytes of logits, and of what experts receive.
+    pub buffer: u64,
+}
+
+impl Pricer<'_> {
+    /// What each rank of a group needs for each kind of block, `[block][rank]`, while `pass` runs, with caches for
+    /// `cached` tokens.
+    pub(super) fn needs(&self, shares: &Shares, d: &Degrees, pass: &Pass, cached: u64) -> Vec<Vec<Needs>> {
+        let tokens = pass.local_tokens(d.cp);
+        let rank = |block: &Block, shares: &[PartShares], r: usize| {
+            let mut needs = Needs::default();
+            for (part, shares) in block.parts.iter().zip(shares) {
+                let share = shares.ranks[r];
+                needs.weights +=
+                    share.cut.bytes(part.cut.bytes) + share.kv.bytes(part.kv.bytes) + part.whole.bytes;
+                if let (Some(a), super::workload::Kind::Decoder) = (&part.attention, self.workload.kind) {
+                    let kv = if a.kv_whole { a.kv_bytes } else { share.kv.bytes(a.kv_bytes) };
+                    needs.cache += (u128::from(kv) * u128::from(cached) / d.cp as u128) as u64;
+                }
+                let seen = if shares.whole_experts { tokens * d.sharing_experts() as f64 } else { tokens };
+                let items = part.item_bytes as f64 * pass.sequences;
+                needs.wide = needs.wide.max((share.cut.bytes(part.wide_bytes) as f64 * seen + items) as u64);
+                let whole = part.largest[1];
+                let cut =
+                    if shares.whole_experts { part.largest[0] } else { share.cut.bytes(part.largest[0]) };
+                needs.largest = needs.largest.max(whole).max(cut);
+                let buffer = match (part.after, part.split) {
+                    (Exchange::Gather { row_bytes }, _) => (pass.sequences * row_bytes as f64) as u64,
+                    (_, Split::Experts { per_token, .. }) if d.sharing_experts() > 1 => {
+                        let sent = tokens / d.tp as f64 * per_token as f64;
+                        (2.0 * sent * self.workload.stream_bytes as f64) as u64
+                    }
+                    _ => 0,
+                };
+                needs.buffer = needs.buffer.max(buffer);
+            }
+            needs
+        };
+        let blocks = self.workload.blocks.iter().zip(&shares.0);
+        blocks.map(|(block, shares)| (0..d.tp).map(|r| rank(block, shares, r)).collect()).collect()
+    }
+}

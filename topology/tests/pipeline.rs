@@ -1,0 +1,167 @@
+//! Pipelines: Cosmos-Predict1-7B with all its models on the presets, and what is refused.
+
+use tensorwire_topology::fabric::Fabric;
+use tensorwire_topology::pipeline::{self, Pipeline, PipelinePlan};
+use tensorwire_topology::place::{Degrees, Reason};
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(format!("{}/../examples/{path}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+fn cosmos() -> Pipeline {
+    Pipeline::from_toml(&read("pipelines/cosmos-predict1-7b.toml")).unwrap()
+}
+
+fn preset(name: &str) -> Fabric {
+    Fabric::from_toml(&read(&format!("fabrics/{name}.toml"))).unwrap()
+}
+
+/// Every stage once and after those it needs, every model on as many devices as it has ranks, no device too full.
+fn check(plan: &PipelinePlan, pipeline: &Pipeline, fabric: &Fabric) {
+    let at = |name: &str| plan.stages.iter().position(|s| s.name == name).unwrap();
+    assert_eq!(plan.stages.len(), pipeline.stages.len());
+    for stage in &pipeline.stages {
+        let this = &plan.stages[at(&stage.name)];
+        for before in &stage.after {
+            let before = &plan.stages[at(before)];
+            assert!(
+                before.start_us + before.us <= this.start_us + 0.01,
+                "{} before {}",
+                before.name,
+                this.name
+            );
+        }
+    }
+    for model in &plan.models {
+        let mut devices: Vec<usize> = model.ranks.iter().map(|r| r.device).collect();
+        devices.sort_unstable();
+        devices.dedup();
+        assert_eq!(devices.len(), model.chosen.degrees.ranks(), "{}", model.name);
+    }
+    for device in &plan.devices {
+        let held = plan.models.iter().flat_map(|m| m.ranks.iter().filter(|r| r.device == device.device));
+        let held: Vec<_> = held.map(|r| r.memory).collect();
+        let weights: u64 = held.iter().map(|m| m.weights).sum();
+        let beside =
+            held.iter().map(|m| m.loading.max(m.kv_cache + m.activations + m.buffers)).max().unwrap();
+        assert_eq!((device.weight_bytes, device.peak_bytes), (weights, weights + beside), "{}", device.name);
+        assert!(device.peak_bytes <= fabric.model(device.device).memory_bytes.unwrap(), "{}", device.name);
+    }
+}
+
+#[test]
+fn cosmos_fits_on_eight_small_devices() {
+    let (pipeline, fabric) = (cosmos(), preset("8-accelerators"));
+    let plan = pipeline::place(&pipeline, &fabric).unwrap();
+    check(&plan, &pipeline, &fabric);
+    // Guard, upsampler, encoder, transformer, decoder and the frames' three.
+    assert_eq!(plan.models.len(), 8);
+    let dit = plan.models.iter().find(|m| m.name == "dit-7b").unwrap();
+    assert_eq!(dit.weight_bytes, 2 * 7_236_192_256);
+
+    // The bytes that a rank sends in a step, from three sums of 461,373,440 bytes in each of 28 blocks and two passes.
+    let wire = |degrees: Degrees| {
+        let chosen = std::iter::once(&dit.chosen).chain(dit.rejected.iter().map(|r| &r.alternative));
+        let found = chosen.into_iter().find(|a| a.degrees == degrees);
+        found.map(|a| (a.predicted.wire_bytes_per_rank_step, a.tightest.of.weights))
+    };
+    let tp = |tp| Degrees { tp, ..Degrees::ONE };
+    assert_eq!(wire(tp(2)).unwrap().0, 77_510_737_920);
+    assert_eq!(wire(tp(4)).unwrap(), (116_266_106_880, 4_255_059_968));
+    assert_eq!(wire(tp(8)).unwrap().0, 135_643_791_360);
+    assert_eq!(wire(Degrees { cfg: 2, ..tp(4) }).unwrap(), (58_133_053_440 + 7_208_960, 4_255_059_968));
+    assert_eq!(wire(Degrees { cp: 4, ..Degrees::ONE }).unwrap(), (19_377_684_480, 14_472_384_512));
+    assert_eq!(wire(Degrees { cp: 8, ..Degrees::ONE }).unwrap().0, 11_303_649_280);
+
+    // 35 steps of 2 x 2.2094e15 operations on eight devices of 32e12 are 604 s at the least.
+    let denoising = plan.stages.iter().find(|s| s.name == "denoising").unwrap();
+    assert!((604e6..1300e6).contains(&denoising.us), "{}", denoising.us);
+    // The same input, the same bytes; and they can be read back.
+    let json = plan.to_json();
+    assert_eq!(json, pipeline::place(&pipeline, &fabric).unwrap().to_json());
+    assert_eq!(serde_json::from_str::<PipelinePlan>(&json).unwrap(), plan);
+}
+
+#[test]
+fn on_thirty_two_devices_sums_stay_on_a_card_and_guidance_goes_across() {
+    let (pipeline, fabric) = (cosmos(), preset("32-accelerators"));
+    let plan = pipeline::place(&pipeline, &fabric).unwrap();
+    check(&plan, &pipeline, &fabric);
+    let dit = plan.models.iter().find(|m| m.name == "dit-7b").unwrap();
+    let d = dit.chosen.degrees;
+    assert!(d.cfg == 2 && (2..=4).contains(&d.tp), "{d}");
+    let card = |device: usize| fabric.devices()[device].card;
+    for group in dit.ranks.chunks(d.tp) {
+        assert!(group.iter().all(|r| card(r.device) == card(group[0].device)), "{d}");
+    }
+    for rank in dit.ranks.iter().filter(|r| r.cfg == 0) {
+        let same = |r: &&_| {
+            let r: &tensorwire_topology::place::RankPlace = r;
+            r.cfg == 1 && (r.tp, r.cp, r.pp, r.dp) == (rank.tp, rank.cp, rank.pp, rank.dp)
+        };
+        assert_ne!(card(dit.ranks.iter().find(same).unwrap().device), card(rank.device));
+    }
+    let flat =
+        dit.rejected.iter().find(|r| r.alternative.degrees == Degrees { tp: 8, ..Degrees::ONE }).unwrap();
+    assert!(matches!(flat.reason, Reason::Slower { .. }), "{flat}");
+}
+
+#[test]
+fn models_that_do_not_fit_together_are_refused_with_the_numbers() {
+    // 67 GB of weights: two devices of 15.7 GiB hold none of the larger models beside the others.
+    let mut parts = preset("8-accelerators").into_parts();
+    parts.devices.truncate(4);
+    let error = pipeline::place(&cosmos(), &Fabric::new(parts).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("don't fit together on 4 devices"), "{error}");
+    assert!(error.contains("mistral-nemo-12b 24.5 GB"), "{error}");
+}
+
+fn refused(text: &str) -> String {
+    let head = "schema = \"tensorwire.pipeline/v1\"\nname = \"p\"\n";
+    let model = "[model.m]\nparameters = 1000\nbytes_per_parameter = 2\nflops_per_item = 1.0\nwhole_because = \"small\"\n";
+    Pipeline::from_toml(&format!("{head}{text}\n{model}")).unwrap_err().to_string()
+}
+
+#[test]
+fn what_is_no_pipeline_is_refused() {
+    let cycle = "[[stage]]\nname = \"a\"\nmodel = \"m\"\nafter = [\"c\"]\n[[stage]]\nname = \"b\"\nafter = [\"a\"]\n\
+                 [[stage]]\nname = \"c\"\nafter = [\"b\"]\n";
+    assert_eq!(
+        refused(cycle),
+        "the pipeline: its stages wait for each other: a, which comes after c, which comes after b, which comes after a"
+    );
+    let one = |rest: &str| refused(&format!("[[stage]]\nname = \"a\"\nmodel = \"m\"\n{rest}"));
+    assert_eq!(
+        one("after = [\"a\"]"),
+        "the pipeline: its stages wait for each other: a, which comes after a"
+    );
+    assert_eq!(one("after = [\"z\"]"), "stage \"a\": there is no stage \"z\" to come after");
+    assert_eq!(one("[[stage]]\nname = \"a\"\n"), "the pipeline: two stages are called \"a\"");
+    assert!(one("calls = 0").contains("calls is 0: 1 to"));
+    assert!(one("tokens = -3").contains("tokens"), "{}", one("tokens = -3"));
+    assert!(one("branches = 3").contains("branches is 3: 1 to 2"));
+    assert!(one("colour = 3").contains("unknown field `colour`"));
+    assert_eq!(refused("[[stage]]\nname = \"a\"\nmodel = \"n\"\n"), "stage \"a\": there is no model \"n\"");
+    assert!(refused("stage = []").contains("0 stages"));
+    let model = |fields: &str| {
+        let head = "schema = \"tensorwire.pipeline/v1\"\nname = \"p\"\n[[stage]]\nname = \"a\"\n[model.m]\n";
+        Pipeline::from_toml(&format!("{head}{fields}")).unwrap_err().to_string()
+    };
+    let why = "bytes_per_parameter = 2\nflops_per_item = 1.0\nwhole_because = \"small\"\n";
+    assert_eq!(model("parameters = 1"), "model \"m\": it has no config, so it needs bytes_per_parameter");
+    assert_eq!(model("parameters = 1\nconfig = {}"), "model \"m\": parameters follows from its config");
+    assert!(model(&format!("parameters = 9_000_000_000_000_000_000\n{why}")).contains("make no sense"));
+    assert!(model(&why.replace("1.0", "nan")).contains("needs parameters"));
+    assert!(model(&format!("parameters = 1\n{}", why.replace("1.0", "nan"))).contains("make no sense"));
+    let other = Pipeline::from_json(r#"{"schema": "x", "name": "", "model": {}, "stage": []}"#).unwrap_err();
+    assert!(other.to_string().contains("its schema is \"x\""));
+}
+
+#[test]
+fn a_configuration_that_makes_no_sense_is_refused_by_its_model() {
+    let text = "schema = \"tensorwire.pipeline/v1\"\nname = \"p\"\n[[stage]]\nname = \"a\"\nmodel = \"m\"\n\
+                [model.m]\nconfig = { model_type = \"llama\", hidden_size = -1 }\n";
+    let pipeline = Pipeline::from_toml(text).unwrap();
+    let error = pipeline::place(&pipeline, &preset("8-accelerators")).unwrap_err().to_string();
+    assert!(error.starts_with("model \"m\": "), "{error}");
+}

@@ -1,0 +1,244 @@
+//! Wrong rules: each must make the proof fail.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use tensorwire_topology::plan::{Slice, Span, TensorShard};
+use tensorwire_topology::{Plan, Planner};
+
+use super::group::Fault;
+use super::toys::{TOYS, Toy};
+use super::{TOLERANCE, Whole};
+
+/// Far above what the order of sums is worth, far below what any of these is.
+const SEEN: f64 = 1e3 * TOLERANCE;
+
+fn toy(name: &str) -> &'static Toy {
+    TOYS.iter().find(|t| t.name == name).unwrap()
+}
+
+/// The number of ranks that toys are split over here.
+fn world(toy: &Toy) -> usize {
+    toy.worlds[0]
+}
+
+/// Asserts that a wrong plan gives wrong numbers.
+fn differs(whole: &Whole, plan: &Plan, fault: Option<Fault>, what: &str) {
+    let apart = whole.difference(plan, fault);
+    // Not a number is different too.
+    assert!(!(apart < SEEN), "{}: {what} goes unseen: apart by {apart:.1e}", whole.toy.name);
+}
+
+/// Asserts that a wrong plan gives wrong numbers, or parts that don't fit each other.
+fn fails(whole: &Whole, plan: &Plan, what: &str) {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let apart = catch_unwind(AssertUnwindSafe(|| whole.difference(plan, None)));
+    std::panic::set_hook(hook);
+    let unseen = apart.is_ok_and(|apart| apart < SEEN);
+    assert!(!unseen, "{}: {what} goes unseen", whole.toy.name);
+}
+
+/// The same number of elements, one further, or one less far where there is none further.
+fn moved(span: Span, size: usize) -> Span {
+    match span.end < size {
+        true => Span::new(span.start + 1, span.end + 1),
+        false => Span::new(span.start - 1, span.end - 1),
+    }
+}
+
+/// What the result doesn't depend on, whichever part a rank has: a key's bias is the same summand in all scores
+/// of a query, unless positions turn it, so that softmax drops it.
+fn without_effect(toy: &Toy, tensor: &str) -> bool {
+    let key = ["key.bias", "k_proj.bias"].iter().any(|name| tensor.ends_with(name));
+    key && ["bert", "vit", "siglip"].contains(&toy.name)
+}
+
+#[test]
+fn a_slice_that_is_one_off_is_seen_in_every_tensor() {
+    for &toy in TOYS.iter() {
+        let whole = Whole::of(toy);
+        let plan = Planner::new(&whole.spec).plan(world(toy)).unwrap();
+        let mut moves = 0;
+        for i in 0..plan.tensors.len() {
+            let TensorShard { name, rank, slices, .. } = &plan.tensors[i];
+            let shape = &whole.spec.tensor(name).unwrap().shape;
+            for (s, slice) in slices.iter().enumerate() {
+                let size = shape[slice.dim];
+                if slice.range.len() == size || without_effect(toy, name) {
+                    continue;
+                }
+                let mut wrong = plan.clone();
+                wrong.tensors[i].slices[s].range = moved(slice.range, size);
+                moves += 1;
+                differs(&whole, &wrong, None, &format!("{name}: {slice:?} of rank {rank} one off"));
+            }
+        }
+        assert!(moves > 0, "{} has no slices", toy.name);
+    }
+}
+
+#[test]
+fn ranks_with_each_others_slices_are_seen() {
+    for &toy in TOYS.iter() {
+        let whole = Whole::of(toy);
+        let plan = Planner::new(&whole.spec).plan(world(toy)).unwrap();
+        let mut swaps = 0;
+        for i in 0..plan.tensors.len() - 1 {
+            let [a, b] = [&plan.tensors[i], &plan.tensors[i + 1]];
+            let lengths = |t: &TensorShard| t.slices.iter().map(|s| (s.dim, s.range.len())).collect::<Vec<_>>();
+            let same = a.name == b.name && lengths(a) == lengths(b) && a.slices != b.slices;
+            if !same || without_effect(toy, &a.name) {
+                continue;
+            }
+            let mut wrong = plan.clone();
+            wrong.tensors[i].slices = b.slices.clone();
+            wrong.tensors[i + 1].slices = a.slices.clone();
+            swaps += 1;
+            differs(&whole, &wrong, None, &format!("{}: rank {}'s slice with the next one's", a.name, a.rank));
+        }
+        println!("{}: {swaps} swaps", toy.name);
+    }
+}
+
+#[test]
+fn every_missing_exchange_is_seen() {
+    for &toy in TOYS.iter() {
+        let whole = Whole::of(toy);
+        for (name, plan) in whole.plans(world(toy)) {
+            for layer in 0..plan.layers.len() {
+                for i in 0..plan.layers[layer].collectives.len() {
+                    let mut wrong = plan.clone();
+                    let gone = wrong.layers[layer].collectives.remove(i);
+                    fails(&whole, &wrong, &format!("{name}: layer {layer} without {gone:?}"));
+                }
+            }
+            for i in 0..plan.vocab.collectives.len() {
+                let mut wrong = plan.clone();
+                let gone = wrong.vocab.collectives.remove(i);
+                fails(&whole, &wrong, &format!("{name}: without {gone:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bias_on_every_rank_is_seen() {
+    let biased = ["llama", "gpt_oss", "gpt2", "gpt_neox", "bert", "vit", "siglip", "flux", "wan"];
+    for name in biased {
+        let whole = Whole::of(toy(name));
+        let plan = Planner::new(&whole.spec).plan(2).unwrap();
+        differs(&whole, &plan, Some(Fault::BiasOnEveryRank), "a bias added by every rank");
+    }
+}
+
+#[test]
+fn a_vocabulary_without_mask_is_seen() {
+    for &toy in TOYS.iter().filter(|t| t.config.contains("vocab_size")) {
+        let whole = Whole::of(toy);
+        let plan = Planner::new(&whole.spec).plan(world(toy)).unwrap();
+        differs(&whole, &plan, Some(Fault::NoMask), "a lookup without a mask");
+        // Rows that are another part than the mask says.
+        let mut wrong = plan.clone();
+        wrong.vocab.ranges[1] = moved(wrong.vocab.ranges[1], wrong.model.vocab_size);
+        fails(&whole, &wrong, "a mask that is one off");
+        if !plan.vocab.collectives.iter().any(|c| c.op == "all_gather") || plan.vocab.padded == 190 {
+            continue;
+        }
+        let mut wrong = plan.clone();
+        wrong.vocab.padded += plan.world;
+        differs(&whole, &wrong, None, "logits with other padding");
+    }
+}
+
+#[test]
+fn a_shared_expert_on_every_rank_is_seen() {
+    // Its five columns, of two experts of five each, are fewer than eleven ranks would need; so take what is
+    // whole on every rank.
+    for &toy in TOYS.iter().filter(|t| t.config.contains("shared_expert")) {
+        let whole = Whole::of(toy);
+        for (name, plan) in whole.plans(world(toy)) {
+            let whole_everywhere = plan.layers.iter().all(|l| l.mlp.shared_ffn.is_empty());
+            if whole_everywhere {
+                differs(&whole, &plan, Some(Fault::SharedOnEveryRank), &name);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_replica_that_is_dropped_or_shifted_is_seen() {
+    let whole = Whole::of(toy("llama"));
+    // Nine query heads over two ranks: both need the second of three key/value heads.
+    let plan = Planner::new(&whole.spec).plan(2).unwrap();
+    assert_eq!(plan.layers[0].attention.kv_heads, [Span::new(0, 2), Span::new(1, 3)]);
+    let dim = plan.model.head_dim;
+    let of_rank_1 = |t: &TensorShard| {
+        t.rank == 1 && t.name.starts_with("model.layers.0.") && (t.name.contains("k_proj") || t.name.contains("v_proj"))
+    };
+    let with = |heads: Span| {
+        let mut wrong = plan.clone();
+        wrong.layers[0].attention.kv_heads[1] = heads;
+        for t in wrong.tensors.iter_mut().filter(|t| of_rank_1(t)) {
+            t.slices[0].range = Span::new(heads.start * dim, heads.end * dim);
+        }
+        wrong
+    };
+    assert_eq!(with(Span::new(1, 3)), plan);
+    fails(&whole, &with(Span::new(2, 3)), "a replica that isn't there");
+    // A head further back, read as if it were the right one.
+    let mut shifted = with(Span::new(0, 2));
+    shifted.layers[0].attention.kv_heads[1] = Span::new(1, 3);
+    differs(&whole, &shifted, None, "the key/value head before");
+    // Query heads that take themselves for their neighbours read other key/value heads.
+    let mut other = plan.clone();
+    other.layers[0].attention.q_heads = vec![Span::new(1, 6), Span::new(5, 9)];
+    differs(&whole, &other, None, "query heads that are one off");
+}
+
+#[test]
+fn a_fused_layer_cut_in_another_order_is_seen() {
+    let fused = [
+        ("phi3", "self_attn.qkv_proj.weight"),
+        ("phi3", "mlp.gate_up_proj.weight"),
+        ("gpt2", "attn.c_attn.weight"),
+        ("gpt2", "attn.c_attn.bias"),
+        ("falcon 40b", "self_attention.query_key_value.weight"),
+        ("flux", "proj_out.weight"),
+    ];
+    for (name, tensor) in fused {
+        let whole = Whole::of(toy(name));
+        let plan = Planner::new(&whole.spec).plan(world(whole.toy)).unwrap();
+        let cut = plan.tensors.iter().position(|t| t.name.ends_with(tensor) && t.slices.len() > 1);
+        let cut = cut.unwrap_or_else(|| panic!("{name} has no {tensor} of several parts"));
+        let TensorShard { slices, rank, .. } = plan.tensors[cut].clone();
+        let mut wrong = plan.clone();
+        wrong.tensors[cut].slices.reverse();
+        differs(&whole, &wrong, None, &format!("{tensor} of rank {rank} in reverse"));
+        // As if it were one layer.
+        let (dim, length) = (slices[0].dim, slices.iter().map(|s| s.range.len()).sum::<usize>());
+        let size = whole.spec.tensor(&plan.tensors[cut].name).unwrap().shape[dim];
+        let start = (rank * length).min(size - length);
+        let mut wrong = plan.clone();
+        wrong.tensors[cut].slices = vec![Slice { dim, range: Span::new(start, start + length) }];
+        differs(&whole, &wrong, None, &format!("{tensor} of rank {rank} in one piece"));
+    }
+}
+
+#[test]
+fn a_cut_inside_a_group_is_seen() {
+    // The columns of ranks 0 and 1 meet inside a group, and the scales of the last matrix, of which there is
+    // one a group, stay where they were.
+    for (name, by) in [("fp8", 1), ("awq", 8), ("gptq", 8)] {
+        let whole = Whole::of(toy(name));
+        let plan = Planner::new(&whole.spec).plan(2).unwrap();
+        let mut wrong = plan.clone();
+        for t in wrong.tensors.iter_mut().filter(|t| t.name.starts_with("model.layers.0.mlp.")) {
+            let Some(Slice { dim, range }) = t.slices.first_mut() else { continue };
+            let size = whole.spec.tensor(&t.name).unwrap().shape[*dim];
+            let moved = by * size / plan.model.intermediate_size;
+            if t.rank == 0 { range.end -= moved } else { range.start -= moved }
+        }
+        assert_ne!(wrong, plan);
+        fails(&whole, &wrong, "a cut inside a group");
+    }
+}
