@@ -42,6 +42,7 @@ mod json;
 mod link;
 mod lookup;
 mod machine;
+mod svg;
 #[cfg(test)]
 mod tests;
 
