@@ -7,8 +7,9 @@ use std::arch::x86_64::*;
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
+use super::super::convert::{BLOCK, Convert, interleaved};
 use super::super::number;
-use super::{Avx512, BLOCK, Convert, convert, interleaved};
+use super::{Avx512, convert};
 
 convert!(Avx512, f16, [__m256i; 4], widen_f16, narrow_f16, interleaved(1, 1));
 convert!(Avx512, bf16, [__m512i; 2], widen_bf16, narrow_bf16, interleaved(2, 16));
