@@ -27,7 +27,7 @@ same!(f32, f64, i8, u8, i32, u32, i64, u64);
 
 /// Implements [`Convert`] by two functions: from the registers that a block fills to those of its wide form, and back.
 macro_rules! convert {
-    ($set:ty, $t:ty, $registers:ty, $widen:expr, $narrow:expr, $lanes:expr) => {
+    ($set:ty, $t:ty, $registers:ty, $wide:ty, $widen:expr, $narrow:expr, $lanes:expr) => {
         impl Convert<$t> for $set {
             const LANES: [usize; BLOCK] = $lanes;
 
@@ -35,13 +35,19 @@ macro_rules! convert {
             unsafe fn load(from: *const $t) -> [f32; BLOCK] {
                 // SAFETY: (1) the caller vouches for a block, which is as large as its registers; (2) and for the
                 // instruction set; (3) registers are bits of any kind, as are f32s, and a wide block's are as large as it.
-                unsafe { std::mem::transmute($widen(from.cast::<$registers>().read_unaligned())) }
+                unsafe {
+                    let block = $widen(from.cast::<$registers>().read_unaligned());
+                    std::mem::transmute::<$wide, [f32; BLOCK]>(block)
+                }
             }
 
             #[inline(always)]
             unsafe fn store(to: *mut $t, block: [f32; BLOCK]) {
                 // SAFETY: as above; and so are elements.
-                unsafe { to.cast::<$registers>().write_unaligned($narrow(std::mem::transmute(block))) }
+                unsafe {
+                    let block = std::mem::transmute::<[f32; BLOCK], $wide>(block);
+                    to.cast::<$registers>().write_unaligned($narrow(block));
+                }
             }
         }
     };

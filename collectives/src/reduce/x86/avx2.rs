@@ -10,10 +10,10 @@ use half::{bf16, f16};
 use super::super::convert::{BLOCK, Convert, interleaved};
 use super::{Avx2, convert};
 
-convert!(Avx2, f16, [__m128i; 8], widen_f16, narrow_f16, interleaved(1, 1));
-convert!(Avx2, bf16, [__m256i; 4], widen_bf16, narrow_bf16, interleaved(2, 8));
-convert!(Avx2, F8E4M3, [__m128i; 4], widen_e4m3, narrow_e4m3, interleaved(1, 1));
-convert!(Avx2, F8E5M2, [__m128i; 4], widen_e5m2, narrow_e5m2, interleaved(1, 1));
+convert!(Avx2, f16, [__m128i; 8], [__m256; 8], widen_f16, narrow_f16, interleaved(1, 1));
+convert!(Avx2, bf16, [__m256i; 4], [__m256; 8], widen_bf16, narrow_bf16, interleaved(2, 8));
+convert!(Avx2, F8E4M3, [__m128i; 4], [__m256; 8], widen_e4m3, narrow_e4m3, interleaved(1, 1));
+convert!(Avx2, F8E5M2, [__m128i; 4], [__m256; 8], widen_e5m2, narrow_e5m2, interleaved(1, 1));
 
 /// `x`, with `nan` in the place of NaNs.
 #[target_feature(enable = "avx2")]
