@@ -5,8 +5,8 @@ use super::group::{Each, Group, Heads};
 use super::moe::{experts, gated_mlp};
 use super::tensor::{Tensor, gelu, silu};
 
-/// The tokens that every toy reads.
-pub(crate) const TOKENS: [usize; 7] = [3, 141, 59, 26, 189, 0, 97];
+/// The tokens that every toy reads: so many that each expert gets some.
+pub(crate) const TOKENS: [usize; 12] = [3, 141, 59, 26, 189, 0, 97, 150, 33, 72, 111, 165];
 
 /// Llama and what has its frame: norms before (Gemma: and after) attention and feed-forward layer.
 pub(crate) fn llama(g: &Group) -> Each {

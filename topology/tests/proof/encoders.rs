@@ -16,7 +16,8 @@ pub(crate) fn bert(g: &Group) -> Each {
     };
     let x = g.embed("embeddings.word_embeddings", &TOKENS);
     let x = x.add(&plain("position_embeddings", &positions));
-    let x = x.add(&plain("token_type_embeddings", &[0, 0, 0, 0, 1, 1, 1]));
+    let segments: Vec<usize> = (0..TOKENS.len()).map(|i| i / 7).collect();
+    let x = x.add(&plain("token_type_embeddings", &segments));
     let mut x = g.layer_norm("embeddings.LayerNorm", &x, eps);
     for n in 0..c.get("num_hidden_layers") {
         let of = |part: &str| format!("encoder.layer.{n}.{part}");

@@ -155,13 +155,14 @@ impl<'a> Group<'a> {
         Group { config, plan, fault: None, weights, read: RefCell::default(), made: RefCell::default() }
     }
 
-    /// Panics if a tensor wasn't read, or if the plan has an exchange for which the forward has no place.
+    /// Panics if the whole model has a tensor that wasn't read, or if the plan has an exchange for which the
+    /// forward has no place.
     pub(crate) fn finish(&self) {
-        let read = self.read.borrow();
-        for name in self.weights.iter().flat_map(BTreeMap::keys) {
-            assert!(read.contains(name), "{name} wasn't used");
-        }
-        let Some(plan) = self.plan else { return };
+        let Some(plan) = self.plan else {
+            let unread = self.weights[0].keys().find(|name| !self.read.borrow().contains(*name));
+            assert_eq!(unread, None, "is part of the model, but wasn't used");
+            return;
+        };
         let layers = plan.layers.iter().map(|layer| (layer.name.as_str(), &layer.collectives));
         for (name, all) in layers.chain([("", &plan.vocab.collectives)]) {
             let made = self.made.borrow().get(name).copied().unwrap_or(0);
@@ -410,20 +411,20 @@ impl<'a> Group<'a> {
         self.exchange_as(place, x, Tensor::below)
     }
 
-    fn exchange_as(&self, place: &str, mut x: Each, gather: fn(&[Tensor]) -> Tensor) -> Each {
-        while let Some(op) = self.next_exchange(place) {
-            let sum = || x.0.iter().skip(1).fold(x.0[0].clone(), |sum, part| sum.add(part));
-            x = match op {
-                "all_reduce" => self.same(&sum()),
-                "all_gather" => self.same(&gather(&x.0)),
-                "reduce_scatter" => {
-                    let sum = sum();
-                    self.each(|rank| sum.select(0, &self.tokens_of(rank, sum.rows())))
-                }
-                other => panic!("what is {other}?"),
-            };
+    fn exchange_as(&self, place: &str, x: Each, gather: fn(&[Tensor]) -> Tensor) -> Each {
+        let sum = || x.0.iter().skip(1).fold(x.0[0].clone(), |sum, part| sum.add(part));
+        match self.next_exchange(place) {
+            None => x,
+            Some("all_reduce") => self.same(&sum()),
+            Some("all_gather") => self.same(&gather(&x.0)),
+            Some("reduce_scatter") => {
+                // Between the two are norms, which take each token by itself.
+                let sum = sum();
+                let own = self.each(|rank| sum.select(0, &self.tokens_of(rank, sum.rows())));
+                self.exchange_as(place, own, gather)
+            }
+            Some(other) => panic!("what is {other}?"),
         }
-        x
     }
 
     /// Every rank's messages to every rank, delivered; where the plan doesn't say so only those to itself.
@@ -494,7 +495,13 @@ fn range(span: Span) -> Range<usize> {
     span.start..span.end
 }
 
-/// The part of a tensor that a plan names.
+/// The part of a tensor that a plan names: along each dimension its slices, one after the other.
 fn cut(whole: &Tensor, shard: &TensorShard) -> Tensor {
-    shard.slices.iter().fold(whole.clone(), |t, s| t.select(s.dim, &range(s.range).collect::<Vec<_>>()))
+    (0..whole.shape.len()).fold(whole.clone(), |t, dim| {
+        let mut slices = shard.slices.iter().filter(|s| s.dim == dim).peekable();
+        match slices.peek() {
+            None => t,
+            Some(_) => t.select(dim, &slices.flat_map(|s| range(s.range)).collect::<Vec<_>>()),
+        }
+    })
 }

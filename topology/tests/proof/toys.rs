@@ -13,7 +13,7 @@ pub(crate) struct Toy {
     pub(crate) worlds: &'static [usize],
 }
 
-pub(crate) const ALL: &[Toy] = &[
+pub(crate) const TOYS: &[Toy] = &[
     Toy {
         name: "llama",
         config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 36,
@@ -313,8 +313,3 @@ pub(crate) const ALL: &[Toy] = &[
         worlds: &[2, 3],
     },
 ];
-
-/// HACK until all families are there.
-pub(crate) static TOYS: std::sync::LazyLock<Vec<&'static Toy>> = std::sync::LazyLock::new(|| {
-    ALL.iter().filter(|t| tensorwire_topology::ModelSpec::from_config(t.config).is_ok()).collect()
-});
