@@ -17,7 +17,7 @@ use super::shared::{Answer, Arrived, Shared};
 use crate::shm::verdict::Verdict;
 
 /// How often a rank that waits for long asks the kernel whether its peers' hosts answer.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// How long a spinning rank keeps its processor at a time.
 const YIELD_INTERVAL: Duration = Duration::from_micros(20);
