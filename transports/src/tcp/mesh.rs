@@ -577,9 +577,9 @@ impl Mesh {
                 if !stuck && *said < frame.len() {
                     *said += link.say(&frame[*said..]);
                 }
-                // The peer may be at the same, and need room.
-                link.last_words();
-                *said < frame.len() || !link.is_out()
+                // The peer may be at the same, and need room; who has said it knows it, and may read no more.
+                let knows = link.last_words().is_some();
+                !knows && (*said < frame.len() || !link.is_out())
             });
             if left.is_empty() && elsewhere.is_empty() && !shared.is_telling() {
                 break;
