@@ -17,7 +17,7 @@ use super::shared::{Answer, Arrived, Shared};
 use crate::shm::verdict::Verdict;
 
 /// How often a rank that waits for long asks the kernel whether its peers' hosts answer.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// How long a spinning rank keeps its processor at a time.
 const YIELD_INTERVAL: Duration = Duration::from_micros(20);
@@ -577,9 +577,9 @@ impl Mesh {
                 if !stuck && *said < frame.len() {
                     *said += link.say(&frame[*said..]);
                 }
-                // The peer may be at the same, and need room.
-                link.last_words();
-                *said < frame.len() || !link.is_out()
+                // The peer may be at the same, and need room; who has said it knows it, and may read no more.
+                let knows = link.last_words().is_some();
+                !knows && (*said < frame.len() || !link.is_out())
             });
             if left.is_empty() && elsewhere.is_empty() && !shared.is_telling() {
                 break;
