@@ -127,7 +127,7 @@ fn toys_for_reference() {
         let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
         for spec in &whole.spec.tensors {
             let (stored, start) = (spec.stored.name(), data.len());
-            let values = weights::seeded(spec).data;
+            let values = weights::seeded(&whole.config, spec).data;
             let kind = match stored {
                 "I32" | "U8" | "F8_E4M3" => stored,
                 _ => "F64",
@@ -137,7 +137,8 @@ fn toys_for_reference() {
                 "F64" => v.to_le_bytes().to_vec(),
                 _ => vec![v as u8],
             }));
-            let entry = serde_json::json!({"dtype": kind, "shape": spec.shape, "data_offsets": [start, data.len()]});
+            let entry =
+                serde_json::json!({"dtype": kind, "shape": spec.shape, "data_offsets": [start, data.len()]});
             header.insert(spec.name.clone(), entry);
         }
         let header = serde_json::to_vec(&header).unwrap();
