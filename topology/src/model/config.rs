@@ -1,6 +1,5 @@
 //! config.json: every field checked, every complaint names the field.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
@@ -25,7 +24,8 @@ pub(super) fn parse(json: &str, file: &str) -> Result<(&'static Family, Draft)> 
         });
     };
     let f = Fields { map, file, path: String::new() };
-    let Some(model_type) = f.text("model_type")? else {
+    // transformers' name for it, or diffusers'.
+    let Some(model_type) = f.text("model_type")?.or(f.text("_class_name")?) else {
         return Err(f.error("model_type", "is missing"));
     };
     let Some(family) = FAMILIES.iter().find(|x| x.architecture.model_types().contains(&model_type)) else {
@@ -49,6 +49,10 @@ pub(super) struct Names {
     pub(super) kv_heads: &'static str,
     /// No name: the hidden size over the heads.
     pub(super) head_dim: &'static str,
+    /// The width of a head where the field is absent; 0: the hidden size over the heads.
+    pub(super) default_head_dim: usize,
+    /// Whether the family works out the width of a head itself.
+    pub(super) any_head_dim: bool,
     pub(super) ffn: &'static str,
     /// What the feed-forward width is where the field is absent, in hidden sizes; 0: it is needed.
     pub(super) ffn_times: usize,
@@ -60,6 +64,10 @@ pub(super) struct Names {
     pub(super) eps: (&'static str, f64),
     pub(super) rope: bool,
     pub(super) tied: bool,
+    /// No name: there is no vocabulary.
+    pub(super) vocab: &'static str,
+    /// The vocabulary where the field is absent; 0: it is needed.
+    pub(super) default_vocab: usize,
 }
 
 pub(super) const LLAMA_NAMES: Names = Names {
@@ -68,6 +76,8 @@ pub(super) const LLAMA_NAMES: Names = Names {
     heads: "num_attention_heads",
     kv_heads: "num_key_value_heads",
     head_dim: "head_dim",
+    default_head_dim: 0,
+    any_head_dim: false,
     ffn: "intermediate_size",
     ffn_times: 0,
     positions: "max_position_embeddings",
@@ -76,6 +86,8 @@ pub(super) const LLAMA_NAMES: Names = Names {
     eps: ("rms_norm_eps", 1e-6),
     rope: true,
     tied: false,
+    vocab: "vocab_size",
+    default_vocab: 0,
 };
 
 /// Reads those fields. The dimensions are the stack's `heads`, `kv_heads`, `ffn` and `vocab`; the other sizes
@@ -96,13 +108,18 @@ pub(super) fn standard(f: &Fields, architecture: Architecture, names: &Names) ->
         ));
     }
     let head_dim = if names.head_dim.is_empty() { None } else { f.size(names.head_dim, MAX_DIM)? };
-    if head_dim.is_none() && !hidden_size.is_multiple_of(num_attention_heads) {
+    let derived = head_dim.is_none() && names.default_head_dim == 0 && !names.any_head_dim;
+    if derived && !hidden_size.is_multiple_of(num_attention_heads) {
         return Err(f.error(
             names.hidden,
             format!("= {hidden_size} must be a multiple of {} = {num_attention_heads}", names.heads),
         ));
     }
-    sizes.set_or_assume("head_dim", head_dim, hidden_size / num_attention_heads, names.head_dim);
+    let default_head_dim = match names.default_head_dim {
+        0 => (hidden_size / num_attention_heads).max(1),
+        width => width,
+    };
+    sizes.set_or_assume("head_dim", head_dim, default_head_dim, names.head_dim);
     let head_dim = sizes.value("head_dim");
     f.check_heads(names.head_dim, head_dim, num_attention_heads)?;
     let ffn = f.size(names.ffn, MAX_DIM)?;
@@ -112,7 +129,13 @@ pub(super) fn standard(f: &Fields, architecture: Architecture, names: &Names) ->
     sizes.set_or_assume("ffn", ffn, hidden_size * names.ffn_times, names.ffn);
     let positions = f.size(names.positions, MAX_DIM)?;
     sizes.set_or_assume("positions", positions, names.default_positions, names.positions);
-    sizes.set("vocab", f.required("vocab_size", MAX_DIM)?, "vocab_size");
+    if !names.vocab.is_empty() {
+        let rows = f.size(names.vocab, MAX_DIM)?;
+        if rows.is_none() && names.default_vocab == 0 {
+            return Err(f.error(names.vocab, "is missing"));
+        }
+        sizes.set_or_assume("vocab", rows, names.default_vocab, names.vocab);
+    }
     let num_layers = f.required(names.layers, MAX_LAYERS)?;
     let tied = f.flag("tie_word_embeddings")?.unwrap_or(names.tied);
     let sliding_window = match f.flag("use_sliding_window")? {
@@ -127,7 +150,7 @@ pub(super) fn standard(f: &Fields, architecture: Architecture, names: &Names) ->
         num_key_value_heads,
         head_dim,
         intermediate_size: sizes.value("ffn"),
-        vocab_size: sizes.value("vocab"),
+        vocab_size: sizes.get("vocab").map_or(0, |s| s.value),
         max_position_embeddings: sizes.value("positions"),
         hidden_act: f.text(names.act.0)?.unwrap_or(names.act.1).to_owned(),
         norm_eps: f.positive(names.eps.0)?.unwrap_or(names.eps.1),
@@ -139,13 +162,7 @@ pub(super) fn standard(f: &Fields, architecture: Architecture, names: &Names) ->
         source: PathBuf::from(f.file),
         ..ModelSpec::empty(architecture)
     };
-    let mut draft = Draft {
-        spec,
-        sizes: vec![sizes],
-        kinds: vec![vec![0; num_layers]],
-        flags: BTreeSet::new(),
-        windows: Vec::new(),
-    };
+    let mut draft = Draft::new(spec, sizes, num_layers);
     draft.flag("tied", tied);
     Ok(draft)
 }
@@ -185,7 +202,7 @@ impl Draft {
 }
 
 /// The type the weights are stored in, which newer files call `dtype`; float32 where none is named.
-fn dtype(f: &Fields) -> Result<DType> {
+pub(super) fn dtype(f: &Fields) -> Result<DType> {
     let field = if f.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
     match f.text(field)?.map(|name| name.strip_prefix("torch.").unwrap_or(name)) {
         None | Some("float32") => Ok(DType::F32),
@@ -280,6 +297,26 @@ impl<'a> Fields<'a> {
         match value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=limit).contains(n)) {
             Some(n) => Ok(Some(n)),
             None => Err(self.wrong(field, &format!("a whole number from 1 to {limit}"), value)),
+        }
+    }
+
+    /// A whole number from 0 to `limit`.
+    pub(super) fn count(&self, field: &str, limit: usize) -> Result<Option<usize>> {
+        match self.get(field) {
+            Some(value) if value.as_u64() == Some(0) => Ok(Some(0)),
+            _ => self.size(field, limit),
+        }
+    }
+
+    /// Three whole numbers from 1 to `limit`.
+    pub(super) fn sizes(&self, field: &str, limit: usize) -> Result<Option<[usize; 3]>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let one =
+            |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=limit).contains(n));
+        let three: Option<Vec<usize>> = value.as_array().and_then(|list| list.iter().map(one).collect());
+        match three.as_deref() {
+            Some(&[a, b, c]) => Ok(Some([a, b, c])),
+            _ => Err(self.wrong(field, &format!("three whole numbers from 1 to {limit}"), value)),
         }
     }
 

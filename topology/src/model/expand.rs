@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::dimension::{Axis, Cut, Dimension, Segment};
-use super::families::{Ax, BlockRule, Draft, Family, Form, Part, Rule, Stack, When};
+use super::families::{Ax, BlockRule, Draft, Family, Form, Part, Rule, Sizes, Stack, When};
 use super::layer::{AttentionSpec, Block, Cache, ExpertsSpec, LayerSpec, Stream, Sum, Use};
 use super::quantization::QuantFormat;
 use super::safetensors::StoredType;
@@ -64,7 +64,7 @@ pub(super) fn expand(family: &Family, draft: &Draft, prefix: &str) -> Result<Exp
                 let decodes = family.logits.is_some() && stack.stream == Stream::Tokens;
                 blocks.push(e.block(block, index, first, decodes, draft.window(index, n)));
             }
-            layers.push(LayerSpec { name, stream: stack.stream, blocks });
+            layers.push(LayerSpec { name, stream: draft.stream(stack.stream), blocks });
         }
     }
     // After the layers: of equal dimensions, an error names the heads rather than the vocabulary.
@@ -129,12 +129,19 @@ type StoredPart = (&'static str, Vec<Side>, StoredType, Use, u32);
 
 impl Expander<'_> {
     fn rule(&mut self, rule: &Rule, at: At, prefix: &str) -> Result<()> {
-        if rule.when == When::FirstLayer && !at.first {
+        if let Form::Group(rules) = rule.form {
+            return rules.iter().try_for_each(|rule| self.rule(rule, at, prefix));
+        }
+        let needed = match rule.when {
+            When::FirstLayerUnless(flag) => at.first || self.draft.flags.contains(flag),
+            when => self.needs(when),
+        };
+        // What the model hasn't may be of a size that its configuration hasn't.
+        if !needed && !self.has_sizes(&rule.form, at.stack) {
             return Ok(());
         }
-        let needed = self.needs(rule.when);
         if rule.name.contains("{e}") {
-            let experts = self.value(at.stack, "experts");
+            let experts = if needed { self.value(at.stack, "experts") } else { 0 };
             let dim = self.dimension(at.stack, "experts");
             for index in 0..experts {
                 let name = format!("{prefix}{}", rule.name.replacen("{e}", &index.to_string(), 1));
@@ -177,6 +184,7 @@ impl Expander<'_> {
             Ok(())
         };
         match rule.form {
+            Form::Group(_) => Ok(()),
             Form::Tensor(axes) => {
                 let sides: Vec<Side> = axes.iter().map(|&ax| self.side(at.stack, ax)).collect();
                 // An embedding that is the output head too is multiplied with every token.
@@ -185,6 +193,22 @@ impl Expander<'_> {
                     && self.ids.get(&(0, "vocab")).is_some_and(|&v| sides.iter().any(|s| s.axis.has(v)));
                 let used = if is_head { Use::Tokens } else { rule.used };
                 add(self, name, sides, self.native, used, 1, needed)
+            }
+            Form::Stacked { experts, out, input } => {
+                let [e, out, input] = [experts, out, input].map(|ax| self.side(at.stack, ax));
+                let biases = vec![e.clone(), out.clone()];
+                add(self, format!("{name}_bias"), biases, self.native, Use::Vector, 1, needed)?;
+                match self.draft.spec.quantization.as_ref().map(|q| q.format) {
+                    None => add(self, name, vec![e, input, out], self.native, rule.used, 1, needed),
+                    Some(QuantFormat::Mxfp4) => {
+                        let (u8, groups) = (StoredType::named("U8").unwrap_or(self.native), input.over(32));
+                        let blocks = vec![e.clone(), out.clone(), groups.clone(), Side::whole(16)];
+                        add(self, format!("{name}_blocks"), blocks, u8, rule.used, 2, needed)?;
+                        let scales = vec![e, out, groups];
+                        add(self, format!("{name}_scales"), scales, u8, Use::Vector, 0, needed)
+                    }
+                    Some(other) => Err(self.no_layout(&name, other)),
+                }
             }
             Form::Linear { out, input, bias, transposed, quantised } => {
                 let (out, input) = (self.side(at.stack, out), self.side(at.stack, input));
@@ -214,11 +238,9 @@ impl Expander<'_> {
         let named = |name| StoredType::named(name).unwrap_or(self.native);
         let (i32, f32, fp8) = (named("I32"), named("F32"), named("F8_E4M3"));
         Ok(match quantization.map(|q| q.format) {
-            // Only stacked experts are in MXFP4.
-            None | Some(QuantFormat::Mxfp4) if transposed => {
-                vec![("weight", vec![input, out], self.native, used, 1)]
-            }
-            None | Some(QuantFormat::Mxfp4) => vec![("weight", vec![out, input], self.native, used, 1)],
+            None if transposed => vec![("weight", vec![input, out], self.native, used, 1)],
+            None => vec![("weight", vec![out, input], self.native, used, 1)],
+            Some(QuantFormat::Mxfp4) => return Err(self.no_layout(module, QuantFormat::Mxfp4)),
             Some(QuantFormat::Gptq { bits, group, scattered }) => {
                 let pack = 32 / bits;
                 let groups = match group {
@@ -259,12 +281,36 @@ impl Expander<'_> {
         })
     }
 
+    /// Whether the configuration has every size that a rule asks for.
+    fn has_sizes(&self, form: &Form, stack: usize) -> bool {
+        let known = |name: &str| {
+            let of = |sizes: Option<&Sizes>| sizes.is_some_and(|s| s.get(name).is_some());
+            name.is_empty() || of(self.draft.sizes.get(stack)) || of(self.draft.sizes.first())
+        };
+        let has = |ax: &Ax| match ax {
+            Ax::Whole(name) => known(name),
+            Ax::Cut(parts) => parts.iter().all(|p| known(p.dim) && known(p.each)),
+            Ax::ByGroup => known("heads") && known("kv_heads"),
+        };
+        match form {
+            Form::Linear { out, input, .. } => has(out) && has(input),
+            Form::Stacked { experts, out, input } => has(experts) && has(out) && has(input),
+            Form::Tensor(axes) => axes.iter().all(has),
+            Form::Group(_) => true,
+        }
+    }
+
+    fn no_layout(&self, module: &str, format: QuantFormat) -> Error {
+        let what = format!("{module} in {} has no known layout: use the unquantised weights", format.name());
+        Error::Unsupported { file: self.file.clone(), what }
+    }
+
     fn needs(&self, when: When) -> bool {
         match when {
-            When::Always | When::FirstLayer => true,
+            When::Always => true,
             When::If(flag) => self.draft.flags.contains(flag),
             When::Unless(flag) => !self.draft.flags.contains(flag),
-            When::Unused => false,
+            When::Unused | When::FirstLayerUnless(_) => false,
         }
     }
 
@@ -361,7 +407,7 @@ impl Expander<'_> {
             let id = self.ids.get(&(stack, name)).copied()?;
             let uses =
                 |t: &Expected| t.axes.iter().any(|a| a.has(id)) || t.owner.is_some_and(|o| o.dim == id);
-            self.tensors[first..].iter().any(uses).then_some(id)
+            self.tensors[first..].iter().filter(|t| t.needed).any(uses).then_some(id)
         };
         let optional = |name| self.draft.sizes.get(stack).and_then(|s| s.get(name)).map(|s| s.value);
         let attention = dim("heads").map(|heads| {
@@ -388,7 +434,9 @@ impl Expander<'_> {
             }
             _ => None,
         };
-        let sums = rule.sums.iter().map(|&(after, stream)| Sum { after: after.to_owned(), stream }).collect();
+        let sum =
+            |&(after, stream): &(&str, _)| Sum { after: after.to_owned(), stream: self.draft.stream(stream) };
+        let sums = rule.sums.iter().map(sum).collect();
         Block { attention, ffn: dim("ffn"), experts, sums }
     }
 

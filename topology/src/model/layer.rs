@@ -97,6 +97,8 @@ pub enum Stream {
     Tokens,
     /// Those that it looks at besides: an encoder's input, the text of a diffusion model.
     Context,
+    /// Both, one after the other.
+    Both,
 }
 
 /// How a tensor is used in a step.

@@ -103,13 +103,19 @@ pub(super) struct Stored {
 
 /// Reads the headers of a directory's weights; none if it has no safetensors.
 pub(super) fn open(dir: &Path) -> Result<Option<Weights>> {
-    let single = dir.join("model.safetensors");
-    let index = dir.join("model.safetensors.index.json");
-    if single.exists() {
-        let tensors = header(&single, 0)?;
-        return Ok(Some(Weights { files: vec![single.clone()], tensors, root: single }));
+    // As transformers names them, and as diffusers does.
+    for name in ["model", "diffusion_pytorch_model"] {
+        let single = dir.join(format!("{name}.safetensors"));
+        let index = dir.join(format!("{name}.safetensors.index.json"));
+        if single.exists() {
+            let tensors = header(&single, 0)?;
+            return Ok(Some(Weights { files: vec![single.clone()], tensors, root: single }));
+        }
+        if index.exists() {
+            return sharded(dir, index).map(Some);
+        }
     }
-    if index.exists() { sharded(dir, index).map(Some) } else { Ok(None) }
+    Ok(None)
 }
 
 fn sharded(dir: &Path, root: PathBuf) -> Result<Weights> {

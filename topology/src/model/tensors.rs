@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::expand::{Expanded, expand};
-use super::families::{Draft, Family};
+use super::families::{Draft, Family, Form};
 use super::layer::Use;
 use super::safetensors::{Stored, Weights};
 use super::{Axis, MAX_BYTES, ModelSpec, StoredType};
@@ -118,11 +118,19 @@ impl Draft {
 
     /// The model with the tensors of real files, each checked against the architecture.
     pub(super) fn with_weights(mut self, family: &Family, mut weights: Weights) -> Result<ModelSpec> {
-        let marker = |prefix: &str| format!("{prefix}{}", family.stem[0].name);
-        let Some(prefix) = family.prefixes.iter().find(|p| weights.tensors.contains_key(&marker(p))) else {
+        let marker = |prefix: &str| {
+            let rule = family.stem.first();
+            let suffix =
+                if rule.is_some_and(|r| matches!(r.form, Form::Linear { .. })) { ".weight" } else { "" };
+            format!("{prefix}{}{suffix}", rule.map_or("", |r| r.name))
+        };
+        let found = |p: &&&str| family.stem.is_empty() || weights.tensors.contains_key(&marker(p));
+        let Some(prefix) = family.prefixes.iter().find(found) else {
             return Err(Error::MissingTensor { path: weights.root, tensor: marker(family.prefixes[0]) });
         };
-        let Expanded { dims, layers, tensors: expected } = expand(family, &self, prefix)?;
+        let Expanded { dims, layers, tensors: mut expected } = expand(family, &self, prefix)?;
+        // A name may be that of a tensor in a form that another model has.
+        expected.sort_by_key(|t| !t.needed);
 
         let (mut tensors, mut unused) = (Vec::new(), Vec::new());
         for t in expected {
@@ -173,7 +181,22 @@ impl Draft {
         }
 
         for (name, Stored { dtype, shape, location }) in weights.tensors {
-            if location.bytes > MAX_UNKNOWN_BYTES.max(known / 100) {
+            if self.whole.iter().any(|start| name.starts_with(start)) {
+                tensors.push(TensorSpec {
+                    axes: vec![Axis::WHOLE; shape.len()],
+                    name,
+                    shape,
+                    stored: dtype,
+                    location: Some(location),
+                    owner: None,
+                    layer: None,
+                    used: Use::Call,
+                    weights_an_element: 1,
+                });
+                continue;
+            }
+            let ignored = self.ignored.iter().any(|start| name.starts_with(start));
+            if !ignored && location.bytes > MAX_UNKNOWN_BYTES.max(known / 100) {
                 let what = format!(
                     "tensor {name} ({dtype} {shape:?}) is not part of a {} model of {} layers: \
                      is config.json another model's?",
@@ -210,12 +233,18 @@ impl Draft {
             return Err(Error::TooLarge { what, size: total, limit: MAX_BYTES as u128 });
         }
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        let encoder_only = self.flags.contains("encoder_only");
+        let own = |&(module, stream): &(&str, _)| {
+            // Of an encoder alone, what the decoder looks up isn't looked up.
+            let gone = encoder_only && stream == super::Stream::Tokens;
+            let stream = if encoder_only { super::Stream::Tokens } else { stream };
+            (!gone).then(|| super::Sum { after: module.to_owned(), stream })
+        };
         let mut spec = self.spec;
-        let sum = |&(module, stream): &(&str, _)| super::Sum { after: module.to_owned(), stream };
         spec.num_layers = layers.len();
         spec.vocab = dims.iter().position(|d| d.cut == super::Cut::Vocabulary);
-        spec.embeddings = family.embeddings.iter().map(sum).collect();
-        spec.logits = family.logits.map(str::to_owned);
+        spec.embeddings = family.embeddings.iter().filter_map(own).collect();
+        spec.logits = family.logits.filter(|_| !encoder_only).map(str::to_owned);
         spec.prefix = prefix.to_owned();
         (spec.dims, spec.layers, spec.tensors) = (dims, layers, tensors);
         Ok(spec)

@@ -129,8 +129,8 @@ impl<'a> Planner<'a> {
 
     fn predict(&self, carried: &share::Carried, layers: &[Layer], vocab: &Vocab, world: usize) -> Predicted {
         // A step is one token: what the context needs was done before.
-        let own = |c: &&Collective| c.stream.is_empty();
-        let in_layers = layers.iter().filter(|l| l.stream.is_empty()).flat_map(|l| &l.collectives);
+        let own = |c: &&Collective| c.stream != "context";
+        let in_layers = layers.iter().filter(|l| l.stream != "context").flat_map(|l| &l.collectives);
         let comm: f64 = in_layers.chain(&vocab.collectives).filter(own).map(|c| c.predicted_us).sum();
         // The slowest rank sets the pace.
         let read = (0..world).map(|rank| carried.read_bytes(self.spec, rank)).max().unwrap_or(0);
@@ -211,6 +211,7 @@ fn stream_name(stream: Stream) -> String {
     match stream {
         Stream::Tokens => String::new(),
         Stream::Context => "context".to_owned(),
+        Stream::Both => "both".to_owned(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! What each rank carries: bytes and operations.
 
 use super::{LayerShare, RankShare, Slice};
-use crate::model::{AttentionSpec, Cache, LayerSpec, ModelSpec, TensorSpec, Use};
+use crate::model::{AttentionSpec, Block, Cache, LayerSpec, ModelSpec, Stream, TensorSpec, Use};
 use crate::shard::{Experts, Shares};
 
 /// What all ranks carry.
@@ -66,8 +66,7 @@ impl Carried {
 
     /// Bytes of weights that one rank reads for a token of the model's own.
     pub(super) fn read_bytes(&self, spec: &ModelSpec, rank: usize) -> u64 {
-        let own =
-            spec.layers.iter().zip(&self.layers).filter(|(l, _)| l.stream == crate::model::Stream::Tokens);
+        let own = spec.layers.iter().zip(&self.layers).filter(|(l, _)| l.stream != Stream::Context);
         own.map(|(_, by_rank)| by_rank[rank].read_bytes).sum::<u64>() + self.rest[rank].read_bytes
     }
 }
@@ -123,7 +122,7 @@ fn kv_bytes(spec: &ModelSpec, shares: &Shares, attention: &AttentionSpec, rank: 
 /// and up of the feed-forward layer, of a token's experts and the shared one together.
 fn activations(layer: &LayerSpec, shares: &Shares, rank: usize) -> usize {
     let width = |dim: usize| shares.share(dim, rank).len();
-    let of = |block: &crate::model::Block| {
+    let of = |block: &Block| {
         let attention = block
             .attention
             .as_ref()

@@ -6,19 +6,52 @@
 //! lists in [`BlockRule::sums`], and the bias is on every rank and added once after it.
 
 mod bert;
+mod classic;
+mod diffusion;
 mod llama;
+mod moe;
+mod t5;
+mod vae;
+mod vision;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::config::Fields;
 use super::layer::{Stream, Use};
-use super::{Architecture, ModelSpec};
+use super::{Architecture, MAX_DIM, ModelSpec};
 use crate::Result;
 
 pub(super) use Ax::{ByGroup, Cut, Whole};
 
 /// Every family.
-pub(super) const FAMILIES: &[&Family] = &[&bert::BERT, &llama::LLAMA, &llama::QWEN2];
+pub(super) const FAMILIES: &[&Family] = &[
+    &bert::BERT,
+    &llama::LLAMA,
+    &llama::QWEN2,
+    &llama::MISTRAL,
+    &llama::QWEN3,
+    &llama::GEMMA2,
+    &llama::GEMMA3,
+    &llama::PHI3,
+    &moe::MIXTRAL,
+    &moe::QWEN2_MOE,
+    &moe::QWEN3_MOE,
+    &moe::DEEPSEEK_V2,
+    &moe::DEEPSEEK_V3,
+    &moe::GPT_OSS,
+    &classic::GPT2,
+    &classic::GPT_NEOX,
+    &classic::FALCON,
+    &t5::T5,
+    &t5::UMT5,
+    &vision::SIGLIP_VISION,
+    &vision::SIGLIP,
+    &vision::VIT,
+    &diffusion::COSMOS,
+    &diffusion::FLUX,
+    &diffusion::WAN,
+    &vae::COSMOS_VAE,
+];
 
 /// An architecture.
 pub(super) struct Family {
@@ -72,8 +105,13 @@ pub(super) struct Rule {
 pub(super) enum Form {
     /// `NAME.weight [out, in]` and perhaps `NAME.bias [out]`; `transposed`: `[in, out]`, as GPT-2's Conv1D.
     Linear { out: Ax, input: Ax, bias: When, transposed: bool, quantised: bool },
+    /// A linear layer of all experts: `NAME [experts, in, out]` and `NAME_bias [experts, out]`; in MXFP4
+    /// `NAME_blocks [experts, out, in / 32, 16]` and `NAME_scales [experts, out, in / 32]`.
+    Stacked { experts: Ax, out: Ax, input: Ax },
     /// A tensor as it is.
     Tensor(&'static [Ax]),
+    /// These.
+    Group(&'static [Rule]),
 }
 
 /// What an axis counts. Names are those of [`Sizes`].
@@ -104,8 +142,8 @@ pub(super) enum When {
     If(&'static str),
     /// Those without it.
     Unless(&'static str),
-    /// The first layer of its stack.
-    FirstLayer,
+    /// Those with this flag, and the first layer of each stack of the others.
+    FirstLayerUnless(&'static str),
     /// Not needed, though files may have it.
     Unused,
 }
@@ -115,9 +153,17 @@ pub(super) const fn part(dim: &'static str, each: &'static str) -> Part {
 }
 
 pub(super) const HIDDEN: Ax = Whole("hidden");
+pub(super) const HEAD_DIM: Ax = Whole("head_dim");
 pub(super) const HEADS: Ax = Cut(&[part("heads", "head_dim")]);
 pub(super) const KV: Ax = Cut(&[part("kv_heads", "head_dim")]);
 pub(super) const FFN: Ax = Cut(&[part("ffn", "")]);
+pub(super) const SHARED_FFN: Ax = Cut(&[part("shared_ffn", "")]);
+pub(super) const EXPERT_FFN: Ax = Cut(&[part("expert_ffn", "")]);
+pub(super) const EXPERTS: Ax = Cut(&[part("experts", "")]);
+/// Fused as blocks.
+pub(super) const QKV: Ax =
+    Cut(&[part("heads", "head_dim"), part("kv_heads", "head_dim"), part("kv_heads", "head_dim")]);
+pub(super) const GATE_UP: Ax = Cut(&[part("ffn", ""), part("ffn", "")]);
 pub(super) const VOCAB: Ax = Cut(&[part("vocab", "")]);
 
 /// A linear layer of a block.
@@ -135,7 +181,21 @@ pub(super) const fn tensor(name: &'static str, axes: &'static [Ax], used: Use) -
     Rule { name, form: Form::Tensor(axes), when: When::Always, used }
 }
 
+/// A linear layer that is never quantised.
+pub(super) const fn plain(name: &'static str, out: Ax, input: Ax, bias: When) -> Rule {
+    let form = Form::Linear { out, input, bias, transposed: false, quantised: false };
+    Rule { name, form, when: When::Always, used: Use::Tokens }
+}
+
 impl Rule {
+    pub(super) const fn group(rules: &'static [Rule]) -> Rule {
+        Rule { name: "", form: Form::Group(rules), when: When::Always, used: Use::Vector }
+    }
+
+    pub(super) const fn used(self, used: Use) -> Rule {
+        Rule { used, ..self }
+    }
+
     pub(super) const fn when(self, when: When) -> Rule {
         Rule { when, ..self }
     }
@@ -161,9 +221,58 @@ pub(super) struct Draft {
     pub(super) flags: BTreeSet<&'static str>,
     /// The attention windows of the first stack's layers; none where all layers see everything.
     pub(super) windows: Vec<Option<usize>>,
+    /// What tensors' names start with that files may have and nothing here computes with.
+    pub(super) ignored: Vec<String>,
+    /// What tensors' names start with that every rank has whole, whatever they are.
+    pub(super) whole: &'static [&'static str],
 }
 
 impl Draft {
+    pub(super) fn new(spec: ModelSpec, sizes: Sizes, layers: usize) -> Draft {
+        Draft {
+            spec,
+            sizes: vec![sizes],
+            kinds: vec![vec![0; layers]],
+            flags: BTreeSet::new(),
+            windows: Vec::new(),
+            ignored: Vec::new(),
+            whole: &[],
+        }
+    }
+
+    /// Windows of `sliding_window` tokens for the layers that `slides` says, if the field is there.
+    pub(super) fn slide(&mut self, f: &Fields, slides: impl Fn(usize) -> bool) -> Result<()> {
+        let Some(window) = f.size("sliding_window", MAX_DIM)? else { return Ok(()) };
+        // Newer files say it themselves.
+        let types: Option<Vec<bool>> = f.get("layer_types").and_then(|value| {
+            let list = value.as_array().filter(|l| l.len() == self.kinds[0].len())?;
+            Some(list.iter().map(|t| t.as_str() == Some("sliding_attention")).collect())
+        });
+        let slides = |n: usize| types.as_ref().map_or_else(|| slides(n), |t| t[n]);
+        self.windows = (0..self.kinds[0].len()).map(|n| slides(n).then_some(window)).collect();
+        Ok(())
+    }
+
+    pub(super) fn slide_all(&mut self, f: &Fields) -> Result<()> {
+        self.slide(f, |_| true)?;
+        self.spec.sliding_window = f.size("sliding_window", MAX_DIM)?;
+        Ok(())
+    }
+
+    /// Qwen's: from layer `max_window_layers` on, if `use_sliding_window`.
+    pub(super) fn slide_from(&mut self, f: &Fields) -> Result<()> {
+        if self.spec.sliding_window.is_some() {
+            let from = f.count("max_window_layers", MAX_DIM)?.unwrap_or(28);
+            self.slide(f, |n| n >= from)?;
+        }
+        Ok(())
+    }
+
+    /// Which tokens a table's stream is: an encoder alone has its own.
+    pub(super) fn stream(&self, stream: Stream) -> Stream {
+        if self.flags.contains("encoder_only") { Stream::Tokens } else { stream }
+    }
+
     /// How far a layer's attention looks back.
     pub(super) fn window(&self, stack: usize, layer: usize) -> Option<usize> {
         if stack == 0 { self.windows.get(layer).copied().flatten() } else { None }
