@@ -102,3 +102,65 @@ fn what_cannot_be_planned_is_one_line() {
     let empty = tempfile::tempdir().unwrap();
     assert!(refused(&plan(empty.path(), &["--tp", "2"]), 2).contains("config.json"));
 }
+
+#[test]
+fn predictions_are_compared_with_this_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let table = folder.path().join("table.json");
+    let with = |line: &str| {
+        let output = tensorwire(line.split_whitespace()).env("TENSORWIRE_TABLE", &table).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        stdout(&output)
+    };
+    let verify = || -> Value { serde_json::from_str(&with("plan verify --passes 1 --json")).unwrap() };
+    let found = verify();
+    assert_eq!(found["schema"], "tensorwire.verify/v1");
+    let notes = found["notes"].to_string();
+    assert!(notes.contains("constants: nothing measured yet"), "{notes}");
+    let rows = |found: &Value, which: &str| found["verified"][which].as_array().unwrap().clone();
+    // Were the processors moved between two measurements, one of them may be of another distance.
+    for row in rows(&found, "collectives") {
+        let known = [("all_reduce", 3072, 25), ("all_gather", 64_000, 1)];
+        assert!(
+            known.iter().any(|k| row["what"] == k.0 && row["bytes"] == k.1 && row["calls"] == k.2),
+            "{row}"
+        );
+    }
+    let parts = rows(&found, "parts");
+    if let Some(step) = parts.last() {
+        let names: Vec<&str> = parts.iter().map(|row| row["what"].as_str().unwrap()).collect();
+        assert_eq!((names.len(), names[0], names[12], names[13]), (15, "embedding", "layer 11", "head"));
+        assert_eq!((&step["what"], &step["band"]), (&"step".into(), &Value::Null));
+    }
+    for row in rows(&found, "collectives").iter().chain(&parts) {
+        let of = |name: &str| row[name].as_f64().unwrap();
+        assert!(of("predicted_us") > 0.0 && of("measured_us") > 0.0 && of("ratio") > 0.0, "{row}");
+    }
+    if std::thread::available_parallelism().unwrap().get() < 2 {
+        return;
+    }
+    with("topo --probe --bytes 1K,64K --passes 1");
+    let found = verify();
+    let source = found["verified"]["source"].as_str().unwrap();
+    assert!(source.contains("curves measured on this machine over shm"), "{source}");
+    let text = with("plan verify --passes 1");
+    assert!(text.contains("predicted    measured   ratio    band"), "{text}");
+    assert!(text.contains("note: the curves were measured "), "{text}");
+}
+
+#[test]
+fn what_can_not_be_compared_is_refused() {
+    let with =
+        |line: &str| tensorwire(line.split_whitespace()).env("TENSORWIRE_TABLE", "off").output().unwrap();
+    for (line, why) in [
+        ("plan verify --tp 0", "at least one rank"),
+        ("plan verify --tp 99", "99 ranks are too many"),
+        ("plan verify --passes 0", "0 is not in"),
+        ("plan verify --model /nonexistent", "/nonexistent"),
+        ("plan verify --refit", "TENSORWIRE_TABLE is off"),
+        ("plan", "plan needs --model and --tp"),
+    ] {
+        let refusal = refused(&with(line), 2);
+        assert!(refusal.contains(why), "{line}: {refusal}");
+    }
+}

@@ -191,6 +191,7 @@ mod tests {
             distance_ns: Some(100),
             calls: passes.iter().flat_map(|us| taken(*us)).collect(),
             stints: passes.len(),
+            moved: false,
             steps: passes.iter().map(|us| step(*us)).collect(),
         }
     }
