@@ -85,7 +85,11 @@ fn one(args: &One) -> Result<(), Failure> {
         file.write(&plan.svg())?;
     }
     if let Some(file) = html {
-        file.write(&plan.html())?;
+        let page = match &explanation {
+            Some(why) => plan.html_with(&plan.svg(), why),
+            None => plan.html(),
+        };
+        file.write(&page)?;
     }
     let text = match (args.json, &explanation) {
         (true, Some(why)) => plan.to_json_with(why),
