@@ -53,7 +53,8 @@ fn ranks_weigh_what_their_plans_say() {
             assert!((weights / most - 1.0).abs() < 0.01, "{name} over {world}: {weights} for {most}");
             let kv = plan.ranks.iter().map(|r| r.kv_bytes_per_token).max().unwrap();
             let cache = alternative.tightest.of.kv_cache;
-            if spec.logits.is_some() && !name.starts_with("t5") {
+            // Quantised heads that are cut in granules of several are counted singly, and an encoder's not at all.
+            if spec.logits.is_some() && spec.quantization.is_none() && !name.starts_with("t5") {
                 assert!(cache.abs_diff(1000 * kv) <= kv, "{name} over {world}: {cache} for 1000 x {kv}");
             }
             compared += 1;
