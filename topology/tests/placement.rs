@@ -35,7 +35,8 @@ fn ranks_weigh_what_their_plans_say() {
     let fabric = host(4000);
     let fixtures = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures")).unwrap();
     let mut compared = 0;
-    for path in fixtures.map(|entry| entry.unwrap().path()) {
+    let paths = fixtures.map(|entry| entry.unwrap().path());
+    for path in paths.filter(|p| p.extension().is_some_and(|e| e == "json")) {
         let spec = ModelSpec::load(&path).unwrap();
         let workload = Workload::of(&spec);
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
@@ -51,11 +52,16 @@ fn ranks_weigh_what_their_plans_say() {
             let most = plan.ranks.iter().map(|r| r.weight_bytes).max().unwrap() as f64;
             let weights = alternative.tightest.of.weights as f64;
             assert!((weights / most - 1.0).abs() < 0.01, "{name} over {world}: {weights} for {most}");
-            let kv = plan.ranks.iter().map(|r| r.kv_bytes_per_token).max().unwrap();
+            // Which rank is tightest depends on more than its cache.
+            let of_ranks = || plan.ranks.iter().map(|r| 1000 * r.kv_bytes_per_token);
             let cache = alternative.tightest.of.kv_cache;
             // Quantised heads that are cut in granules of several are counted singly, and an encoder's not at all.
             if spec.logits.is_some() && spec.quantization.is_none() && !name.starts_with("t5") {
-                assert!(cache.abs_diff(1000 * kv) <= kv, "{name} over {world}: {cache} for 1000 x {kv}");
+                let (least, most) = (of_ranks().min().unwrap(), of_ranks().max().unwrap());
+                assert!(
+                    (least..=most).contains(&cache),
+                    "{name} over {world}: {cache}, not {least} to {most}"
+                );
             }
             compared += 1;
         }
