@@ -16,7 +16,7 @@ use serde::Serialize;
 pub use memory::{HugePages, Memory, Node};
 pub use network::Interface;
 pub use pci::{Accelerator, Slot};
-pub(crate) use pci::{is_bus, pcie_gbps};
+pub(crate) use pci::{Kind as PciKind, is_bus, kind as pci_kind, number_of, pcie_gbps};
 pub use processors::{Cache, Fingerprint, Processors};
 
 /// A machine, as far as a process on it may use it.

@@ -59,18 +59,15 @@ pub(super) fn accelerators(root: Root<'_>) -> (Vec<Accelerator>, usize) {
         else {
             continue;
         };
-        // Base class, subclass, without the interface.
-        let gpu = match class >> 8 {
-            // A bridge of another kind.
-            0x0680 if vendor == NVIDIA => {
+        // Without the interface.
+        let gpu = match kind(class >> 8, vendor) {
+            Some(Kind::Gpu) => true,
+            Some(Kind::Accelerator) => false,
+            Some(Kind::NvSwitch) => {
                 nvswitches += 1;
                 continue;
             }
-            // Display controllers, with and without a screen; AMD has its own as other displays or accelerators.
-            0x0300 | 0x0302 if vendor == NVIDIA => true,
-            0x0302 | 0x0380 | 0x1200 if vendor == AMD => true,
-            0x1200 => false,
-            _ => continue,
+            None => continue,
         };
         let Some(at) = Slot::of(root, Path::new(&format!("{FOLDER}/{bus}"))) else { continue };
         let driver = root.read(format!("/proc/driver/nvidia/gpus/{bus}/information")).unwrap_or_default();
@@ -129,10 +126,33 @@ pub(crate) fn number_of(text: &str) -> Option<f64> {
     text.split(' ').next()?.parse::<f64>().ok().filter(|n| n.is_finite() && *n >= 0.0)
 }
 
-/// What a link of PCIe carries, in GB/s: its lanes, 8b/10b or 128b/130b encoding counted as NCCL does, of which three
-/// quarters are left for data: 12 GB/s for 16 lanes of PCIe 3.0 (8 GT/s), and twice that for each later one.
+/// What a link of PCIe carries in GB/s, as NCCL counts it (`src/graph/topo.cc`): three quarters of its bits, and three
+/// fifths of those of PCIe 1 and 2, which send ten bits for eight. That is 12 GB/s for 16 lanes of PCIe 3.0 (8 GT/s), and
+/// twice as much for each later one.
 pub(crate) fn pcie_gbps(gt_per_s: f64, lanes: u32) -> f64 {
-    gt_per_s * f64::from(lanes) * 0.75 / 8.0
+    let part = if gt_per_s > 5.0 { 0.75 } else { 0.6 };
+    gt_per_s * f64::from(lanes) * part / 8.0
+}
+
+/// What a PCI device is, by its base class and subclass and who made it, as far as it counts here.
+pub(crate) fn kind(class: u32, vendor: u32) -> Option<Kind> {
+    match class {
+        // A bridge of another kind.
+        0x0680 if vendor == NVIDIA => Some(Kind::NvSwitch),
+        // Display controllers, with and without a screen; AMD has its own as other displays or accelerators.
+        0x0300 | 0x0302 if vendor == NVIDIA => Some(Kind::Gpu),
+        0x0302 | 0x0380 | 0x1200 if vendor == AMD => Some(Kind::Gpu),
+        0x1200 => Some(Kind::Accelerator),
+        _ => None,
+    }
+}
+
+/// What a PCI device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Gpu,
+    Accelerator,
+    NvSwitch,
 }
 
 #[cfg(test)]
@@ -154,6 +174,6 @@ mod tests {
         assert_eq!(number_of("16.0 GT/s PCIe"), Some(16.0));
         assert_eq!(number_of("Unknown"), None);
         assert_eq!(number_of("-1"), None);
-        assert_eq!((pcie_gbps(8.0, 16), pcie_gbps(32.0, 16)), (12.0, 48.0));
+        assert_eq!((pcie_gbps(2.5, 16), pcie_gbps(8.0, 16), pcie_gbps(32.0, 16)), (3.0, 12.0, 48.0));
     }
 }

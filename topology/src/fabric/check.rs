@@ -36,9 +36,9 @@ fn short(name: &str) -> String {
 fn find_problem(parts: &Parts) -> Option<String> {
     let Parts { name, models, hosts, devices, links, pairs } = parts;
     for (count, most, what) in [
-        (models.len(), MAX_DEVICES, "models"),
         (hosts.len(), MAX_DEVICES, "hosts"),
         (devices.len(), MAX_DEVICES, "devices"),
+        (models.len(), MAX_DEVICES, "models"),
     ] {
         if !(1..=most).contains(&count) {
             return Some(format!("it has {count} {what}, not 1 to {most}"));
@@ -80,6 +80,15 @@ fn bad_model(model: &DeviceModel) -> Option<String> {
     let name = &model.name;
     if let Some(bytes) = model.memory_bytes.filter(|bytes| !MEMORY.contains(bytes)) {
         return Some(format!("the model {name:?} has {bytes} bytes of memory, not 1 to {}", MEMORY.end()));
+    }
+    let hex = |group: &str| group.len() == 4 && group.chars().all(|c| c.is_ascii_hexdigit());
+    if let Some(pci) = &model.pci
+        && !pci.split_once(':').is_some_and(|(vendor, device)| hex(vendor) && hex(device))
+    {
+        return Some(format!(
+            "the model {name:?} has pci = {:?}, not two numbers such as 10de:2330",
+            short(pci)
+        ));
     }
     if !(1..=MAX_DEVICES as u32).contains(&model.ranks) {
         return Some(format!("the model {name:?} runs {} ranks, not 1 to {MAX_DEVICES}", model.ranks));

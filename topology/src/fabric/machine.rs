@@ -36,7 +36,8 @@ impl Fabric {
         };
         let mut host = Host::new(name);
         for (i, accelerator) in machine.accelerators.iter().enumerate() {
-            let (model, links) = model(accelerator);
+            let Accelerator { vendor, device, gpu, name: model, memory, .. } = accelerator;
+            let (model, links) = self::accelerator((*vendor, *device), *gpu, model.as_deref(), *memory);
             let kind = if accelerator.gpu { "gpu" } else { "accelerator" };
             let (numa, switch) = at(&accelerator.at);
             let socket = devices.iter().find(|d| numa.is_some() && d.numa == numa).and_then(|d| d.socket);
@@ -161,19 +162,27 @@ fn switches(machine: &Machine) -> BTreeMap<&str, Option<u32>> {
     found
 }
 
-/// What an accelerator is, and its NVLinks to switches.
-fn model(accelerator: &Accelerator) -> (DeviceModel, u32) {
-    let Accelerator { vendor, device, gpu, name, memory, .. } = accelerator;
-    let (mut model, links) = match gpus::nvidia(*device).filter(|_| *vendor == gpus::VENDOR) {
+/// What an accelerator is, by its maker's and its own number on PCI, and its NVLinks where switches join them. What is
+/// known of it comes from whoever made the file that is read: a name, and its memory in bytes.
+pub(super) fn accelerator(
+    (vendor, device): (u32, u32),
+    gpu: bool,
+    name: Option<&str>,
+    memory: Option<u64>,
+) -> (DeviceModel, u32) {
+    // They have 16 bits.
+    let pci = format!("{:04x}:{:04x}", vendor & 0xffff, device & 0xffff);
+    let (mut model, links) = match gpus::nvidia(device).filter(|_| vendor == gpus::VENDOR) {
         Some(known) => known,
         None => {
-            let kind = if *gpu { Kind::Gpu } else { Kind::Accelerator };
-            (DeviceModel::new(format!("{vendor:04x}:{device:04x}"), kind, None), 0)
+            let kind = if gpu { Kind::Gpu } else { Kind::Accelerator };
+            (DeviceModel::new(pci.clone(), kind, None), 0)
         }
     };
-    if let Some(name) = name.as_deref().and_then(clean) {
+    if let Some(name) = name.and_then(clean) {
         model.name = name;
     }
-    model.memory_bytes = memory.filter(|bytes| *bytes > 0).or(model.memory_bytes);
+    model.memory_bytes = memory.filter(|bytes| (1..=1 << 50).contains(bytes)).or(model.memory_bytes);
+    model.pci = Some(pci);
     (model, links)
 }

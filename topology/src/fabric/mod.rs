@@ -37,6 +37,7 @@
 mod check;
 mod describe;
 mod gpus;
+mod import;
 mod json;
 mod link;
 mod lookup;
@@ -48,7 +49,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use import::Format;
 pub use link::{Basis, Class, Hop, Link};
+use machine::{Models, clean};
 
 /// The schema that a fabric's JSON names.
 pub const SCHEMA: &str = "tensorwire.fabric/v1";
@@ -139,6 +142,9 @@ pub struct DeviceModel {
     /// How many ranks it can run at once: the cores of processors, 1 of others.
     #[serde(default = "one")]
     pub ranks: u32,
+    /// Its maker's and its own number on PCI, such as `10de:2330`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<String>,
     /// The compute capability of an NVIDIA GPU, such as 90 for 9.0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sm: Option<u32>,
@@ -236,7 +242,16 @@ impl DeviceModel {
     /// A kind of device of unknown speed, for one rank.
     pub fn new(name: impl Into<String>, kind: Kind, memory_bytes: Option<u64>) -> DeviceModel {
         let (memory_gbps, tflops) = (None, Tflops::default());
-        DeviceModel { name: name.into(), kind, memory_bytes, memory_gbps, tflops, ranks: 1, sm: None }
+        DeviceModel {
+            name: name.into(),
+            kind,
+            memory_bytes,
+            memory_gbps,
+            tflops,
+            ranks: 1,
+            pci: None,
+            sm: None,
+        }
     }
 }
 

@@ -188,6 +188,7 @@ fn what_makes_no_sense_is_refused_and_says_why() {
         (|p| p.devices.clear(), "0 devices"),
         (|p| p.hosts = vec![Host::new("h"); 65_537], "65537 hosts"),
         (|p| p.models[0].memory_bytes = Some(0), "0 bytes of memory"),
+        (|p| p.models[0].pci = Some("10de".into()), "not two numbers such as"),
         (|p| p.models[0].ranks = 0, "0 ranks"),
         (|p| p.models[0].tflops.f16 = Some(-1.0), "tflops.f16 = -1, not"),
         (|p| p.models[0].memory_gbps = Some(f64::NAN), "memory_gbps = NaN"),
