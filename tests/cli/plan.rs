@@ -147,6 +147,13 @@ fn pictures_and_pages_are_files() {
     assert_eq!(plan(&path, &explained).status.code(), Some(0));
     assert!(std::fs::read_to_string(&html).unwrap().contains("<h2>Why</h2>"));
 
+    // On machines, with what joins the ranks.
+    let fabric = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/fabrics/8-gpus-nvlink.toml");
+    let mut on_fabric = files.to_vec();
+    on_fabric.extend(["--fabric", fabric]);
+    assert_eq!(plan(&path, &on_fabric).status.code(), Some(0));
+    assert!(std::fs::read_to_string(&svg).unwrap().contains(" links<"));
+
     // What can't be planned leaves no file, and what can't be written is said.
     let new = dir.path().join("new.svg");
     refused(&plan(&path, &["--tp", "10", "--svg", new.to_str().unwrap()]), 2);

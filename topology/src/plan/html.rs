@@ -25,16 +25,12 @@ impl Plan {
     /// The plan as an HTML page for people: the [picture](Plan::svg), what each rank holds, what is exchanged,
     /// and the notes. It loads nothing and runs no script.
     pub fn html(&self) -> String {
-        self.page(&self.svg(), None)
+        self.html_with(&self.svg(), None)
     }
 
-    /// The [page](Plan::html) with another picture, such as [one on a fabric](Plan::svg_on), and with an explanation,
-    /// which has the notes with their costs.
-    pub fn html_with(&self, picture: &str, explain: &Explanation) -> String {
-        self.page(picture, Some(explain))
-    }
-
-    fn page(&self, picture: &str, explain: Option<&Explanation>) -> String {
+    /// The [page](Plan::html) with another picture, such as [one on a fabric](Plan::svg_on), and perhaps with an
+    /// explanation, which has the notes with their costs.
+    pub fn html_with(&self, picture: &str, explain: Option<&Explanation>) -> String {
         let mut page = Page { text: String::new() };
         let ranks = if self.world == 1 { "one rank".to_owned() } else { format!("{} ranks", self.world) };
         let title = format!("{} over {ranks}", self.model.model_type);
