@@ -102,11 +102,14 @@ fn one(args: &One) -> Result<(), Failure> {
         None => Failure::usage(e),
     })?;
     let explanation = if args.explain { Some(planner.explain(&plan).map_err(Failure::usage)?) } else { None };
-    if let Some(file) = svg {
-        file.write(&plan.svg())?;
-    }
-    if let Some(file) = html {
-        file.write(&plan.html())?;
+    if svg.is_some() || html.is_some() {
+        let picture = args.place.picture(&plan, placement.as_ref())?;
+        if let Some(file) = svg {
+            file.write(&picture)?;
+        }
+        if let Some(file) = html {
+            file.write(&plan.html_with(&picture, explanation.as_ref()))?;
+        }
     }
     let text = match (args.json, &placement, &explanation) {
         (true, Some(placement), why) => placement.to_json_with(&plan, why.as_ref()),

@@ -6,7 +6,7 @@ use tensorwire::topology::fabric::Fabric;
 use tensorwire::topology::pipeline::{self, Pipeline};
 use tensorwire::topology::place::{Goal, Placement, Request, Workload, place};
 use tensorwire::topology::shard::Experts;
-use tensorwire::topology::{ModelSpec, Planner};
+use tensorwire::topology::{ModelSpec, Plan, Planner};
 
 use crate::failure::{Failure, print};
 
@@ -65,6 +65,18 @@ impl Where {
         };
         let request = Request { goal: self.goal, context: self.context, batch: self.batch, devices: None };
         place(&Workload::of(spec), &load(fabric)?, &request).map_err(Failure::usage)
+    }
+
+    /// A plan's picture: with a fabric, on the devices of the placement's first tensor-parallel group, or on its first
+    /// ones.
+    pub(super) fn picture(&self, plan: &Plan, placement: Option<&Placement>) -> Result<String, Failure> {
+        let Some(fabric) = &self.fabric else { return Ok(plan.svg()) };
+        let fabric = load(fabric)?;
+        let devices: Vec<usize> = match placement {
+            Some(placement) => placement.ranks.iter().take(plan.world).map(|r| r.device).collect(),
+            None => fabric.workers().into_iter().take(plan.world).collect(),
+        };
+        plan.svg_on(&fabric, &devices).map_err(Failure::usage)
     }
 }
 
