@@ -5,13 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use serde_json::Value;
+use tensorwire_topology::Plan;
 use tensorwire_topology::plan::{Layer, Span, TensorShard};
-use tensorwire_topology::{ModelSpec, Plan};
 
 use super::attention::{Scores, attend};
 use super::quant;
 use super::tensor::{Tensor, dot, rms, standardise};
-use super::weights::seeded;
 
 /// What the tensor of a module's weight may be called.
 const WEIGHTS: [&str; 2] = ["weight", "qweight"];
@@ -128,21 +127,19 @@ pub(crate) struct Group<'a> {
 
 impl<'a> Group<'a> {
     /// One rank with every tensor whole.
-    pub(crate) fn whole(config: &'a Config, spec: &ModelSpec) -> Group<'a> {
-        let all = spec.tensors.iter().map(|t| (t.name.clone(), seeded(config, t))).collect();
-        Group::new(config, None, vec![all])
+    pub(crate) fn whole(config: &'a Config, tensors: &BTreeMap<String, Tensor>) -> Group<'a> {
+        Group::new(config, None, vec![tensors.clone()])
     }
 
     /// The plan's ranks, each with the slices that the plan names.
-    pub(crate) fn sharded(config: &'a Config, spec: &ModelSpec, plan: &'a Plan) -> Group<'a> {
+    pub(crate) fn sharded(
+        config: &'a Config,
+        tensors: &BTreeMap<String, Tensor>,
+        plan: &'a Plan,
+    ) -> Group<'a> {
         let mut weights = vec![BTreeMap::new(); plan.world];
-        for tensor in &spec.tensors {
-            let whole = seeded(config, tensor);
-            for (rank, held) in weights.iter_mut().enumerate() {
-                if let Some(shard) = plan.tensor(&tensor.name, rank) {
-                    held.insert(tensor.name.clone(), cut(&whole, shard));
-                }
-            }
+        for shard in &plan.tensors {
+            weights[shard.rank].insert(shard.name.clone(), cut(&tensors[&shard.name], shard));
         }
         Group::new(config, Some(plan), weights)
     }

@@ -18,6 +18,7 @@ mod tensor;
 mod toys;
 mod weights;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -35,6 +36,7 @@ struct Whole {
     toy: &'static Toy,
     config: Config,
     spec: ModelSpec,
+    tensors: BTreeMap<String, Tensor>,
     result: Tensor,
 }
 
@@ -44,16 +46,17 @@ impl Whole {
         println!("{}", toy.name);
         let config = Config::parse(toy.config);
         let spec = ModelSpec::from_config(toy.config).unwrap_or_else(|e| panic!("{}: {e}", toy.name));
-        let group = Group::whole(&config, &spec);
+        let tensors = spec.tensors.iter().map(|t| (t.name.clone(), weights::seeded(&config, t))).collect();
+        let group = Group::whole(&config, &tensors);
         let result = (toy.forward)(&group).0.remove(0);
         group.finish();
         assert!(result.data.iter().all(|x| x.is_finite()), "{}", toy.name);
-        Whole { toy, config, spec, result }
+        Whole { toy, config, spec, tensors, result }
     }
 
     /// How far what a plan's ranks compute is from what one rank does, relative to its largest number.
     fn difference(&self, plan: &Plan, fault: Option<Fault>) -> f64 {
-        let mut group = Group::sharded(&self.config, &self.spec, plan);
+        let mut group = Group::sharded(&self.config, &self.tensors, plan);
         group.fault = fault;
         let found = (self.toy.forward)(&group);
         group.finish();
@@ -127,7 +130,7 @@ fn toys_for_reference() {
         let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
         for spec in &whole.spec.tensors {
             let (stored, start) = (spec.stored.name(), data.len());
-            let values = weights::seeded(&whole.config, spec).data;
+            let values = &whole.tensors[&spec.name].data;
             let kind = match stored {
                 "I32" | "U8" | "F8_E4M3" => stored,
                 _ => "F64",

@@ -53,9 +53,13 @@ fn moved(span: Span, size: usize) -> Span {
 
 /// What the result doesn't depend on, whichever part a rank has: a key's bias is the same summand in all scores
 /// of a query, unless positions turn it, so that softmax drops it.
-fn without_effect(toy: &Toy, tensor: &str) -> bool {
-    let key = ["key.bias", "k_proj.bias"].iter().any(|name| tensor.ends_with(name));
-    key && ["bert", "vit", "siglip"].contains(&toy.name)
+fn without_effect(toy: &Toy, tensor: &str, slice: &Slice) -> bool {
+    match toy.name {
+        "bert" | "vit" | "siglip" => tensor.ends_with("key.bias") || tensor.ends_with("k_proj.bias"),
+        // The second of three parts of 20.
+        "gpt2" => tensor.ends_with("c_attn.bias") && (20..40).contains(&slice.range.start),
+        _ => false,
+    }
 }
 
 #[test]
@@ -67,9 +71,10 @@ fn a_slice_that_is_one_off_is_seen_in_every_tensor() {
         for (name, plan) in
             whole.plans(world(toy)).into_iter().filter(|(name, _)| !name.contains("sequence true"))
         {
-            for (i, t) in plan.tensors.iter().enumerate().filter(|(_, t)| !without_effect(toy, &t.name)) {
+            for (i, t) in plan.tensors.iter().enumerate() {
                 let shape = &whole.spec.tensor(&t.name).unwrap().shape;
-                for (s, slice) in t.slices.iter().enumerate().filter(|(_, s)| s.range.len() < shape[s.dim]) {
+                let is_read = |s: &Slice| s.range.len() < shape[s.dim] && !without_effect(toy, &t.name, s);
+                for (s, slice) in t.slices.iter().enumerate().filter(|(_, s)| is_read(s)) {
                     let mut wrong = plan.clone();
                     wrong.tensors[i].slices[s].range = moved(slice.range, shape[slice.dim]);
                     moves += 1;
@@ -95,7 +100,7 @@ fn ranks_with_each_others_slices_are_seen() {
             let lengths =
                 |t: &TensorShard| t.slices.iter().map(|s| (s.dim, s.range.len())).collect::<Vec<_>>();
             let same = a.name == b.name && lengths(a) == lengths(b) && a.slices != b.slices;
-            if !same || without_effect(toy, &a.name) {
+            if !same || a.slices.iter().all(|s| without_effect(toy, &a.name, s)) {
                 continue;
             }
             let mut wrong = plan.clone();

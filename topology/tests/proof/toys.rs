@@ -99,7 +99,7 @@ pub(crate) const TOYS: &[Toy] = &[
             "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 5,
             "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
             "v_head_dim": 3, "intermediate_size": 17, "moe_intermediate_size": 5, "n_routed_experts": 8,
-            "n_shared_experts": 2, "num_experts_per_tok": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+            "n_shared_experts": 2, "num_experts_per_tok": 5, "first_k_dense_replace": 1, "moe_layer_freq": 1,
             "n_group": 4, "topk_group": 3, "topk_method": "noaux_tc", "norm_topk_prob": true,
             "scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "vocab_size": 190, "rms_norm_eps": 1e-6,
             "rope_theta": 100.0, "hidden_act": "silu", "attention_bias": false, "tie_word_embeddings": false}"#,

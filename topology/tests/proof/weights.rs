@@ -41,6 +41,8 @@ pub(crate) fn seeded(config: &Config, spec: &TensorSpec) -> Tensor {
         "U8" => below(i, 256),
         _ => match uniform(name, i) {
             u if name.ends_with("scales") || name.ends_with("scale_inv") => (1.5 + u) / 20.0,
+            // Small, so that each expert gets some tokens.
+            u if name.ends_with("correction_bias") => u / 20.0,
             u if shape.len() > 1 => u * spread,
             u if name.ends_with("weight") => 1.0 + u / 2.0,
             u => u / 2.0,
