@@ -1,8 +1,9 @@
 //! How fast the reduction kernels are, alone and on one thread: every instruction set that this processor
-//! has, at 2 and at 8 sources, with data in the first-level cache, in the second-level one and in memory.
+//! has, at 2 and at 8 sources, with little data, and with data in the first-level cache, in the second-level one, in the
+//! last-level one and in memory.
 //!
 //! ```text
-//! cargo bench --bench kernels                            # all, in about a minute
+//! cargo bench --bench kernels                            # all, in a few minutes
 //! cargo bench --bench kernels -- 'bf16.*/avx512'         # some
 //! ```
 //!
@@ -17,9 +18,10 @@ use tensorwire::{DType, ReduceOp};
 
 const DTYPES: [DType; 6] = [DType::F32, DType::BF16, DType::F16, DType::F8E4M3, DType::F8E5M2, DType::I32];
 
-/// Bytes of one source: with up to 8 sources and the destination, within 36 KiB, within 576 KiB, within 9 MiB, and, at
-/// 2 sources already, beyond any last-level cache.
-const SIZES: [(&str, usize); 4] = [("4K", 4 << 10), ("64K", 64 << 10), ("1M", 1 << 20), ("64M", 64 << 20)];
+/// Bytes of one source: less than a block of the kernels; with up to 8 sources and the destination, within 36 KiB, within
+/// 576 KiB, within 9 MiB; and, at 2 sources already, beyond any last-level cache.
+const SIZES: [(&str, usize); 5] =
+    [("120", 120), ("4K", 4 << 10), ("64K", 64 << 10), ("1M", 1 << 20), ("64M", 64 << 20)];
 
 fn kernels(criterion: &mut Criterion) {
     for dtype in DTYPES {

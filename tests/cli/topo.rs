@@ -190,7 +190,7 @@ fn what_a_probe_finds_is_kept_and_followed() {
     if std::thread::available_parallelism().unwrap().get() < 2 {
         return;
     }
-    let found = json(&topo(cache.path(), "--probe --json").output().unwrap());
+    let found = json(&topo(cache.path(), "--probe --bytes 1K,16K --passes 1 --json").output().unwrap());
     assert_eq!(found["table"]["source"], "measured");
     assert!(found["table"]["age_s"].as_u64().unwrap() < 600);
     let samples = found["samples"].as_array().unwrap();
@@ -200,7 +200,22 @@ fn what_a_probe_finds_is_kept_and_followed() {
     let path = Path::new(found["table"]["path"].as_str().unwrap());
     let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     assert_eq!(file["worlds"], found["table"]["worlds"]);
+    // Each collective, at whatever distances the processors had.
+    let timings: Vec<&Value> =
+        file["profiles"].as_array().unwrap().iter().flat_map(|p| p["timings"].as_array().unwrap()).collect();
+    for name in
+        ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv", "barrier"]
+    {
+        assert!(timings.iter().any(|t| t["collective"] == name && t["ranks"] == 2), "{name}: {timings:?}");
+    }
+    for timing in &timings {
+        let knots = timing["p50"]["knots"].as_array().unwrap();
+        let most = if timing["collective"] == "barrier" { 0 } else { 16 << 10 };
+        assert_eq!(knots[knots.len() - 1][0], most, "{timing}");
+    }
+    assert_eq!(file["profiles"], found["profiles"]);
     let again = topo(cache.path(), "").output().unwrap();
+    assert!(stdout(&again).contains("median microseconds a call"), "{}", stdout(&again));
     assert!(stdout(&again).contains(&format!("{}, measured ", path.display())), "{}", stdout(&again));
 
     // The ranks of a job follow it: here, one that says other than the constants.
@@ -244,7 +259,11 @@ fn links_are_measured_beside_what_is_known_and_followed() {
         let links = found["links"].as_array().unwrap();
         links.iter().find(|l| l["transport"] == transport && l["link"] == class).unwrap().clone()
     };
-    let found = json(&probe("--probe --transport tcp --json").output().unwrap());
+    let line = "--probe --transport tcp --bytes 1K --passes 1 --json";
+    let found = json(&probe(line).output().unwrap());
+    let profiles = found["profiles"].as_array().unwrap();
+    let mut timings = profiles.iter().flat_map(|p| p["timings"].as_array().unwrap());
+    assert!(timings.all(|t| t["transport"] == "tcp"), "{profiles:?}");
     let near = link(&found, "tcp", "intra");
     assert_eq!(near["source"], "table");
     assert!(near["alpha_us"].as_f64().unwrap() > 0.0 && near["gbps"].as_f64().unwrap() > 0.0, "{near}");
@@ -276,6 +295,9 @@ fn links_are_measured_beside_what_is_known_and_followed() {
         ("--probe --transport tcp --ranks 1", "takes 2 ranks"),
         ("--probe --ranks 2", "--transport"),
         ("--transport tcp", "--probe"),
+        ("--bytes 1K", "--probe"),
+        ("--probe --bytes 0", "give bytes"),
+        ("--probe --passes 0", "0 is not in"),
     ] {
         let refusal = refused(&probe(line).output().unwrap(), 2);
         assert!(refusal.contains(why), "{refusal}");

@@ -293,3 +293,33 @@ fn the_order_of_sums_holds_where_it_must() {
         });
     }
 }
+
+/// Reduce-scatters of sums in any order, which are those in rank order but for how they are rounded.
+pub(crate) fn scattered() {
+    let comm = Communicator::from_env().unwrap();
+    let (me, world) = (comm.rank(), comm.world());
+    for len in [0, 1, 1001, 60_000] {
+        for op in [ReduceOp::Sum, ReduceOp::Average, ReduceOp::PreScaledSum(0.3)] {
+            let right = &reduced::<f32>(op, world, world * len)[me * len..][..len];
+            let input = buffer::<f32>(me, world * len);
+            let (mut apart, mut in_place) = (vec![0f32; len], input.clone());
+            comm.reduce_scatter(&input, &mut apart, op).unwrap();
+            comm.reduce_scatter_in_place(&mut in_place, op).unwrap();
+            assert_same(&in_place[me * len..][..len], &apart, format_args!("{op} of {len} in place"));
+            assert!(apart.iter().zip(right).all(|(got, right)| (got - right).abs() < 1e-5), "{op} of {len}");
+        }
+    }
+    comm.barrier().unwrap();
+    println!("\nfine");
+}
+
+#[test]
+fn reduce_scatters_in_any_order_are_right() {
+    for hosts in ["aabb", "abab", "aabbcc", "aab"] {
+        let (mut job, _store) = start("scattered", hosts, &[("TENSORWIRE_ANY_ORDER", "1")]);
+        for rank in 0..hosts.len() {
+            let (status, text) = job.join_within(rank, SOON);
+            assert!(status.success() && text.contains("\nfine"), "{hosts}: {text}");
+        }
+    }
+}

@@ -29,6 +29,8 @@ fn rank_process() {
         ("linked", crate::links::linked),
         #[cfg(feature = "tcp")]
         ("unproven", crate::mixed::unproven),
+        #[cfg(feature = "tcp")]
+        ("scattered", crate::mixed::scattered),
         ("endless", endless),
         ("leave", leave),
         ("mismatch", mismatch),

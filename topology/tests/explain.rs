@@ -65,8 +65,11 @@ fn padded_heads_are_whole_groups_a_rank() {
     let (_, why) = explained("qwen2.5-7b", 8);
     assert!(alternative(&why, "pad to 32 query heads").why.starts_with("as fast"));
 
-    // Llama 70B over 6: 8 groups of 8, two ranks... 6 ranks have 2 groups each, 16 heads of 12 groups: 96 in all,
-    // while the largest share now is 11 heads of 2 groups. 5 heads of 2 * 128 * 8192 * 2 bytes in 80 layers more
+    // Over 6, no group can be on two ranks if each rank has heads of one alone: 7 each, 42 in all.
+    let (_, why) = explained("qwen2.5-7b", 6);
+    assert!(alternative(&why, "pad to 42 query heads").why.starts_with("slower"));
+
+    // Llama 70B over 6: 8 groups of 8, so 2 groups each, 16 heads, 96 in all, while the largest share now is 11 heads of 2 groups. 5 heads of 2 * 128 * 8192 * 2 bytes in 80 layers more
     // to read, 1677.7 MB at 16 GB/s.
     let (plan, why) = explained("llama-3.1-70b", 6);
     let more = alternative(&why, "pad to 96 query heads").decode_us_per_token.unwrap()

@@ -5,9 +5,10 @@ mod common;
 
 use common::{model, plan};
 use tensorwire_topology::svg::text_width;
-use tensorwire_topology::{ModelSpec, Plan};
+use tensorwire_topology::{Fabric, ModelSpec, Plan, Planner};
 
-/// The plans to draw: even, uneven, with copies, with more ranks than are drawn, one rank, an encoder.
+/// The plans to draw: even, uneven, with copies, with more ranks than are drawn, one rank, experts, encoders, models
+/// without a vocabulary.
 fn plans() -> Vec<Plan> {
     let cases = [
         ("llama-3.1-8b", 1),
@@ -19,6 +20,12 @@ fn plans() -> Vec<Plan> {
         ("qwen2.5-7b", 7),
         ("smollm2-135m", 2),
         ("all-minilm-l6-v2", 5),
+        ("mixtral-8x7b", 3),
+        ("mixtral-8x7b", 8),
+        ("qwen3-235b-a22b-fp8", 8),
+        ("falcon-7b", 8),
+        ("t5-small", 3),
+        ("wan2.1-1.3b", 5),
     ];
     cases.map(|(name, world)| plan(&model(name), world)).into()
 }
@@ -57,21 +64,24 @@ fn texts(svg: &str) -> Vec<Area> {
 #[test]
 fn no_text_covers_another_or_leaves_the_picture() {
     for plan in plans() {
-        let svg = plan.svg();
-        let (width, height) = (attribute(&svg, "width").unwrap(), attribute(&svg, "height").unwrap());
-        let texts = texts(&svg);
-        assert!(texts.len() > 10);
-        for (i, a) in texts.iter().enumerate() {
-            assert!(a.left >= 0.0 && a.right <= width && a.top >= 0.0 && a.bottom <= height, "{a:?}");
-            for b in &texts[i + 1..] {
-                let apart = a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
-                assert!(apart, "{} over {}: {} and {}", plan.model.model_type, plan.world, a.text, b.text);
-            }
+        check_layout(&plan, &plan.svg());
+    }
+}
+
+fn check_layout(plan: &Plan, svg: &str) {
+    let (width, height) = (attribute(svg, "width").unwrap(), attribute(svg, "height").unwrap());
+    let texts = texts(svg);
+    assert!(texts.len() > 10);
+    for (i, a) in texts.iter().enumerate() {
+        assert!(a.left >= 0.0 && a.right <= width && a.top >= 0.0 && a.bottom <= height, "{a:?}");
+        for b in &texts[i + 1..] {
+            let apart = a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+            assert!(apart, "{} over {}: {} and {}", plan.model.model_type, plan.world, a.text, b.text);
         }
-        for rect in svg.lines().filter(|l| l.starts_with("<rect") && !l.contains("rx=\"6\"")) {
-            let edge = |at: &str, size: &str| attribute(rect, at).unwrap() + attribute(rect, size).unwrap();
-            assert!(edge("x", "width") <= width && edge("y", "height") <= height, "{rect}");
-        }
+    }
+    for rect in svg.lines().filter(|l| l.starts_with("<rect") && !l.contains("rx=\"6\"")) {
+        let edge = |at: &str, size: &str| attribute(rect, at).unwrap() + attribute(rect, size).unwrap();
+        assert!(edge("x", "width") <= width && edge("y", "height") <= height, "{rect}");
     }
 }
 
@@ -90,6 +100,31 @@ fn every_head_is_drawn_where_it_is() {
     // The two sums of a layer, with a layer's and a token's bytes.
     assert_eq!(svg.matches(">16.4 kB x 80 layers = 1.3 MB a token, ").count(), 2);
 }
+
+#[test]
+fn deepseek_over_32_has_room() {
+    let plan = Planner::new(&model("deepseek-v3")).outline(32).unwrap();
+    check_layout(&plan, &plan.svg());
+}
+
+#[test]
+fn a_fabric_is_drawn_as_its_islands() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/fabrics/32-accelerators.toml");
+    let fabric = Fabric::from_toml(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let plan = plan(&model("llama-3.1-70b"), 32);
+    let svg = plan.svg_on(&fabric, &fabric.workers()).unwrap();
+    check_layout(&plan, &svg);
+    // Cards of four, NUMA nodes of sixteen, one host.
+    for class in ["card", "numa", "host"] {
+        assert_eq!(svg.matches(&format!(">{class} links<")).count(), 1, "{class}");
+    }
+    assert_eq!(svg.matches(ISLAND).count(), 8 + 2 + 1);
+    assert!(plan.svg_on(&fabric, &[0, 1]).unwrap_err().to_string().contains("32 ranks, and 2 of 32 devices"));
+    assert!(plan.svg_on(&fabric, &[99; 32]).is_err());
+}
+
+/// The colour of islands.
+const ISLAND: &str = "#d3e4d6";
 
 #[test]
 fn of_many_ranks_the_first_are_drawn_and_the_picture_says_so() {

@@ -1,5 +1,7 @@
 //! Pipelines: Cosmos-Predict1-7B with all its models on the presets, and what is refused.
 
+use proptest::prelude::*;
+use tensorwire_topology::Error;
 use tensorwire_topology::fabric::Fabric;
 use tensorwire_topology::pipeline::{self, Pipeline, PipelinePlan};
 use tensorwire_topology::place::{Degrees, Reason};
@@ -164,4 +166,114 @@ fn a_configuration_that_makes_no_sense_is_refused_by_its_model() {
     let pipeline = Pipeline::from_toml(text).unwrap();
     let error = pipeline::place(&pipeline, &preset("8-accelerators")).unwrap_err().to_string();
     assert!(error.starts_with("model \"m\": "), "{error}");
+}
+
+#[test]
+fn a_model_that_fits_on_no_group_is_refused_with_the_numbers() {
+    let mut parts = preset("8-accelerators").into_parts();
+    parts.devices.truncate(1);
+    let error = pipeline::place(&cosmos(), &Fabric::new(parts).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("doesn't fit on 1 devices") && error.contains("has 16.9 GB and needs"), "{error}");
+}
+
+#[test]
+fn stages_of_one_model_share_its_weights() {
+    let plan = pipeline::place(&cosmos(), &preset("8-accelerators")).unwrap();
+    let guard = plan.models.iter().filter(|m| m.name == "llama-guard-3-8b").count();
+    assert_eq!(
+        (guard, plan.stages.iter().filter(|s| s.model.as_deref() == Some("llama-guard-3-8b")).count()),
+        (1, 2)
+    );
+    assert!(plan.notes.iter().any(|n| n.starts_with("llama-guard-3-8b is loaded once for text guard and")));
+}
+
+#[test]
+fn stages_that_do_not_need_each_other_run_at_once() {
+    // Two models of 10 GB, one device of 15.7 GiB each: an item's 32e12 operations take a second on either.
+    let text = r#"
+        schema = "tensorwire.pipeline/v1"
+        name = "two at once"
+        [model.a]
+        parameters = 5_000_000_000
+        bytes_per_parameter = 2
+        flops_per_item = 32e12
+        whole_because = "it is one"
+        [model.b]
+        parameters = 5_000_000_000
+        bytes_per_parameter = 2
+        flops_per_item = 32e12
+        whole_because = "it is one"
+        [[stage]]
+        name = "first"
+        model = "a"
+        [[stage]]
+        name = "second"
+        model = "b"
+    "#;
+    let (pipeline, fabric) = (
+        Pipeline::from_toml(&text.replace("5_000_000_000", "3_000_000_000")).unwrap(),
+        preset("8-accelerators"),
+    );
+    let plan = pipeline::place(&pipeline, &fabric).unwrap();
+    check(&plan, &pipeline, &fabric);
+    assert_eq!(plan.request_us, 1e6);
+    assert_eq!(plan.devices.len(), 2);
+    // 10 GB beside 10 GB while it is read are more than any device has.
+    let error = pipeline::place(&Pipeline::from_toml(text).unwrap(), &fabric).unwrap_err().to_string();
+    assert!(error.contains("a doesn't fit on 8 devices"), "{error}");
+}
+
+#[test]
+fn what_is_damaged_is_refused_or_placed() {
+    // Each of these has one byte of the example changed; whatever is then still a pipeline has workloads or is refused.
+    let text = read("pipelines/cosmos-predict1-7b.toml").into_bytes();
+    let mut state = 1u64;
+    let mut next = |below: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    let mut read = 0;
+    for _ in 0..400 {
+        let mut bytes = text.clone();
+        let at = next(bytes.len());
+        bytes[at] = b"09-.=\"[]{}ax\n"[next(13)];
+        let Ok(text) = String::from_utf8(bytes) else { continue };
+        let Ok(pipeline) = Pipeline::from_toml(&text) else { continue };
+        for stage in &pipeline.stages {
+            read += usize::from(pipeline.workload(stage).is_ok());
+        }
+    }
+    assert!(read > 100, "{read}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn plans_keep_their_promises(
+        sizes in prop::collection::vec((1u64..4_000_000_000, 1usize..40, 0u64..2_000_000_000, any::<u16>()), 1..6),
+        devices in 1usize..9,
+    ) {
+        let mut text = "schema = \"tensorwire.pipeline/v1\"\nname = \"any\"\n".to_owned();
+        for (i, (parameters, items, activation_bytes, after)) in sizes.iter().enumerate() {
+            let after: Vec<String> = (0..i).filter(|j| after >> j & 1 == 1).map(|j| format!("\"s{j}\"")).collect();
+            text += &format!(
+                "[model.m{i}]\nparameters = {parameters}\nbytes_per_parameter = 2\nflops_per_item = 1e12\n\
+                 activation_bytes = {activation_bytes}\nwhole_because = \"\"\n\
+                 [[stage]]\nname = \"s{i}\"\nmodel = \"m{i}\"\nitems = {items}\nsends_bytes = 1000\nafter = [{}]\n",
+                after.join(", ")
+            );
+        }
+        let pipeline = Pipeline::from_toml(&text).unwrap();
+        let mut parts = preset("8-accelerators").into_parts();
+        parts.devices.truncate(devices);
+        let fabric = Fabric::new(parts).unwrap();
+        match pipeline::place(&pipeline, &fabric) {
+            Ok(plan) => {
+                check(&plan, &pipeline, &fabric);
+                prop_assert_eq!(plan.to_json(), pipeline::place(&pipeline, &fabric).unwrap().to_json());
+            }
+            Err(error) => prop_assert!(matches!(error, Error::NoPlacement(_)), "{error}"),
+        }
+    }
 }

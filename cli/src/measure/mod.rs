@@ -12,18 +12,19 @@ use crate::failure::Failure;
 pub(crate) use distance::distance;
 pub(crate) use memory::{Neighbour, readings};
 
-/// What was measured while the processors stayed where they were.
+/// What was measured, and how far apart the processors were.
 pub(crate) struct Stint<T> {
-    /// Their distance in nanoseconds; nothing where there is one processor.
+    /// In nanoseconds; nothing where there is one processor, or where they were moved.
     pub(crate) distance_ns: Option<u32>,
+    /// Whether the distance changed meanwhile: then this is neither of one distance nor of the other.
+    pub(crate) moved: bool,
     pub(crate) found: T,
 }
 
-/// Measures between two looks at the distance of the processors; nothing where it changed meanwhile: what was measured is
-/// then neither of one distance nor of the other.
-pub(crate) fn stint<T>(measure: impl FnOnce() -> Result<T, Failure>) -> Result<Option<Stint<T>>, Failure> {
+/// Measures between two looks at the distance of the processors.
+pub(crate) fn stint<T>(measure: impl FnOnce() -> Result<T, Failure>) -> Result<Stint<T>, Failure> {
     let before = distance();
     let found = measure()?;
     let agreed = one_distance(&[before, distance()]);
-    Ok(agreed.map(|distance_ns| Stint { distance_ns, found }))
+    Ok(Stint { distance_ns: agreed.flatten(), moved: agreed.is_none(), found })
 }

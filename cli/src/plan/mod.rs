@@ -1,9 +1,11 @@
 //! `tensorwire plan`: how a model is sharded.
 
 mod diff;
+mod place;
 
 use std::path::{Path, PathBuf};
 
+use tensorwire::topology::place::Placement;
 use tensorwire::topology::{ModelSpec, Planner};
 
 use crate::failure::{Failure, print, ranks};
@@ -13,6 +15,8 @@ const EXAMPLES: &str = "\
 Examples:
   tensorwire plan --model ./Llama-3.2-1B --tp 4
   tensorwire plan --model ./config.json --tp 7 --json > plan.json
+  tensorwire plan --model ./config.json --fabric machines.toml --for prefill --context 8192 --batch 16
+  tensorwire plan --pipeline pipeline.toml --fabric machines.toml
   tensorwire plan --model ./config.json --tp 7 --explain --html plan.html
   tensorwire plan diff --model ./Llama-3.2-1B --tp 4 --tp 3
   tensorwire plan verify --tp 2";
@@ -38,12 +42,15 @@ enum Command {
 #[derive(clap::Args)]
 struct One {
     /// A model directory, or a config.json alone
-    #[arg(long, value_name = "DIR|config.json")]
-    model: PathBuf,
+    #[arg(long, value_name = "DIR|config.json", required_unless_present = "pipeline")]
+    model: Option<PathBuf>,
 
     /// Tensor-parallel ranks
-    #[arg(long, value_name = "N", value_parser = ranks)]
-    tp: usize,
+    #[arg(long, value_name = "N", value_parser = ranks, required_unless_present = "fabric")]
+    tp: Option<usize>,
+
+    #[command(flatten)]
+    place: place::Where,
 
     /// Print the whole plan as JSON, schema tensorwire.plan/v1
     #[arg(long)]
@@ -73,28 +80,45 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
 }
 
 fn one(args: &One) -> Result<(), Failure> {
+    let Some(model) = &args.model else { return args.place.pipeline(args.json) };
     let open = |option, path: &Option<PathBuf>| {
         path.as_deref().map(|path: &Path| OutputFile::open(option, path)).transpose()
     };
     let (svg, html) = (open("--svg", &args.svg)?, open("--html", &args.html)?);
-    let spec = ModelSpec::load(&args.model).map_err(Failure::usage)?;
-    let planner = Planner::new(&spec);
-    let plan = planner.plan(args.tp).map_err(|e| match planner.instead_of(args.tp) {
+    let spec = ModelSpec::load(model).map_err(Failure::usage)?;
+    let placement = if args.tp.is_none() { Some(args.place.model(&spec)?) } else { None };
+    let (planner, tp) = match (&placement, args.tp) {
+        (Some(placement), _) => match place::planner(&spec, placement) {
+            Some(planner) => planner,
+            None => {
+                let text = if args.json { placement.to_json() } else { placement.summary() };
+                return print(format_args!("{}\n", text.trim_end()));
+            }
+        },
+        (None, tp) => (Planner::new(&spec), tp.unwrap_or(1)),
+    };
+    let plan = planner.plan(tp).map_err(|e| match planner.instead_of(tp) {
         Some(instead) => Failure::usage(format!("{e}. {instead}")),
         None => Failure::usage(e),
     })?;
     let explanation = if args.explain { Some(planner.explain(&plan).map_err(Failure::usage)?) } else { None };
-    if let Some(file) = svg {
-        file.write(&plan.svg())?;
+    if svg.is_some() || html.is_some() {
+        let picture = args.place.picture(&plan, placement.as_ref())?;
+        if let Some(file) = svg {
+            file.write(&picture)?;
+        }
+        if let Some(file) = html {
+            file.write(&plan.html_with(&picture, explanation.as_ref()))?;
+        }
     }
-    if let Some(file) = html {
-        file.write(&plan.html())?;
-    }
-    let text = match (args.json, &explanation) {
-        (true, Some(why)) => plan.to_json_with(why),
-        (true, None) => plan.to_json(),
-        (false, Some(why)) => plan.summary_with(why),
-        (false, None) => plan.summary(),
+    let text = match (args.json, &placement, &explanation) {
+        (true, Some(placement), why) => placement.to_json_with(&plan, why.as_ref()),
+        (true, None, Some(why)) => plan.to_json_with(why),
+        (true, None, None) => plan.to_json(),
+        (false, placement, why) => {
+            let plan = why.as_ref().map_or_else(|| plan.summary(), |why| plan.summary_with(why));
+            placement.as_ref().map(Placement::summary).unwrap_or_default() + &plan
+        }
     };
     print(format_args!("{}\n", text.trim_end()))
 }

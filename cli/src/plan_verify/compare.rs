@@ -9,7 +9,8 @@ use tensorwire::topology::{ModelSpec, Plan};
 
 use super::{Measured, bytes_read};
 use crate::bench::Collective;
-use crate::measure::calls::Call;
+use crate::measure::calls::{Call, Taken};
+use crate::topo::profile::COLLECTIVES;
 
 /// One prediction, and what was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -63,16 +64,27 @@ pub(super) fn compare(spec: &ModelSpec, plan: &Plan, costs: &CostModel, measured
     let world = plan.world;
     let calls: Vec<Call> = of_a_token(plan).filter_map(|planned| call(planned, world)).collect();
     let estimate = |call: &Call| costs.collective(&call.collective.to_string(), call.bytes as u64, world);
-    let first = measured.calls.first().map_or(&[][..], |taken| taken);
-    let row = |(i, taken): (usize, &crate::measure::calls::Taken)| {
-        let mut us: Vec<f64> = measured.calls.iter().map(|pass| pass[i].p50_us).collect();
+    let same = |a: &Taken, b: &Taken| (&a.collective, a.bytes) == (&b.collective, b.bytes);
+    let mut each: Vec<&Taken> = Vec::new();
+    for taken in &measured.calls {
+        if !each.iter().any(|known| same(known, taken)) {
+            each.push(taken);
+        }
+    }
+    // In the order in which they are asked for, whichever was measured first.
+    let place = |t: &Taken| COLLECTIVES.iter().position(|c| c.to_string() == t.collective);
+    let of_plan =
+        |t: &Taken| calls.iter().any(|c| c.bytes == t.bytes && c.collective.to_string() == t.collective);
+    each.sort_by_key(|t| (!of_plan(t), place(t), t.bytes));
+    let row = |taken: &Taken| {
+        let mut us: Vec<f64> = measured.calls.iter().filter(|t| same(t, taken)).map(|t| t.p50_us).collect();
         let collective = Collective::from_str(&taken.collective, false).ok()?;
         let made = Call { collective, bytes: taken.bytes };
         let times = calls.iter().filter(|call| **call == made).count();
         let row = Row::new(&taken.collective, estimate(&made)?, median(&mut us)?);
         Some(Row { bytes: Some(taken.bytes), calls: Some(times), ..row })
     };
-    let collectives = first.iter().enumerate().filter_map(row).collect();
+    let collectives = each.into_iter().filter_map(row).collect();
 
     let exchange = |planned: &[Planned]| -> Option<Estimate> {
         let own = planned.iter().filter(|c| c.stream.is_empty()).map(|c| estimate(&call(c, world)?));
@@ -143,7 +155,6 @@ fn rounded(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::measure::calls::Taken;
     use crate::measure::layers::{Part, Steps, Subject};
     use tensorwire::topology::Planner;
     use tensorwire::topology::table::{Curve, Profile, Step, Timing};
@@ -178,7 +189,9 @@ mod tests {
             |us: f64| Steps { step_us: 1000.0 * us, parts: vec![Part { us: 70.0 * us, comm_us: us }; 14] };
         Measured {
             distance_ns: Some(100),
-            calls: passes.iter().map(|us| taken(*us).to_vec()).collect(),
+            calls: passes.iter().flat_map(|us| taken(*us)).collect(),
+            stints: passes.len(),
+            moved: false,
             steps: passes.iter().map(|us| step(*us)).collect(),
         }
     }
@@ -222,7 +235,7 @@ mod tests {
         assert!(found.collectives.iter().chain(&found.parts).all(|r| r.band.is_none()));
         let alone = Planner::new(model.spec()).plan(1).unwrap();
         let mut one = measured(&[1.0]);
-        one.calls = vec![vec![]];
+        one.calls = vec![];
         let found = compare(model.spec(), &alone, &costs, &one);
         assert_eq!((found.collectives.len(), found.parts[0].ratio, found.comm_us.unwrap()[0]), (0, 1.0, 0.0));
     }

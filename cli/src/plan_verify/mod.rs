@@ -25,11 +25,11 @@ const METHOD: &str = "\
 Each collective of the plan is called over ranks that are processes, and the model runs over as many, in turn; a figure is
 the median of its passes, of medians over calls and tokens. Predictions are from the curves that `tensorwire topo --probe`
 fitted at the distance which the processors have now, with the band that nine measurements in ten stayed within; where it
-fitted none, from constants. The host of a virtual machine may move its processors: passes during which it did are left out,
-and a distance that no probe has seen is told.
+fitted none, from constants. The host of a virtual machine may move its processors: what was measured while it did is left
+out, and a distance that no probe has seen is told.
 
 Examples:
-  tensorwire topo --probe --full && tensorwire plan verify
+  tensorwire topo --probe --decode && tensorwire plan verify
   tensorwire plan verify --sweep                  every collective, at sizes between those that were fitted
   tensorwire plan verify --model DIR --tp 4 --refit
   tensorwire plan verify --json | jq '.rows[] | .ratio'";
@@ -67,13 +67,17 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// What was measured while the processors had one distance: a value a pass.
+/// What was measured while the processors had one distance.
 #[derive(Default)]
 struct Measured {
     distance_ns: Option<u32>,
-    calls: Vec<Vec<Taken>>,
+    /// Whether they had none, as they were moved all the time.
+    moved: bool,
+    /// Calls, each as often as it was measured.
+    calls: Vec<Taken>,
     /// None of an encoder, which has no steps.
     steps: Vec<Steps>,
+    stints: usize,
 }
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
@@ -88,14 +92,21 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
         false => None,
     };
 
-    let mut wanted = plan_calls(&unmeasured)?;
-    if args.sweep && args.tp > 1 {
-        wanted.extend(calls(&COLLECTIVES, &held_out(), args.tp));
+    let mut wanted = vec![plan_calls(&unmeasured)?];
+    if args.sweep {
+        wanted.extend(COLLECTIVES.map(|collective| calls(&[collective], &held_out(), args.tp)));
     }
-    let (measured, left_out) = run(args, &model, &subject, &wanted)?;
+    wanted.retain(|calls| args.tp > 1 && !calls.is_empty());
     let table = Table::in_force();
+    let is_known = |ns| table.as_ref().is_ok_and(|table| table.profile(ns).is_some_and(|p| p.is_at(ns)));
+    let (measured, left_out) = run(args, &model, &subject, &wanted, is_known)?;
     let profile = table.as_ref().ok().and_then(|table| table.profile(measured.distance_ns));
     let mut notes = report::notes(profile, &table, measured.distance_ns, left_out);
+    if measured.moved {
+        notes.push(
+            "the processors were moved during all measurements: they are of no one distance".to_owned(),
+        );
+    }
     let mut shown = vec![comparison(args, &model, &plan, &measured, profile)?];
     let refitted = path.map(|path| refit(args, &machine, &path, &mut notes)).transpose()?;
     if let Some(table) = &refitted {
@@ -142,8 +153,15 @@ fn held_out() -> Vec<usize> {
     probed.windows(2).map(between).collect()
 }
 
-/// Measures in passes; returns those of the distance that most had, and how many others there were.
-fn run(args: &Args, model: &Model, subject: &Subject, wanted: &[Call]) -> Result<(Measured, usize), Failure> {
+/// Measures in passes, in stints short enough for the processors to stay mostly where they are. Returns what was measured
+/// at one distance, if possible one that predictions are known for, and how many stints were of others or of none.
+fn run(
+    args: &Args,
+    model: &Model,
+    subject: &Subject,
+    wanted: &[Vec<Call>],
+    is_known: impl Fn(Option<u32>) -> bool,
+) -> Result<(Measured, usize), Failure> {
     let decodes = model.kind() == Kind::Decoder;
     if !decodes && wanted.is_empty() {
         return Err(Failure::usage(
@@ -151,26 +169,31 @@ fn run(args: &Args, model: &Model, subject: &Subject, wanted: &[Call]) -> Result
         ));
     }
     let mut groups: Vec<Measured> = Vec::new();
+    let mut stints = 0;
+    let mut keep =
+        |Stint { distance_ns, moved, found: (taken, steps) }: Stint<(Vec<Taken>, Option<Steps>)>| {
+            stints += 1;
+            let at = |m: &Measured| Profile { distance_ns: m.distance_ns, ..Profile::default() };
+            let same = |m: &Measured| m.moved == moved && at(m).is_at(distance_ns);
+            let at = groups.iter().position(same).unwrap_or_else(|| {
+                groups.push(Measured { distance_ns, moved, ..Measured::default() });
+                groups.len() - 1
+            });
+            groups[at].calls.extend(taken);
+            groups[at].steps.extend(steps);
+            groups[at].stints += 1;
+        };
     for _ in 0..args.passes {
-        let pass = stint(|| {
-            let taken = if wanted.is_empty() { Vec::new() } else { take(args.transport, args.tp, wanted)? };
-            let steps = if decodes { Some(subject.run(args.transport, args.tp)?) } else { None };
-            Ok((taken, steps))
-        })?;
-        let Some(Stint { distance_ns, found: (taken, steps) }) = pass else { continue };
-        let same =
-            |m: &Measured| Profile { distance_ns: m.distance_ns, ..Profile::default() }.is_at(distance_ns);
-        let at = groups.iter().position(same).unwrap_or_else(|| {
-            groups.push(Measured { distance_ns, ..Measured::default() });
-            groups.len() - 1
-        });
-        groups[at].calls.push(taken);
-        groups[at].steps.extend(steps);
+        for calls in wanted {
+            keep(stint(|| Ok((take(args.transport, args.tp, calls)?, None)))?);
+        }
+        if decodes {
+            keep(stint(|| Ok((Vec::new(), Some(subject.run(args.transport, args.tp)?))))?);
+        }
     }
-    let most = groups.into_iter().max_by_key(|m| m.calls.len()).ok_or_else(|| {
-        Failure::run("plan verify: the processors were moved during every pass: try again, or more --passes")
-    })?;
-    let left_out = usize::from(args.passes) - most.calls.len();
+    let best = |m: &Measured| (!m.moved, is_known(m.distance_ns), m.stints);
+    let most = groups.into_iter().max_by_key(best).unwrap_or_default();
+    let left_out = stints - most.stints;
     Ok((most, left_out))
 }
 

@@ -51,7 +51,7 @@ pub(super) fn notes(
     }
     if left_out > 0 {
         notes.push(format!(
-            "{left_out} passes were left out: the processors had another distance then, or were moved"
+            "{left_out} of the measurements were left out: the processors had another distance then, or were moved"
         ));
     }
     notes
@@ -64,11 +64,11 @@ impl About<'_> {
         let name = if self.built_in { "built-in model" } else { self.model.architecture.model_type() };
         let at =
             self.measured.distance_ns.map_or(String::new(), |ns| format!(", {ns} ns between processors"));
-        let passes = self.measured.calls.len();
+        let passes = self.args.passes;
         // Writing to a string can't fail.
         let _ = writeln!(
             text,
-            "{name} over {} ranks by {}; medians of {passes} passes{at}",
+            "{name} over {} ranks by {}; medians of up to {passes} passes{at}",
             self.args.tp,
             self.args.transport.name()
         );
@@ -104,7 +104,8 @@ impl About<'_> {
             "ranks": self.args.tp,
             "transport": self.args.transport.name(),
             "distance_ns": self.measured.distance_ns,
-            "passes": self.measured.calls.len(),
+            "passes": self.args.passes,
+            "stints": self.measured.stints,
             "verified": shown.first().map(one),
             "refitted": shown.get(1).map(one),
             "notes": self.notes,
@@ -218,7 +219,8 @@ mod tests {
         assert!(!told(55).contains("changed"), "{}", told(55));
         let none = notes(None, &Err(Absent::Off), None, 2).join("; ");
         assert!(
-            none.contains("constants: TENSORWIRE_TABLE is off") && none.contains("2 passes were left out"),
+            none.contains("constants: TENSORWIRE_TABLE is off")
+                && none.contains("2 of the measurements were left out"),
             "{none}"
         );
     }

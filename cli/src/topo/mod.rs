@@ -78,8 +78,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", requires = "probe", default_value = "5", value_parser = value_parser!(u8).range(1..=100))]
     passes: u8,
 
-    /// Probe also up to 256 MiB, ranks that take turns, collectives beside a neighbour that keeps memory busy, and a
-    /// decoder's layers: takes minutes
+    /// Probe also what a decoder's layers take, by three models of 300 MB and more
+    #[arg(long, requires = "probe")]
+    decode: bool,
+
+    /// Probe all: --decode, up to 256 MiB, ranks that take turns, collectives beside a neighbour that keeps memory busy;
+    /// takes minutes
     #[arg(long, requires = "probe")]
     full: bool,
 

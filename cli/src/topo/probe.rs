@@ -140,7 +140,7 @@ pub(super) fn run(
     // By the algorithms that are chosen from now on.
     if let Some((transport, effort)) = over.effort(args, machine.processors) {
         let mut profiles = profile::measure(transport, &effort, now, show)?;
-        if args.full {
+        if args.full || args.decode {
             let worlds: Vec<usize> = [1].into_iter().chain(powers(machine.processors)).collect();
             profile::steps(&mut profiles, transport, &worlds, 2, now)?;
         }

@@ -11,7 +11,7 @@ use crate::bench::Collective;
 use crate::failure::Failure;
 use crate::measure::calls::{Call, Taken, take};
 use crate::measure::layers::Subject;
-use crate::measure::{Neighbour, Stint, readings, stint};
+use crate::measure::{Neighbour, readings, stint};
 use crate::plan_verify::bytes_read;
 
 /// The collectives that a model's ranks make.
@@ -24,9 +24,6 @@ pub(crate) const COLLECTIVES: [Collective; 7] = [
     Collective::SendRecv,
     Collective::Barrier,
 ];
-
-/// From here up a size comes between each two powers of two, as data falls out of caches there.
-const CACHES: usize = 1 << 20;
 
 /// The most that is measured by default, and of everything.
 const LARGE: usize = 64 << 20;
@@ -48,12 +45,13 @@ pub(crate) struct Effort {
     pub(crate) contended: bool,
 }
 
-/// The sizes that a probe measures by default: powers of two from 1 KiB to 64 MiB, with one between each two of the large
-/// ones, and three smaller; `full` up to 256 MiB.
+/// The sizes that a probe measures by default: powers of two from 1 KiB to 64 MiB, one between each two, which is no whole
+/// number of pages, and three smaller; `full` up to 256 MiB.
 pub(crate) fn sizes(full: bool) -> Vec<usize> {
     let most = if full { LARGEST } else { LARGE };
     let powers = (10..).map(|shift| 1usize << shift).take_while(|bytes| *bytes <= most);
-    let octave = |bytes: usize| [Some(bytes), (bytes >= CACHES && bytes < most).then_some(bytes / 2 * 3)];
+    let between = |bytes: usize| (bytes as f64 * std::f64::consts::SQRT_2) as usize / 64 * 64;
+    let octave = |bytes: usize| [Some(bytes), (bytes < most).then(|| between(bytes))];
     [8, 64, 512].into_iter().chain(powers.flat_map(octave).flatten()).collect()
 }
 
@@ -96,24 +94,26 @@ pub(crate) fn measure(
                     continue;
                 }
                 let sizes = if contended { &CONTENDED[..] } else { &effort.sizes };
-                let calls = calls(&COLLECTIVES, sizes, ranks);
-                let mut found = Vec::new();
-                let pass = stint(|| {
-                    let _neighbour = contended.then(Neighbour::start);
-                    found = take(transport, ranks, &calls)?;
-                    Ok(())
-                })?;
-                let found = found.into_iter().map(|taken| (contended, ranks, taken));
-                match pass {
-                    Some(Stint { distance_ns, .. }) => group(&mut groups, distance_ns).taken.extend(found),
-                    None => moved.extend(found),
+                // One after the other, so that a stint is short and the processors mostly stay where they are.
+                for collective in COLLECTIVES {
+                    let calls = calls(&[collective], sizes, ranks);
+                    let stint = stint(|| {
+                        let _neighbour = contended.then(Neighbour::start);
+                        take(transport, ranks, &calls)
+                    })?;
+                    let found = stint.found.into_iter().map(|taken| (contended, ranks, taken));
+                    match stint.moved {
+                        false => group(&mut groups, stint.distance_ns).taken.extend(found),
+                        true => moved.extend(found),
+                    }
                 }
             }
         }
-        if transport == Transport::Shm
-            && let Some(Stint { distance_ns, found }) = stint(|| Ok(readings()))?
-        {
-            group(&mut groups, distance_ns).reads = found;
+        if transport == Transport::Shm {
+            let stint = stint(|| Ok(readings()))?;
+            if !stint.moved {
+                group(&mut groups, stint.distance_ns).reads = stint.found;
+            }
         }
     }
     groups.retain(|group| !group.taken.is_empty());
@@ -141,8 +141,9 @@ pub(crate) fn steps(
         for _ in 0..passes {
             for subject in Subject::shapes() {
                 let model = subject.open()?;
-                let Some(run) = stint(|| subject.run(transport, ranks))? else { continue };
-                let Some(at) = profiles.iter().position(|p| p.is_at(run.distance_ns)) else { continue };
+                let run = stint(|| subject.run(transport, ranks))?;
+                let of = |p: &Profile| !run.moved && p.is_at(run.distance_ns);
+                let Some(at) = profiles.iter().position(of) else { continue };
                 let costs = CostModel::measured(&profiles[at], transport.name());
                 let plan = Planner::new(model.spec()).with_costs(costs).plan(ranks).map_err(Failure::run)?;
                 let (layers, head) = bytes_read(model.spec(), &plan);
@@ -213,9 +214,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_powers_of_two_and_some_between() {
+    fn sizes_are_powers_of_two_and_what_is_between() {
         let all = sizes(false);
-        assert!(all.is_sorted() && all.contains(&1024) && all.contains(&(48 << 20)));
+        assert!(all.is_sorted() && all.contains(&1024) && all.contains(&1408));
         assert_eq!((all[0], all.last()), (8, Some(&(64 << 20))));
         assert_eq!(sizes(true).last(), Some(&(256 << 20)));
     }

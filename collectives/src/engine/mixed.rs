@@ -42,6 +42,10 @@ const SHARE_WITHIN: Duration = Duration::from_secs(5);
 /// whom, and says so.
 const BEHIND: Duration = Duration::from_secs(3);
 
+/// And for each byte that it exchanges. Whether anything comes of those, it knows better too; this is only for its being stopped
+/// itself, which those notice with whom it exchanges.
+const A_BYTE: Duration = Duration::from_micros(1);
+
 /// The largest all-reduce in rank order in which hosts send all contributions to each other. Between two hosts of as many
 /// ranks, it is no more than a direct exchange between all ranks sends, and done for any size.
 const ONE_SHOT: usize = 64 << 10;
@@ -128,7 +132,7 @@ impl NetEngine {
     /// Begins a call in shared memory too: the ranks of a host are all in it.
     pub(super) fn begin_locally(&mut self, call: Call) -> Result<(), Failure> {
         let seq = self.group.seq();
-        self.locally(false, |engine| {
+        self.locally(None, |engine| {
             engine.group.begin_as(seq, call)?;
             engine.barrier()
         })
@@ -145,15 +149,18 @@ impl NetEngine {
         self.local.is_some()
     }
 
-    /// Moves data between the ranks of this host, before or `behind` what crosses between hosts.
+    /// Moves data between the ranks of this host, before or `behind` so many bytes that cross between hosts.
     fn locally(
         &mut self,
-        behind: bool,
+        behind: Option<usize>,
         body: impl FnOnce(&mut Engine) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let Some(local) = &mut self.local else { return Ok(()) };
         let Some(engine) = &mut local.engine else { return Ok(()) };
-        let timeout = if behind { local.timeout + BEHIND } else { local.timeout };
+        let longer = behind.map_or(Duration::ZERO, |bytes| {
+            BEHIND + A_BYTE.saturating_mul(u32::try_from(bytes).unwrap_or(u32::MAX))
+        });
+        let timeout = local.timeout.saturating_add(longer);
         engine.group.allow(timeout);
         self.group.waits_elsewhere(Some(timeout));
         let done = body(engine);
@@ -196,14 +203,14 @@ impl NetEngine {
         let partial = r.partial();
         r.alone(Buffers { input: data.input, output: &mut *data.output });
         let output = data.output;
-        self.locally(false, |engine| engine.reduce_scatter(None, output, &slice, &partial))?;
+        self.locally(None, |engine| engine.reduce_scatter(None, output, &slice, &partial))?;
         if let (Some(mates), Some(local)) = (mates, &self.local) {
             let algorithm = local.across.choose(own.len(), |_| true);
             let (hosts, len) = (local.across.hosts(), own.len() / size);
             schedule::all_reduce(&mut self.steps, host, hosts, algorithm, len, size, PIECE);
             self.execute_among(Some(&mates), Buffers::in_place(&mut output[own]), Some(&partial))?;
         }
-        self.locally(true, |engine| engine.all_gather(None, output, &slice, None))?;
+        self.locally(Some(output.len()), |engine| engine.all_gather(None, output, &slice, None))?;
         r.finish(output, world);
         Ok(())
     }
@@ -242,7 +249,7 @@ impl NetEngine {
         all[theirs(me)].copy_from_slice(&input.unwrap_or(output)[own.clone()]);
         let input = Some(input.unwrap_or(output));
         let receives = |place: usize| theirs(here[place]);
-        self.locally(behind, |engine| engine.all_to_all(input, all, &slice, receives, longest))?;
+        self.locally(behind.then_some(0), |engine| engine.all_to_all(input, all, &slice, receives, longest))?;
         if let (Some(mates), Some(local)) = (&mates, &self.local) {
             direct::exchange(&mut self.steps, me, mates, local.hosts.members(), theirs);
             self.execute_among(None, Buffers::in_place(all), None)?;
@@ -252,7 +259,8 @@ impl NetEngine {
         if let Some(local) = &mut self.local {
             local.contributions = words;
         }
-        self.locally(true, |engine| engine.all_gather(None, output, &slice, None))
+        let bytes = output.len() * self.group.world();
+        self.locally(Some(bytes), |engine| engine.all_gather(None, output, &slice, None))
     }
 
     /// Every rank's block is gathered on its host, then crosses to each other host once, by as many ranks at a time as
@@ -276,7 +284,7 @@ impl NetEngine {
             }
             _ => {
                 let block = |place: usize| block(here[place]);
-                self.locally(false, |engine| engine.all_gather(input, output, block, None))?;
+                self.locally(None, |engine| engine.all_gather(input, output, block, None))?;
             }
         }
         if let Some(mates) = &mates {
@@ -288,7 +296,7 @@ impl NetEngine {
             direct::exchange(&mut self.steps, me, mates, &brought, &block);
             self.execute_among(None, Buffers::in_place(output), None)?;
         }
-        self.locally(true, |engine| {
+        self.locally(Some(output.len()), |engine| {
             for (_, ranks) in members.iter().enumerate().filter(|(h, _)| *h != host) {
                 for (place, rank) in ranks.iter().enumerate() {
                     engine.broadcast(None, &mut output[block(*rank)], place % slices)?;
@@ -324,7 +332,7 @@ impl NetEngine {
         r.alone(Buffers { input: Some(whole), output: &mut *sums });
         for ranks in &members {
             let block = |place: usize| block(ranks[place]);
-            self.locally(false, |engine| engine.reduce_scatter(None, sums, block, &partial))?;
+            self.locally(None, |engine| engine.reduce_scatter(None, sums, block, &partial))?;
         }
         let mates: Vec<usize> = members.iter().map(|ranks| ranks[place]).collect();
         let rank = schedule::steps::Rank { rank: host, world: mates.len() };
@@ -348,7 +356,7 @@ impl NetEngine {
         let Some(local) = &self.local else { unreachable!("called where memory is shared") };
         let here = local.here().to_vec();
         let longest = here.iter().map(|r| sends(*r).len()).max().unwrap_or(0);
-        self.locally(false, |engine| {
+        self.locally(None, |engine| {
             // Blocks may be of any lengths, which their two ranks alone know.
             let mut all = vec![0u64; here.len()];
             let words = bytemuck::cast_slice_mut(&mut all);
@@ -376,7 +384,7 @@ impl NetEngine {
             tree::broadcast(&mut self.steps, rank, output.len(), super::net::BROADCAST_PIECE, top);
             self.execute_among(Some(&leaders), Buffers::in_place(output), None)?;
         }
-        self.locally(true, |engine| engine.broadcast(None, output, from))
+        self.locally(Some(output.len()), |engine| engine.broadcast(None, output, from))
     }
 
     /// The ranks of this host have come: see [`begin_locally`](NetEngine::begin_locally).
@@ -388,7 +396,7 @@ impl NetEngine {
             tree::barrier(&mut self.steps, rank);
             self.execute_among(Some(&leaders), Buffers::in_place(&mut []), None)?;
         }
-        self.locally(true, Engine::barrier)
+        self.locally(Some(0), Engine::barrier)
     }
 }
 

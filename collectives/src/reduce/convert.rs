@@ -1,12 +1,5 @@
 //! Blocks of elements as what they are accumulated in, and back, on each instruction set.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
-#[cfg(test)]
-mod tests;
-
 use super::number::Number;
 
 /// Elements that are accumulated at once: a few vector registers on any instruction set.
@@ -56,7 +49,7 @@ pub(super) trait Convert<T: Number> {
 }
 
 /// Lanes where of each `ways * width` elements every `ways`th come first, then their successors, and so on.
-const fn interleaved(ways: usize, width: usize) -> [usize; BLOCK] {
+pub(super) const fn interleaved(ways: usize, width: usize) -> [usize; BLOCK] {
     let mut lanes = [0; BLOCK];
     let mut i = 0;
     while i < BLOCK {
@@ -70,51 +63,4 @@ const fn interleaved(ways: usize, width: usize) -> [usize; BLOCK] {
 /// What any processor has: the compiler's vectors.
 pub(super) struct Portable;
 
-/// AVX2 and F16C, which every processor with AVX2 has.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct Avx2;
-
-/// AVX-512 as Ice Lake and Zen 4 were the first to have it: with permutations of bytes (VBMI) and sums of products (VNNI).
-#[cfg(target_arch = "x86_64")]
-pub(super) struct Avx512;
-
 impl<T: Number> Convert<T> for Portable {}
-
-/// The types that need no conversion.
-macro_rules! same {
-    ($($t:ty),*) => {
-        $(
-            #[cfg(target_arch = "x86_64")]
-            impl Convert<$t> for Avx2 {}
-            #[cfg(target_arch = "x86_64")]
-            impl Convert<$t> for Avx512 {}
-        )*
-    };
-}
-
-same!(f32, f64, i8, u8, i32, u32, i64, u64);
-
-/// Implements [`Convert`] by two functions: from the registers that a block fills to those of its wide form, and back.
-#[cfg(target_arch = "x86_64")]
-macro_rules! convert {
-    ($set:ty, $t:ty, $registers:ty, $widen:expr, $narrow:expr, $lanes:expr) => {
-        impl Convert<$t> for $set {
-            const LANES: [usize; BLOCK] = $lanes;
-
-            #[inline(always)]
-            unsafe fn load(from: *const $t) -> [f32; BLOCK] {
-                // SAFETY: (1) the caller vouches for a block, which is as large as its registers; (2) and for the
-                // instruction set; (3) registers are bits of any kind, as are f32s, and a wide block's are as large as it.
-                unsafe { std::mem::transmute($widen(from.cast::<$registers>().read_unaligned())) }
-            }
-
-            #[inline(always)]
-            unsafe fn store(to: *mut $t, block: [f32; BLOCK]) {
-                // SAFETY: as above; and so are elements.
-                unsafe { to.cast::<$registers>().write_unaligned($narrow(std::mem::transmute(block))) }
-            }
-        }
-    };
-}
-#[cfg(target_arch = "x86_64")]
-use convert;

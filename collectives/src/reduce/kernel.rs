@@ -3,11 +3,11 @@
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
-#[cfg(target_arch = "x86_64")]
-use super::convert::{Avx2, Avx512};
 use super::convert::{BLOCK, Convert, Portable};
 use super::number::Number;
 use super::op::{Average, BitAnd, BitOr, BitXor, Combine, Max, Min, PreScaledSum, Product, Sum};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
 use super::{Kernel, Kernels, OPS, norm};
 #[cfg(feature = "tcp")]
 use super::{op::Divide, wire};

@@ -2,7 +2,8 @@
 //!
 //! There is one kernel in source form, written so that the compiler vectorises it, compiled once for each
 //! instruction set; the table for this processor is chosen at first use. As every instruction set runs the
-//! same operations in the same order, without fused multiply-add, all give the same bits.
+//! same operations in the same order, without fused multiply-add, all give the same bits. Only the conversion of
+//! types narrower than 32 bits is written for each instruction set: the compiler doesn't find the instructions for it.
 //!
 //! Types narrower than 32 bits are accumulated in f32 and rounded once, to nearest even. Subnormals are kept.
 //! Any NaN result is the positive quiet NaN without payload, for which operand a processor's NaN comes from is
@@ -17,6 +18,8 @@ mod number;
 mod op;
 #[cfg(feature = "tcp")]
 mod wire;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::sync::OnceLock;
 

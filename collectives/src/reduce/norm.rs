@@ -6,11 +6,11 @@ use std::ops::{Add, Div, Mul};
 use half::{bf16, f16};
 use tensorwire_core::DType;
 
-#[cfg(target_arch = "x86_64")]
-use super::convert::{Avx2, Avx512};
 use super::convert::{BLOCK, Convert, Portable};
 use super::number::Number;
 use super::op::{Combine, Sum};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
 
 /// Ends one row of `width` elements: sums `n` buffers as the kernel of [`Sum`](tensorwire_core::ReduceOp::Sum) does, adds the sum to
 /// the residual, and normalises what that gives.

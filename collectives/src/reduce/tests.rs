@@ -292,7 +292,7 @@ fn a_sum_that_is_divided_is_the_average() {
             for kernels in Kernels::available() {
                 let kernel = kernels.divide[dtype as usize - 1];
                 assert_eq!(
-                    run(kernel, dtype, n as f64, &[row.clone()], Some(0)),
+                    run(kernel, dtype, n as f64, std::slice::from_ref(&row), Some(0)),
                     right,
                     "{} {dtype}",
                     kernels.name()

@@ -42,4 +42,4 @@ mod solve;
 mod summary;
 
 pub use describe::{MAX_STAGES, Model, Pipeline, SCHEMA, Stage};
-pub use plan::{DeviceUse, ModelPlan, PipelinePlan, StagePlan, Transfer, place};
+pub use plan::{DeviceUse, ModelPlan, PLAN_SCHEMA, PipelinePlan, StagePlan, Transfer, place};

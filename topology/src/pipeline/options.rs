@@ -146,8 +146,13 @@ pub(super) fn choices(unit: &Unit, classes: &[Class], fabric: &Fabric) -> (Vec<C
         // Slower ones are of use only if they need less memory.
         let using_all = found.tried.iter().filter(|t| t.lacks == 0 && t.degrees.ranks() == group.len());
         let mut least = u64::MAX;
-        let front: Vec<_> =
-            using_all.filter(|t| std::mem::replace(&mut least, least.min(t.peak)) > t.peak).collect();
+        let mut front = Vec::new();
+        for tried in using_all {
+            if tried.peak < least {
+                least = tried.peak;
+                front.push(tried);
+            }
+        }
         let (fastest, rest) = front.split_at(front.len().min(KEPT));
         let mut arranger = Arranger::new(task);
         for tried in fastest.iter().chain(rest.last()) {

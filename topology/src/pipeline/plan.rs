@@ -17,12 +17,12 @@ use super::options::{Choice, Unit, choices, classes};
 use super::solve::{MAX_BRANCHES, solve};
 
 /// The schema that [`PipelinePlan::schema`] names.
-pub const SCHEMA: &str = "tensorwire.pipeline-plan/v1";
+pub const PLAN_SCHEMA: &str = "tensorwire.pipeline-plan/v1";
 
 /// Where a pipeline's models go, and what one request takes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PipelinePlan {
-    /// Always [`SCHEMA`].
+    /// Always [`PLAN_SCHEMA`].
     pub schema: String,
     /// The pipeline.
     pub pipeline: String,
@@ -116,7 +116,7 @@ pub struct DeviceUse {
 }
 
 impl PipelinePlan {
-    /// The plan as JSON, schema [`SCHEMA`]. The same plan gives the same bytes.
+    /// The plan as JSON, schema [`PLAN_SCHEMA`]. The same plan gives the same bytes.
     pub fn to_json(&self) -> String {
         lines(self) + "\n"
     }
@@ -160,7 +160,7 @@ pub fn place(pipeline: &Pipeline, fabric: &Fabric) -> Result<PipelinePlan> {
     let (stages, transfers) = schedule(pipeline, &order, &units, &models, &placed, fabric);
     let request_us = stages.iter().map(|s| s.start_us + s.us).fold(0.0, f64::max);
     Ok(PipelinePlan {
-        schema: SCHEMA.to_owned(),
+        schema: PLAN_SCHEMA.to_owned(),
         pipeline: pipeline.name.clone(),
         fabric: fabric.name().to_owned(),
         request_us: rounded(request_us),

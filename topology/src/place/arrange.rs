@@ -219,8 +219,8 @@ impl<'a> Arranger<'a> {
         let unit = even.div_ceil(16);
         let mut has = vec![unit; replicas.len()];
         let mut next = Vec::new();
-        for r in 0..replicas.len() {
-            next.push(self.done(d, &replicas[r], 2 * unit)?);
+        for replica in replicas {
+            next.push(self.done(d, replica, 2 * unit)?);
         }
         while has.iter().zip(&count).map(|(n, c)| n * c).sum::<usize>() < self.task.batch {
             let first = (0..next.len()).min_by(|a, b| next[*a].total_cmp(&next[*b])).unwrap_or(0);

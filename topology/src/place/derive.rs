@@ -10,6 +10,8 @@ impl Workload {
     /// A model as its files describe it. It makes tokens if it has logits.
     ///
     /// The encoder of a model that also decodes counts with its weights alone: it runs once a request, not in a step.
+    /// Quantised heads that are only cut several at a time are counted singly, so that uneven shares of them may need a
+    /// little more cache than is said here.
     pub fn of(spec: &ModelSpec) -> Workload {
         let deriver = Deriver { spec, element: spec.dtype.size() as u64, text: TEXT_TOKENS as f64 };
         deriver.workload()

@@ -146,13 +146,15 @@ impl View<'_> {
 
     fn stage(&self, ranks: &[usize]) -> Option<StageGroups> {
         let Degrees { tp, cp, .. } = *self.d;
-        let ep = if self.d.sharing_experts() > 1 { self.span(ranks)? } else { Span::default() };
+        let shared = if self.d.sharing_experts() > 1 { Some(self.span(ranks)?) } else { None };
         // Each context-parallel group of tensor-parallel groups.
         let (blocks, which) = self.distinct(ranks.chunks(tp * cp), |block| {
             let across = self.worst(block, tp, cp)?;
             self.distinct(block.chunks(tp), |group| {
-                let workers = group.to_vec();
-                Some(Group { tp: self.span(group)?, cp: across.clone(), ep: ep.clone(), workers })
+                let (workers, tp) = (group.to_vec(), self.span(group)?);
+                // Experts are spread over the group, unless several share them.
+                let ep = shared.as_ref().unwrap_or(&tp).clone();
+                Some(Group { workers, tp, cp: across.clone(), ep })
             })
         })?;
         let mut stage = StageGroups { groups: Vec::new(), which: Vec::new() };

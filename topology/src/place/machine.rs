@@ -130,6 +130,12 @@ impl Machine {
                 ));
                 u64::MAX
             });
+            if model.ranks > 1 {
+                unknown.insert(format!(
+                    "{} can run {} ranks, which would share its memory and its speed: it is taken as one",
+                    model.name, model.ranks
+                ));
+            }
             let at = &fabric.devices()[*device];
             let (name, host) = (at.name.clone(), at.host as usize);
             Worker { device: *device, name, host, memory_bytes, bytes_per_us, flops_per_us }

@@ -111,6 +111,8 @@ struct PartShares {
     ranks: Vec<Share>,
     /// Whether experts are whole.
     whole_experts: bool,
+    /// Whether these are experts beside which each rank has some of a shared expert's columns.
+    with_shared_expert: bool,
 }
 
 /// Costs of a model's blocks on a group.
@@ -145,7 +147,7 @@ impl Pricer<'_> {
         memo: &mut Memo,
     ) -> Result<Shares, &'static str> {
         let alike = speeds.iter().all(|s| *s == speeds[0]);
-        let mut of = |part: &Part| -> Result<PartShares, &'static str> {
+        let mut of = |part: &Part, with_shared_expert: bool| -> Result<PartShares, &'static str> {
             let ranks = match part.split {
                 Split::Experts { count, .. } if d.ep > 1 => {
                     // Where several groups share them, experts are spread evenly: the largest share counts for all.
@@ -160,11 +162,15 @@ impl Pricer<'_> {
             };
             let what = part.split.limit().map_or("ranks", |(what, _)| what);
             let whole_experts = d.ep > 1 && matches!(part.split, Split::Experts { .. });
-            Ok(PartShares { ranks: ranks.ok_or(what)?, whole_experts })
+            Ok(PartShares { ranks: ranks.ok_or(what)?, whole_experts, with_shared_expert })
         };
-        let blocks = self.workload.blocks.iter();
-        let found: Result<_, _> = blocks.map(|b| b.parts.iter().map(&mut of).collect()).collect();
-        found.map(Shares)
+        let mut blocks = Vec::new();
+        for block in &self.workload.blocks {
+            let cut = |p: &Part| matches!(p.split, Split::Shared { units } if units >= d.tp);
+            let shared = block.parts.iter().any(cut);
+            blocks.push(block.parts.iter().map(|p| of(p, shared)).collect::<Result<_, _>>()?);
+        }
+        Ok(Shares(blocks))
     }
 
     /// What one wave through each kind of block costs a group.
@@ -243,11 +249,12 @@ impl Pricer<'_> {
         pass: &Pass,
         tally: &mut Tally,
     ) {
-        let tokens = pass.local_tokens(d.cp);
-        let stream = tokens * self.workload.stream_bytes as f64;
-        if let (true, Split::Experts { per_token, .. }) =
-            (shares.whole_experts && d.sharing_experts() > 1, part.split)
-        {
+        let stream = pass.local_tokens(d.cp) * self.workload.stream_bytes as f64;
+        let experts = match part.split {
+            Split::Experts { per_token, .. } if shares.whole_experts => Some(per_token),
+            _ => None,
+        };
+        if let Some(per_token) = experts {
             // There and back: each rank sends its part of the group's tokens to the ranks of their experts.
             let sent = stream / d.tp as f64 * per_token as f64;
             tally.add(Cause::Ep, 2.0 * all_to_all_us(&group.ep, sent), 2.0 * gather_wire(d.ep, sent));
@@ -257,12 +264,16 @@ impl Pricer<'_> {
         }
         match part.after {
             Exchange::None => {}
+            // A rank has the results of its own tokens, and there are no partial sums.
+            Exchange::Sum if experts.is_some() && !shares.with_shared_expert => {
+                tally.add(Cause::Tp, all_gather_us(&group.tp, stream), gather_wire(d.tp, stream));
+            }
             // The bytes are the same, but a reduce-scatter and an all-gather are two steps at least.
             Exchange::Sum if d.sp => {
                 tally.add(Cause::Tp, 2.0 * all_gather_us(&group.tp, stream), all_reduce_wire(d.tp, stream));
             }
             Exchange::Sum => {
-                tally.add(Cause::Tp, all_reduce_us(&group.tp, stream), all_reduce_wire(d.tp, stream))
+                tally.add(Cause::Tp, all_reduce_us(&group.tp, stream), all_reduce_wire(d.tp, stream));
             }
             Exchange::Gather { row_bytes } => {
                 let rows = pass.sequences * row_bytes as f64;
@@ -348,7 +359,7 @@ impl Pricer<'_> {
                 needs.largest = needs.largest.max(whole).max(cut);
                 let buffer = match (part.after, part.split) {
                     (Exchange::Gather { row_bytes }, _) => (pass.sequences * row_bytes as f64) as u64,
-                    (_, Split::Experts { per_token, .. }) if d.sharing_experts() > 1 => {
+                    (_, Split::Experts { per_token, .. }) if shares.whole_experts => {
                         let sent = tokens / d.tp as f64 * per_token as f64;
                         (2.0 * sent * self.workload.stream_bytes as f64) as u64
                     }

@@ -10,9 +10,9 @@ use super::degrees::{ContextBy, Degrees, tp_limit};
 use super::pass::Goal;
 use super::predict::Cause;
 use super::search::{Found, Tried};
-use crate::plan::Span;
 use crate::plan::json::lines;
 use crate::plan::notes::{size, time};
+use crate::plan::{Explanation, Plan, Span};
 
 /// The schema that [`Placement::schema`] names.
 pub const SCHEMA: &str = "tensorwire.placement/v1";
@@ -53,6 +53,20 @@ impl Placement {
     /// The placement as JSON, schema [`SCHEMA`]. The same placement gives the same bytes.
     pub fn to_json(&self) -> String {
         lines(self) + "\n"
+    }
+
+    /// The plan of the chosen tensor-parallel degree as JSON, as [`Plan::to_json`] writes it, with the placement in the
+    /// field `placement`, and its explanation in `explain`.
+    pub fn to_json_with(&self, plan: &Plan, explain: Option<&Explanation>) -> String {
+        #[derive(Serialize)]
+        struct Placed<'a> {
+            #[serde(flatten)]
+            plan: &'a Plan,
+            placement: &'a Placement,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            explain: Option<&'a Explanation>,
+        }
+        lines(&Placed { plan, placement: self, explain }) + "\n"
     }
 }
 

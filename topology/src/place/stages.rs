@@ -115,7 +115,7 @@ fn rank_memory(needs: &[Vec<Needs>], rank: usize, counts: &Counts, stage: usize,
 pub(super) fn cut(workload: &Workload, costs: &[&StageCost], fixed: &Fixed, goal: Goal) -> Vec<Range<usize>> {
     let (blocks, n) = (workload.order.len(), costs.len());
     if n == 1 {
-        return vec![0..blocks];
+        return std::iter::once(0..blocks).collect();
     }
     let kinds = 0..workload.blocks.len();
     let cost: Vec<Vec<f64>> =

@@ -7,7 +7,7 @@
 //! * copies: one rank, as often as there are ranks;
 //! * padded heads: heads of zeros, in whole groups that read one key/value head, until every rank has as many. With
 //!   `n` ranks and `k` groups of `g` query heads these are `ceil(k/n)` groups a rank where `n <= k`, else
-//!   `ceil(g/r)` heads of one group, `r = ceil(n/k)` ranks a group.
+//!   `ceil(g/r)` heads of one group, with `r = floor(n/k)` ranks a group.
 
 use serde::{Deserialize, Serialize};
 
@@ -215,9 +215,8 @@ impl Planner<'_> {
             let each = groups.div_ceil(n);
             (each * group, each, each * n * group)
         } else {
-            let ranks = n.div_ceil(groups);
-            let each = group.div_ceil(ranks);
-            (each, 1, each * ranks * n.div_ceil(ranks))
+            let each = group.div_ceil(n / groups);
+            (each, 1, each * n)
         };
         if all == heads {
             return None;
@@ -304,6 +303,20 @@ impl Alternative {
         }
     }
 
+    /// As a line of a table.
+    pub(super) fn cells(&self) -> [String; 6] {
+        let us = |us: Option<f64>| us.map_or("-".to_owned(), time);
+        let bytes = |bytes: Option<u64>| bytes.map_or("-".to_owned(), size);
+        [
+            self.what.clone(),
+            us(self.decode_us_per_token),
+            us(self.comm_us_per_token),
+            bytes(self.weight_bytes),
+            bytes(self.kv_bytes_per_token),
+            self.why.clone(),
+        ]
+    }
+
     fn impossible(what: &str, why: String) -> Alternative {
         Alternative {
             what: what.to_owned(),
@@ -314,6 +327,19 @@ impl Alternative {
             kv_bytes_per_token: None,
             why,
         }
+    }
+}
+
+impl NoteCost {
+    /// What it costs, in words; nothing if it costs nothing.
+    pub(super) fn costs(&self) -> String {
+        let costs = [
+            (self.weight_bytes > 0).then(|| format!("{} of weights", size(self.weight_bytes))),
+            (self.kv_bytes_per_token > 0)
+                .then(|| format!("{} of KV cache a token", size(self.kv_bytes_per_token))),
+            (self.us_per_token > 0.0).then(|| format!("{} a token", time(self.us_per_token))),
+        ];
+        costs.into_iter().flatten().collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -362,43 +388,32 @@ const SHOWN: usize = 12;
 impl Explanation {
     /// For a person, in lines of at most 100 columns.
     pub fn text(&self) -> String {
-        let mut lines = vec![format!("binding: {}", self.binding)];
-        if let Some(l) = &self.limit {
-            let groups = if l.granule > 1 { format!(" groups of {}", l.granule) } else { String::new() };
-            let what = format!("at most {} ranks, as {} = {}{groups}", l.most_ranks, l.constraint, l.size);
-            lines.push(format!("limit: {what}, and each rank needs at least one"));
+        let mut text = wrapped(&format!("waits for {}", self.binding), "  ");
+        if let Some(limit) = self.limit_text() {
+            text.push_str(&wrapped(&format!("limit: {limit}"), "  "));
         }
-        let mut text: String = lines.iter().map(|l| wrapped(l, "  ")).collect();
         text.push_str("alternatives, with what a decoded token is predicted to take:\n");
         text.push_str(&row(["", "a token", "exchanges", "weights", "KV a token", ""].map(str::to_owned)));
-        for a in self.shown() {
-            let us = |us: Option<f64>| us.map_or("-".to_owned(), time);
-            let bytes = |bytes: Option<u64>| bytes.map_or("-".to_owned(), size);
-            let cells = [
-                a.what.clone(),
-                us(a.decode_us_per_token),
-                us(a.comm_us_per_token),
-                bytes(a.weight_bytes),
-                bytes(a.kv_bytes_per_token),
-                a.why.clone(),
-            ];
-            text.push_str(&row(cells));
+        for alternative in self.shown() {
+            text.push_str(&row(alternative.cells()));
         }
         text.push_str("notes, with what they cost over all ranks:\n");
         for note in &self.notes {
             text.push_str(&wrapped(&format!("  {}", note.note), "    "));
-            let costs = [
-                (note.weight_bytes > 0).then(|| format!("{} of weights", size(note.weight_bytes))),
-                (note.kv_bytes_per_token > 0)
-                    .then(|| format!("{} of KV cache a token", size(note.kv_bytes_per_token))),
-                (note.us_per_token > 0.0).then(|| format!("{} a token", time(note.us_per_token))),
-            ];
-            let costs: Vec<String> = costs.into_iter().flatten().collect();
+            let costs = note.costs();
             if !costs.is_empty() {
-                text.push_str(&wrapped(&format!("    costs: {}", costs.join(", ")), "      "));
+                text.push_str(&wrapped(&format!("    costs {costs}"), "      "));
             }
         }
         text
+    }
+
+    /// What stops more ranks.
+    pub(super) fn limit_text(&self) -> Option<String> {
+        let l = self.limit.as_ref()?;
+        let groups = if l.granule > 1 { format!(" groups of {}", l.granule) } else { String::new() };
+        let size = format!("{} = {}{groups}", l.constraint, l.size);
+        Some(format!("at most {} ranks, as {size}, and each rank needs at least one", l.most_ranks))
     }
 
     /// The alternatives for a person: of many numbers of ranks, powers of two, those beside the plan's, the fastest

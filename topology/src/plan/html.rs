@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::notes::{size, time};
 use super::view::{groups, ranges};
-use super::{Plan, SCHEMA};
+use super::{Explanation, Plan, SCHEMA};
 use crate::svg::escaped;
 
 const STYLE: &str = "\
@@ -16,7 +16,7 @@ svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .9em .25em 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884 }
 th { font-weight: 600 }
-th:first-child, td:first-child, .text { text-align: left }
+th:first-child, td:first-child, th:last-child, .text { text-align: left }
 li { margin: .3em 0; max-width: 60em }
 footer { margin: 3em 0 1em; color: #777 }
 ";
@@ -25,6 +25,12 @@ impl Plan {
     /// The plan as an HTML page for people: the [picture](Plan::svg), what each rank holds, what is exchanged,
     /// and the notes. It loads nothing and runs no script.
     pub fn html(&self) -> String {
+        self.html_with(&self.svg(), None)
+    }
+
+    /// The [page](Plan::html) with another picture, such as [one on a fabric](Plan::svg_on), and perhaps with an
+    /// explanation, which has the notes with their costs.
+    pub fn html_with(&self, picture: &str, explain: Option<&Explanation>) -> String {
         let mut page = Page { text: String::new() };
         let ranks = if self.world == 1 { "one rank".to_owned() } else { format!("{} ranks", self.world) };
         let title = format!("{} over {ranks}", self.model.model_type);
@@ -32,16 +38,14 @@ impl Plan {
         page.add("<meta name=\"viewport\" content=\"width=device-width\">\n");
         page.add(&format!("<title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n", escaped(&title)));
         page.add("<div class=\"wide\">\n");
-        page.add(&self.svg());
+        page.add(picture);
         page.add("</div>\n");
         self.holdings(&mut page);
         self.exchanged(&mut page);
-        page.heading("Notes");
-        page.add("<ul>\n");
-        for note in &self.notes {
-            page.add(&format!("<li>{}</li>\n", escaped(note)));
+        match explain {
+            Some(explain) => explained(&mut page, explain),
+            None => notes(&mut page, self.notes.iter().map(|note| (note, String::new()))),
         }
-        page.add("</ul>\n");
         page.add(&format!("<footer>{SCHEMA}, tensorwire {}</footer>\n", env!("CARGO_PKG_VERSION")));
         page.add("</body>\n</html>\n");
         page.text
@@ -97,6 +101,30 @@ impl Plan {
             page.table(&head.map(str::to_owned), lines.into_iter(), 2);
         }
     }
+}
+
+/// What binds, what else there was, and the notes with their costs.
+fn explained(page: &mut Page, explain: &Explanation) {
+    page.heading("Why");
+    page.add(&format!("<p>It waits for {}.</p>\n", escaped(&explain.binding)));
+    if let Some(limit) = explain.limit_text() {
+        page.add(&format!("<p>Limit: {}.</p>\n", escaped(&limit)));
+    }
+    let head =
+        ["", "a token", "exchanges", "weights a rank", "KV cache a token and rank", ""].map(str::to_owned);
+    page.table(&head, explain.alternatives.iter().map(|a| a.cells().to_vec()), 1);
+    notes(page, explain.notes.iter().map(|n| (&n.note, n.costs())));
+}
+
+/// A list of notes, each with what it costs.
+fn notes<'a>(page: &mut Page, notes: impl Iterator<Item = (&'a String, String)>) {
+    page.heading("Notes");
+    page.add("<ul>\n");
+    for (note, costs) in notes {
+        let costs = if costs.is_empty() { costs } else { format!("<br>costs {}", escaped(&costs)) };
+        page.add(&format!("<li>{}{costs}</li>\n", escaped(note)));
+    }
+    page.add("</ul>\n");
 }
 
 struct Page {

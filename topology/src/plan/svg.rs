@@ -3,7 +3,9 @@
 use super::notes::{size, time};
 use super::view::{Group, Row, groups, ranges};
 use super::{Collective, Plan, Span};
+use crate::fabric::{Fabric, Hop};
 use crate::svg::{Anchor, Rect, Svg, text_width};
+use crate::{Error, Result};
 
 const GROUND: &str = "#ffffff";
 const INK: &str = "#24292f";
@@ -15,6 +17,7 @@ const OWN: &str = "#0072b2";
 const COPY: &str = "#f7cf74";
 const COPY_STRIPE: &str = "#e69f00";
 const COPIES: &str = "url(#copies)";
+const ISLAND: &str = "#d3e4d6";
 const BAND: &str = "#fde9dc";
 const TRAFFIC: &str = "#f0a878";
 
@@ -35,6 +38,24 @@ impl Plan {
     /// The plan as an SVG picture: a column a rank with what it holds, and between them what the ranks
     /// exchange for each token. Of more than 64 ranks the first 64 are drawn.
     pub fn svg(&self) -> String {
+        self.draw(&[])
+    }
+
+    /// The [picture](Plan::svg) with what joins the ranks above them: a line for each class of links, in it a band
+    /// for each set of ranks that reach each other by that class or nearer. Rank `i` runs on `devices[i]` of the
+    /// fabric.
+    ///
+    /// Error: [`Error::InvalidPlan`] if there isn't a device for each rank.
+    pub fn svg_on(&self, fabric: &Fabric, devices: &[usize]) -> Result<String> {
+        if devices.len() != self.world || devices.iter().any(|d| *d >= fabric.devices().len()) {
+            let (found, all) = (devices.len(), fabric.devices().len());
+            let what = format!("it has {} ranks, and {found} of {all} devices to run on", self.world);
+            return Err(Error::InvalidPlan(what));
+        }
+        Ok(self.draw(&levels(fabric, devices)))
+    }
+
+    fn draw(&self, levels: &[Level]) -> String {
         let drawn = self.world.min(MOST);
         let slot = (COLUMNS / drawn as f64).min(WIDEST);
         let traffic = (self.layers.iter().flat_map(|l| &l.collectives).chain(&self.vocab.collectives))
@@ -43,6 +64,7 @@ impl Plan {
         let mut picture = Picture { svg: Svg::new(), y: 0.0, drawn, slot, world: self.world, traffic };
         picture.svg.stripes("copies", COPY, COPY_STRIPE);
         picture.heading(self);
+        levels.iter().for_each(|level| picture.level(level));
         picture.shares(self);
         for group in groups(self) {
             picture.group(&group);
@@ -51,6 +73,37 @@ impl Plan {
         let (width, height) = (picture.right() + RIGHT, picture.y);
         picture.svg.finish(width, height, GROUND)
     }
+}
+
+/// A class of links, and the ranks that hang together by it.
+struct Level {
+    class: &'static str,
+    cost: String,
+    /// By rank: which island it is in, and what that is called.
+    islands: Vec<(usize, String)>,
+}
+
+/// The classes of links between these devices, the farthest first.
+fn levels(fabric: &Fabric, devices: &[usize]) -> Vec<Level> {
+    let mut used = devices.to_vec();
+    used.sort_unstable();
+    used.dedup();
+    let host_of = |device: usize| &fabric.hosts()[fabric.devices()[device].host as usize].name;
+    let level = |hop: &Hop| {
+        let islands = fabric.islands(&used, hop.class);
+        let island = |device: &usize| {
+            let found = islands.iter().position(|island| island.binary_search(device).is_ok()).unwrap_or(0);
+            let hosts = islands[found].iter().map(|d| host_of(*d));
+            let one_host = hosts.clone().all(|host| host == host_of(*device));
+            (found, if one_host { host_of(*device).clone() } else { fabric.name().to_owned() })
+        };
+        Level {
+            class: hop.class.name(),
+            cost: format!("{} us, {} GB/s", significant(hop.link.alpha_us), significant(hop.link.gbps)),
+            islands: devices.iter().map(island).collect(),
+        }
+    };
+    fabric.classes(&used).iter().rev().map(level).collect()
 }
 
 struct Picture {
@@ -111,6 +164,26 @@ impl Picture {
             self.svg.text((16.0, 70.0), 12.0, FAINT, Anchor::Start, &line);
             self.y += 16.0;
         }
+    }
+
+    /// A band over each island of a class of links.
+    fn level(&mut self, level: &Level) {
+        self.side(self.y + 9.0, &format!("{} links", level.class), 12.0, INK);
+        self.side(self.y + 21.0, &level.cost, 10.5, FAINT);
+        let mut start = 0;
+        while start < self.drawn {
+            let (island, name) = &level.islands[start];
+            let run = level.islands[start..self.drawn].iter().take_while(|(i, _)| i == island).count();
+            let width = self.slot * run as f64 - self.gap();
+            let band = Rect { x: self.left_of(start), y: self.y, width, height: 20.0 };
+            self.svg.rect(band, 3.0, ISLAND);
+            if let Some(size) = fitting(name, width - 4.0, 11.0) {
+                let at = (band.x + width / 2.0, self.y + 10.0 + size * 0.36);
+                self.svg.text(at, size, INK, Anchor::Middle, name);
+            }
+            start += run;
+        }
+        self.y += 30.0;
     }
 
     /// The ranks' numbers, and the bytes that each holds.

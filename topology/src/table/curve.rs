@@ -247,7 +247,7 @@ fn band(sizes: &[Size]) -> f64 {
     });
     let mut misses: Vec<f64> = misses.collect();
     misses.sort_by(f64::total_cmp);
-    let within = (misses.len() as f64 * WITHIN).ceil() as usize;
+    let within = (misses.len() as f64 * WITHIN) as usize;
     rounded(misses[within.clamp(1, misses.len()) - 1].exp()).max(1.0)
 }
 

@@ -5,16 +5,15 @@ use super::group::{Each, Group, Heads};
 use super::moe::{experts, gated_mlp};
 use super::tensor::{Tensor, gelu, silu};
 
-/// The tokens that every toy reads.
-pub(crate) const TOKENS: [usize; 7] = [3, 141, 59, 26, 189, 0, 97];
+/// The tokens that every toy reads: so many that each expert gets some.
+pub(crate) const TOKENS: [usize; 12] = [3, 141, 59, 26, 189, 0, 97, 150, 33, 72, 111, 165];
 
 /// Llama and what has its frame: norms before (Gemma: and after) attention and feed-forward layer.
 pub(crate) fn llama(g: &Group) -> Each {
     let c = g.config;
     let gemma = c.text("model_type").starts_with("gemma");
-    let norm = |name: &str, x: &Each| {
-        g.rms_norm(name, x, c.real("rms_norm_eps"), if gemma { 1.0 } else { 0.0 })
-    };
+    let norm =
+        |name: &str, x: &Each| g.rms_norm(name, x, c.real("rms_norm_eps"), if gemma { 1.0 } else { 0.0 });
     let mut x = g.embed("model.embed_tokens", &TOKENS);
     if gemma {
         let scale = (c.get("hidden_size") as f64).sqrt();
@@ -75,9 +74,13 @@ fn grouped(g: &Group, n: usize, x: &Each) -> Each {
         ..Scores::causal(dim)
     };
     let sinks = of("sinks");
-    let a = g.attention_with(&heads, &scores, (&q, &k, &v), |_, _, _, _| 0.0, |rank| {
-        g.has(&sinks).then(|| g.tensor(rank, &sinks).data.clone())
-    });
+    let a = g.attention_with(
+        &heads,
+        &scores,
+        (&q, &k, &v),
+        |_, _, _, _| 0.0,
+        |rank| g.has(&sinks).then(|| g.tensor(rank, &sinks).data.clone()),
+    );
     g.row_linear(&of("o_proj"), &a)
 }
 
@@ -131,11 +134,14 @@ fn feed_forward(g: &Group, n: usize, x: &Each) -> Each {
             let half = t.cols() / 2;
             t.columns(0..half).map(silu).mul(&t.columns(half..2 * half))
         };
-        return g.row_linear(&format!("{mlp}.down_proj"), &g.linear(&format!("{mlp}.gate_up_proj"), x).map(half));
+        return g
+            .row_linear(&format!("{mlp}.down_proj"), &g.linear(&format!("{mlp}.gate_up_proj"), x).map(half));
     }
     let gemma = g.config.text("model_type").starts_with("gemma");
     match g.has_module(&format!("{mlp}.gate_proj")) {
-        true => g.row_end(&format!("{mlp}.down_proj"), gated_mlp(g, &mlp, x, if gemma { gelu } else { silu })),
+        true => {
+            g.row_end(&format!("{mlp}.down_proj"), gated_mlp(g, &mlp, x, if gemma { gelu } else { silu }))
+        }
         false => experts(g, &format!("model.layers.{n}"), x),
     }
 }
@@ -146,9 +152,8 @@ pub(crate) fn gpt2(g: &Group) -> Each {
     let (eps, heads) = (c.real("layer_norm_epsilon"), c.get("n_head"));
     let dim = c.get("n_embd") / heads;
     let positions: Vec<usize> = (0..TOKENS.len()).collect();
-    let mut x = g
-        .embed("wte", &TOKENS)
-        .add(&g.each(|rank| g.tensor(rank, "wpe.weight").select(0, &positions)));
+    let mut x =
+        g.embed("wte", &TOKENS).add(&g.each(|rank| g.tensor(rank, "wpe.weight").select(0, &positions)));
     for n in 0..c.get("n_layer") {
         let of = |part: &str| format!("h.{n}.{part}");
         let heads = Heads::new(format!("h.{n}"), heads, heads, dim);
@@ -172,7 +177,8 @@ pub(crate) fn gpt_neox(g: &Group) -> Each {
     for n in 0..c.get("num_hidden_layers") {
         let of = |part: &str| format!("gpt_neox.layers.{n}.{part}");
         let heads = Heads::new(format!("gpt_neox.layers.{n}"), heads, heads, dim);
-        let fused = g.linear(&of("attention.query_key_value"), &g.layer_norm(&of("input_layernorm"), &x, eps));
+        let fused =
+            g.linear(&of("attention.query_key_value"), &g.layer_norm(&of("input_layernorm"), &x, eps));
         let [q, k, v] = [0, 1, 2].map(|part| every(&fused, 3 * dim, part * dim..(part + 1) * dim));
         let [q, k] = [q, k].map(|x| x.map(|t| rotate(t, dim, rotary, 10_000.0, Pairs::Halves)));
         let a = g.attention(&heads, &Scores::causal(dim), (&q, &k, &v));
@@ -190,26 +196,43 @@ pub(crate) fn gpt_neox(g: &Group) -> Each {
     g.logits("embed_out", "embed_out", &g.layer_norm("gpt_neox.final_layer_norm", &x, eps))
 }
 
-/// Falcon: attention and feed-forward layer side by side; one key/value head (7B) or groups (40B).
+/// Falcon: attention and feed-forward layer side by side, with one key/value head (7B) or groups (40B); or one
+/// after the other, with a key/value head for each query head (RW).
 pub(crate) fn falcon(g: &Group) -> Each {
     let c = g.config;
     let (eps, heads) = (c.real("layer_norm_epsilon"), c.get("num_attention_heads"));
     let dim = c.get("hidden_size") / heads;
-    let grouped = c.is("new_decoder_architecture");
-    let kv_heads = if grouped { c.get("num_kv_heads") } else { 1 };
+    let [grouped, beside] = ["new_decoder_architecture", "parallel_attn"].map(|flag| c.is(flag));
+    let kv_heads = match (grouped, c.is("multi_query")) {
+        (true, _) => c.get("num_kv_heads"),
+        (_, true) => 1,
+        _ => heads,
+    };
+    let norms = match (grouped, beside) {
+        (true, _) => ["ln_attn", "ln_mlp"],
+        (_, true) => ["input_layernorm"; 2],
+        _ => ["input_layernorm", "post_attention_layernorm"],
+    };
     let mut x = g.embed("transformer.word_embeddings", &TOKENS);
     for n in 0..c.get("num_hidden_layers") {
         let of = |part: &str| format!("transformer.h.{n}.{part}");
         let heads = Heads::new(format!("transformer.h.{n}"), heads, kv_heads, dim);
-        let [before, beside] = if grouped { ["ln_attn", "ln_mlp"] } else { ["input_layernorm"; 2] };
-        let normed = g.layer_norm(&of(before), &x, eps);
+        let normed = g.layer_norm(&of(norms[0]), &x, eps);
         let fused = g.linear(&of("self_attention.query_key_value"), &normed);
         let [q, k, v] = g.split_groups(&heads, &fused);
         let [q, k] = [q, k].map(|x| x.map(|t| rotate(t, dim, dim, 10_000.0, Pairs::Halves)));
         let a = g.attention(&heads, &Scores::causal(dim), (&q, &k, &v));
-        let normed = g.layer_norm(&of(beside), &x, eps);
-        let inner = g.linear(&of("mlp.dense_h_to_4h"), &normed).map(|t| t.map(gelu));
-        x = x.add(&parallel(g, &of(""), ["self_attention.dense", "mlp.dense_4h_to_h"], [&a, &inner]));
+        let mlp = |x: &Each| {
+            let normed = g.layer_norm(&of(norms[1]), x, eps);
+            g.linear(&of("mlp.dense_h_to_4h"), &normed).map(|t| t.map(gelu))
+        };
+        if beside {
+            let modules = ["self_attention.dense", "mlp.dense_4h_to_h"];
+            x = x.add(&parallel(g, &of(""), modules, [&a, &mlp(&x)]));
+        } else {
+            x = x.add(&g.row_linear(&of("self_attention.dense"), &a));
+            x = x.add(&g.row_linear(&of("mlp.dense_4h_to_h"), &mlp(&x)));
+        }
     }
     let head = if g.has("lm_head.weight") { "lm_head" } else { "transformer.word_embeddings" };
     g.logits("lm_head", head, &g.layer_norm("transformer.ln_f", &x, eps))

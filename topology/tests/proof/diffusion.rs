@@ -109,14 +109,16 @@ pub(crate) fn cosmos(g: &Group) -> Each {
         let heads = || Heads::new(layer.clone(), heads, heads, dim);
         x = x.add(&place);
         let modulated = |norm: &str, x: &Each| {
-            let m = g.linear(&of(&format!("{norm}.linear_2")), &g.linear(&of(&format!("{norm}.linear_1")), &time));
+            let m = g
+                .linear(&of(&format!("{norm}.linear_2")), &g.linear(&of(&format!("{norm}.linear_1")), &time));
             let m = m.add(&temb);
             (modulate(x, 1e-6, &chunk(&m, 3, 0), &chunk(&m, 3, 1)), chunk(&m, 3, 2))
         };
         let attention = |module: &str, x: &Each, seen: &Each, turned: Option<&Vec<Vec<f64>>>| {
             let of = |part: &str| of(&format!("{module}.{part}"));
             let [q, k] = [("q", x), ("k", seen)].map(|(p, x)| {
-                let normed = g.head_norm(&of(&format!("norm_{p}")), &g.linear(&of(&format!("to_{p}")), x), 1e-6, 0.0);
+                let normed =
+                    g.head_norm(&of(&format!("norm_{p}")), &g.linear(&of(&format!("to_{p}")), x), 1e-6, 0.0);
                 turned.map_or(normed.clone(), |by| normed.map(|t| rotate_by(t, dim, by, Pairs::Halves)))
             });
             let v = g.linear(&of("to_v"), seen);

@@ -16,7 +16,8 @@ pub(crate) fn bert(g: &Group) -> Each {
     };
     let x = g.embed("embeddings.word_embeddings", &TOKENS);
     let x = x.add(&plain("position_embeddings", &positions));
-    let x = x.add(&plain("token_type_embeddings", &[0, 0, 0, 0, 1, 1, 1]));
+    let segments: Vec<usize> = (0..TOKENS.len()).map(|i| i / 7).collect();
+    let x = x.add(&plain("token_type_embeddings", &segments));
     let mut x = g.layer_norm("embeddings.LayerNorm", &x, eps);
     for n in 0..c.get("num_hidden_layers") {
         let of = |part: &str| format!("encoder.layer.{n}.{part}");
@@ -88,7 +89,8 @@ fn t5_attention(
 ) -> Each {
     let c = g.config;
     let of = |part: &str| format!("{stack}.block.{n}.layer.{module}.{part}");
-    let heads = Heads::new(format!("{stack}.block.{n}"), c.get("num_heads"), c.get("num_heads"), c.get("d_kv"));
+    let heads =
+        Heads::new(format!("{stack}.block.{n}"), c.get("num_heads"), c.get("num_heads"), c.get("d_kv"));
     let heads = if table.is_none() { heads.cross() } else { heads };
     let (q, k, v) = (g.linear(&of("q"), x), g.linear(&of("k"), seen), g.linear(&of("v"), seen));
     let decodes = stack == "decoder";
@@ -155,7 +157,8 @@ pub(crate) fn siglip(g: &Group) -> Each {
         let of = |part: &str| top(&format!("encoder.layers.{n}.{part}"));
         let heads = Heads::new(top(&format!("encoder.layers.{n}")), heads, heads, dim);
         let normed = g.layer_norm(&of("layer_norm1"), &x, eps);
-        let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map(|p| g.linear(&of(&format!("self_attn.{p}")), &normed));
+        let [q, k, v] =
+            ["q_proj", "k_proj", "v_proj"].map(|p| g.linear(&of(&format!("self_attn.{p}")), &normed));
         let a = g.attention(&heads, &Scores::full(dim), (&q, &k, &v));
         x = x.add(&g.row_linear(&of("self_attn.out_proj"), &a));
         x = x.add(&mlp(&of, &g.layer_norm(&of("layer_norm2"), &x, eps)));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use serde_json::Value;
-use tensorwire_topology::plan::{Span, TensorShard};
+use tensorwire_topology::plan::{Layer, Span, TensorShard};
 use tensorwire_topology::{ModelSpec, Plan};
 
 use super::attention::{Scores, attend};
@@ -129,7 +129,7 @@ pub(crate) struct Group<'a> {
 impl<'a> Group<'a> {
     /// One rank with every tensor whole.
     pub(crate) fn whole(config: &'a Config, spec: &ModelSpec) -> Group<'a> {
-        let all = spec.tensors.iter().map(|t| (t.name.clone(), seeded(t))).collect();
+        let all = spec.tensors.iter().map(|t| (t.name.clone(), seeded(config, t))).collect();
         Group::new(config, None, vec![all])
     }
 
@@ -137,7 +137,7 @@ impl<'a> Group<'a> {
     pub(crate) fn sharded(config: &'a Config, spec: &ModelSpec, plan: &'a Plan) -> Group<'a> {
         let mut weights = vec![BTreeMap::new(); plan.world];
         for tensor in &spec.tensors {
-            let whole = seeded(tensor);
+            let whole = seeded(config, tensor);
             for (rank, held) in weights.iter_mut().enumerate() {
                 if let Some(shard) = plan.tensor(&tensor.name, rank) {
                     held.insert(tensor.name.clone(), cut(&whole, shard));
@@ -147,21 +147,18 @@ impl<'a> Group<'a> {
         Group::new(config, Some(plan), weights)
     }
 
-    pub(crate) fn new(
-        config: &'a Config,
-        plan: Option<&'a Plan>,
-        weights: Vec<BTreeMap<String, Tensor>>,
-    ) -> Group<'a> {
+    fn new(config: &'a Config, plan: Option<&'a Plan>, weights: Vec<BTreeMap<String, Tensor>>) -> Group<'a> {
         Group { config, plan, fault: None, weights, read: RefCell::default(), made: RefCell::default() }
     }
 
-    /// Panics if a tensor wasn't read, or if the plan has an exchange for which the forward has no place.
+    /// Panics if the whole model has a tensor that wasn't read, or if the plan has an exchange for which the
+    /// forward has no place.
     pub(crate) fn finish(&self) {
-        let read = self.read.borrow();
-        for name in self.weights.iter().flat_map(BTreeMap::keys) {
-            assert!(read.contains(name), "{name} wasn't used");
-        }
-        let Some(plan) = self.plan else { return };
+        let Some(plan) = self.plan else {
+            let unread = self.weights[0].keys().find(|name| !self.read.borrow().contains(*name));
+            assert_eq!(unread, None, "is part of the model, but wasn't used");
+            return;
+        };
         let layers = plan.layers.iter().map(|layer| (layer.name.as_str(), &layer.collectives));
         for (name, all) in layers.chain([("", &plan.vocab.collectives)]) {
             let made = self.made.borrow().get(name).copied().unwrap_or(0);
@@ -187,11 +184,6 @@ impl<'a> Group<'a> {
         WEIGHTS.iter().any(|name| self.has(&format!("{module}.{name}")))
     }
 
-    /// Whether a rank has something of a module's weight.
-    pub(crate) fn holds(&self, rank: usize, module: &str) -> bool {
-        WEIGHTS.iter().any(|name| self.weights[rank].contains_key(&format!("{module}.{name}")))
-    }
-
     /// A rank's part of a tensor.
     pub(crate) fn tensor(&self, rank: usize, name: &str) -> &Tensor {
         self.read.borrow_mut().insert(name.to_owned());
@@ -212,7 +204,7 @@ impl<'a> Group<'a> {
             if quantization["quant_method"] == "awq" {
                 return quant::awq(words, zeros, scales, group);
             }
-            // Groups are numbered over all ranks.
+            // Groups are numbered over all ranks. Where inputs of all groups are everywhere, scales are too.
             let first = self.first(rank, &format!("{module}.scales"));
             let groups: Vec<usize> = part("g_idx").data.iter().map(|g| *g as usize - first).collect();
             return quant::gptq(words, zeros, scales, &groups);
@@ -285,7 +277,14 @@ impl<'a> Group<'a> {
 
     /// RMSNorm of queries and keys over the heads of all ranks, `width` elements in all: the ranks sum their
     /// squares, of both in one exchange.
-    pub(crate) fn norm_across(&self, attention: &str, layer: &str, qk: [Each; 2], width: usize, eps: f64) -> [Each; 2] {
+    pub(crate) fn norm_across(
+        &self,
+        attention: &str,
+        layer: &str,
+        qk: [Each; 2],
+        width: usize,
+        eps: f64,
+    ) -> [Each; 2] {
         let squares = |t: &Tensor| t.each_row(|row| vec![dot(row, row)]);
         let both = qk[0].with(&qk[1], |q, k| Tensor::below(&[squares(q), squares(k)]));
         let both = self.exchange(&format!("{layer}.sum of squares"), both);
@@ -301,9 +300,8 @@ impl<'a> Group<'a> {
     }
 
     pub(crate) fn layer_norm(&self, module: &str, x: &Each, eps: f64) -> Each {
-        let normed = self.each(|rank| {
-            standardise(&x.0[rank], eps).mul(self.tensor(rank, &format!("{module}.weight")))
-        });
+        let normed = self
+            .each(|rank| standardise(&x.0[rank], eps).mul(self.tensor(rank, &format!("{module}.weight"))));
         self.bias(module, normed)
     }
 
@@ -342,12 +340,14 @@ impl<'a> Group<'a> {
         self.plan.map_or(0..rows, |plan| range(plan.vocab.ranges[rank]))
     }
 
+    fn layer(&self, name: &str) -> Option<&'a Layer> {
+        self.plan?.layers.iter().find(|l| l.name == name)
+    }
+
     /// The query and the key/value heads that a rank has.
     fn held(&self, heads: &Heads, rank: usize) -> (Range<usize>, Range<usize>) {
-        let Some(plan) = self.plan else { return (0..heads.q, 0..heads.kv) };
-        let Some(layer) = plan.layers.iter().find(|l| l.name == heads.layer) else {
-            return (0..heads.q, 0..heads.kv);
-        };
+        // What the plan has no layer for every rank computes whole.
+        let Some(layer) = self.layer(&heads.layer) else { return (0..heads.q, 0..heads.kv) };
         let attention = if heads.cross { layer.cross_attention.as_ref().unwrap() } else { &layer.attention };
         (range(attention.q_heads[rank]), range(attention.kv_heads[rank]))
     }
@@ -374,7 +374,11 @@ impl<'a> Group<'a> {
                     std::iter::repeat_n(0, readers).chain([1, 2])
                 };
                 let which: Vec<usize> = kv.clone().flat_map(group).collect();
-                assert_eq!(fused.0[rank].cols(), which.len() * heads.dim, "the fused layer has the rank's heads");
+                assert_eq!(
+                    fused.0[rank].cols(),
+                    which.len() * heads.dim,
+                    "the fused layer has the rank's heads"
+                );
                 let columns = (0..fused.0[rank].cols()).filter(|c| which[c / heads.dim] == part);
                 fused.0[rank].select(1, &columns.collect::<Vec<_>>())
             })
@@ -410,28 +414,25 @@ impl<'a> Group<'a> {
         self.exchange_as(place, x, Tensor::below)
     }
 
-    fn exchange_as(&self, place: &str, mut x: Each, gather: fn(&[Tensor]) -> Tensor) -> Each {
-        while let Some(op) = self.next_exchange(place) {
-            let sum = || x.0.iter().skip(1).fold(x.0[0].clone(), |sum, part| sum.add(part));
-            x = match op {
-                "all_reduce" => self.same(&sum()),
-                "all_gather" => self.same(&gather(&x.0)),
-                "reduce_scatter" => {
-                    let sum = sum();
-                    self.each(|rank| sum.select(0, &self.tokens_of(rank, sum.rows())))
-                }
-                other => panic!("what is {other}?"),
-            };
+    fn exchange_as(&self, place: &str, x: Each, gather: fn(&[Tensor]) -> Tensor) -> Each {
+        let sum = || x.0.iter().skip(1).fold(x.0[0].clone(), |sum, part| sum.add(part));
+        match self.next_exchange(place) {
+            None => x,
+            Some("all_reduce") => self.same(&sum()),
+            Some("all_gather") => self.same(&gather(&x.0)),
+            Some("reduce_scatter") => {
+                // Between the two are norms, which take each token by itself.
+                let sum = sum();
+                let own = self.each(|rank| sum.select(0, &self.tokens_of(rank, sum.rows())));
+                self.exchange_as(place, own, gather)
+            }
+            Some(other) => panic!("what is {other}?"),
         }
-        x
     }
 
     /// Every rank's messages to every rank, delivered; where the plan doesn't say so only those to itself.
     pub(crate) fn deliver(&self, place: &str, messages: Vec<Vec<Tensor>>) -> Vec<Vec<Tensor>> {
-        let delivered = match self.next_exchange(place) {
-            None => false,
-            Some(op) => op == "all_to_all",
-        };
+        let delivered = self.next_exchange(place) == Some("all_to_all");
         let ranks = 0..messages.len();
         let received = |to: usize| {
             let from = |from: usize| match delivered || from == to {
@@ -443,17 +444,15 @@ impl<'a> Group<'a> {
         ranks.clone().map(received).collect()
     }
 
-    /// The experts that a rank has, of so many, where ranks have different ones; else none.
+    /// The experts that each rank has of a layer, where ranks have different ones; else none.
     pub(crate) fn experts(&self, layer: &str) -> Option<Vec<Range<usize>>> {
-        let layer = self.plan?.layers.iter().find(|l| l.name == layer)?;
-        let ranges: Vec<_> = layer.mlp.experts.iter().map(|s| range(*s)).collect();
+        let ranges: Vec<_> = self.layer(layer)?.mlp.experts.iter().map(|s| range(*s)).collect();
         Some(ranges).filter(|ranges| !ranges.is_empty())
     }
 
     /// Whether ranks have different columns of a layer's shared expert.
     pub(crate) fn shares_expert(&self, layer: &str) -> bool {
-        let layer = self.plan.and_then(|plan| plan.layers.iter().find(|l| l.name == layer));
-        layer.is_none_or(|layer| !layer.mlp.shared_ffn.is_empty())
+        self.layer(layer).is_none_or(|layer| !layer.mlp.shared_ffn.is_empty())
     }
 
     /// The tokens that are a rank's own where ranks divide them.
@@ -477,14 +476,16 @@ impl<'a> Group<'a> {
     /// The list that a module's exchanges are in, by its layer's name, and the operation of the next one of it.
     fn peek(&self, place: &str) -> Option<(&'a str, &'a str)> {
         let plan = self.plan?;
-        let layer = plan.layers.iter().find_map(|l| Some((l, place.strip_prefix(&l.name)?.strip_prefix('.')?)));
+        let layer =
+            plan.layers.iter().find_map(|l| Some((l, place.strip_prefix(&l.name)?.strip_prefix('.')?)));
         let (list, all, module) = match layer {
             Some((layer, module)) => (layer.name.as_str(), &layer.collectives, module),
             None => ("", &plan.vocab.collectives, place),
         };
         let made = self.made.borrow().get(list).copied().unwrap_or(0);
         // The vocabulary's are named without the prefix that all names have.
-        let here = |after: &str| module == after || (list.is_empty() && module.ends_with(&format!(".{after}")));
+        let here =
+            |after: &str| module == after || (list.is_empty() && module.ends_with(&format!(".{after}")));
         let next = all.get(made).filter(|c| here(&c.after))?;
         Some((list, &next.op))
     }
@@ -494,7 +495,13 @@ fn range(span: Span) -> Range<usize> {
     span.start..span.end
 }
 
-/// The part of a tensor that a plan names.
+/// The part of a tensor that a plan names: along each dimension its slices, one after the other.
 fn cut(whole: &Tensor, shard: &TensorShard) -> Tensor {
-    shard.slices.iter().fold(whole.clone(), |t, s| t.select(s.dim, &range(s.range).collect::<Vec<_>>()))
+    (0..whole.shape.len()).fold(whole.clone(), |t, dim| {
+        let mut slices = shard.slices.iter().filter(|s| s.dim == dim).peekable();
+        match slices.peek() {
+            None => t,
+            Some(_) => t.select(dim, &slices.flat_map(|s| range(s.range)).collect::<Vec<_>>()),
+        }
+    })
 }

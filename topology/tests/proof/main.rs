@@ -40,6 +40,8 @@ struct Whole {
 
 impl Whole {
     fn of(toy: &'static Toy) -> Whole {
+        // Shown where a test fails.
+        println!("{}", toy.name);
         let config = Config::parse(toy.config);
         let spec = ModelSpec::from_config(toy.config).unwrap_or_else(|e| panic!("{}: {e}", toy.name));
         let group = Group::whole(&config, &spec);
@@ -89,12 +91,13 @@ impl Whole {
 
 #[test]
 fn sharded_equals_whole() {
-    for &toy in TOYS.iter() {
+    for toy in TOYS {
         let whole = Whole::of(toy);
         for &world in toy.worlds {
             let plans = whole.plans(world);
             assert!(!plans.is_empty(), "{} can't be split over {world}", toy.name);
             for (name, plan) in plans {
+                println!("{name}");
                 let apart = whole.difference(&plan, None);
                 assert!(apart < TOLERANCE, "{name}: apart by {apart:.1e}");
             }
@@ -104,7 +107,7 @@ fn sharded_equals_whole() {
 
 #[test]
 fn one_rank_is_the_whole() {
-    for &toy in TOYS.iter() {
+    for toy in TOYS {
         let whole = Whole::of(toy);
         let plan = Planner::new(&whole.spec).plan(1).unwrap();
         assert_eq!(whole.difference(&plan, None), 0.0, "{}", toy.name);
@@ -117,14 +120,14 @@ fn one_rank_is_the_whole() {
 #[ignore = "writes files for reference.py"]
 fn toys_for_reference() {
     let root = std::env::var("PROOF_TOYS").expect("PROOF_TOYS names a directory");
-    for &toy in TOYS.iter() {
+    for toy in TOYS {
         let whole = Whole::of(toy);
         let dir = Path::new(&root).join(toy.name.replace(' ', "_"));
         fs::create_dir_all(&dir).unwrap();
         let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
         for spec in &whole.spec.tensors {
             let (stored, start) = (spec.stored.name(), data.len());
-            let values = weights::seeded(spec).data;
+            let values = weights::seeded(&whole.config, spec).data;
             let kind = match stored {
                 "I32" | "U8" | "F8_E4M3" => stored,
                 _ => "F64",
@@ -134,7 +137,8 @@ fn toys_for_reference() {
                 "F64" => v.to_le_bytes().to_vec(),
                 _ => vec![v as u8],
             }));
-            let entry = serde_json::json!({"dtype": kind, "shape": spec.shape, "data_offsets": [start, data.len()]});
+            let entry =
+                serde_json::json!({"dtype": kind, "shape": spec.shape, "data_offsets": [start, data.len()]});
             header.insert(spec.name.clone(), entry);
         }
         let header = serde_json::to_vec(&header).unwrap();

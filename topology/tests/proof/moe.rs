@@ -26,7 +26,7 @@ pub(crate) fn experts(g: &Group, layer: &str, x: &Each) -> Each {
     };
     let routes = routes(g, &mlp, x);
     let owners = g.experts(layer);
-    let mut sum = match &owners {
+    let routed = match &owners {
         Some(owners) => elsewhere(g, &mlp, &place, x, &routes, owners),
         None => g.each(|rank| {
             let (x, routes) = (&x.0[rank], &routes.0[rank]);
@@ -34,22 +34,18 @@ pub(crate) fn experts(g: &Group, layer: &str, x: &Each) -> Each {
             outputs.reduce(|a, b| a.add(&b)).unwrap()
         }),
     };
-    // Where every rank has the whole of the shared expert, each adds it to its own result.
-    let (mut before, mut after) = (None, None);
+    // Parts of the sum, and what every rank has whole, which is added once.
+    let (mut parts, mut wholes) = (vec![routed], Vec::new());
     if let Some(shared) = shared(g, &mlp, x) {
-        match g.shares_expert(layer) || g.fault == Some(Fault::SharedOnEveryRank) {
-            true => before = Some(shared),
-            false => after = Some(shared),
-        }
+        let is_part = g.shares_expert(layer) || g.fault == Some(Fault::SharedOnEveryRank);
+        if is_part { parts.push(shared) } else { wholes.push(shared) }
     }
-    if let Some(part) = before {
-        sum = sum.add(&part);
+    if owners.is_none() && g.has(&format!("{mlp}.experts.down_proj_bias")) {
+        let bias = routed_bias(g, &mlp, &routes);
+        if g.fault == Some(Fault::BiasOnEveryRank) { parts.push(bias) } else { wholes.push(bias) }
     }
-    let mut sum = g.exchange(&place, sum);
-    if let Some(whole) = after {
-        sum = sum.add(&whole);
-    }
-    if owners.is_none() { sum.add(&routed_bias(g, &mlp, &routes, x)) } else { sum }
+    let sum = g.exchange(&place, parts.into_iter().reduce(|a, b| a.add(&b)).unwrap());
+    wholes.iter().fold(sum, |sum, whole| sum.add(whole))
 }
 
 /// One expert's output on a rank: expert `e`, which is the `local`-th of a tensor that stacks the rank's.
@@ -61,7 +57,8 @@ fn expert(g: &Group, rank: usize, mlp: &str, e: usize, local: usize, x: &Tensor)
             let stacked = |name: &str| g.tensor(rank, &of(&format!("{part}_{name}"))).index(local);
             mxfp4(&stacked("blocks"), &stacked("scales"))
         };
-        let fused = x.times(&packed("gate_up_proj")).add(&g.tensor(rank, &of("gate_up_proj_bias")).index(local));
+        let fused =
+            x.times(&packed("gate_up_proj")).add(&g.tensor(rank, &of("gate_up_proj_bias")).index(local));
         let inner = Tensor::matrix(fused.rows(), fused.cols() / 2, |r, c| {
             let (gate, up) = (fused.at(r, 2 * c).min(7.0), fused.at(r, 2 * c + 1).clamp(-7.0, 7.0));
             (up + 1.0) * gate * sigmoid(1.702 * gate)
@@ -75,12 +72,9 @@ fn expert(g: &Group, rank: usize, mlp: &str, e: usize, local: usize, x: &Tensor)
 }
 
 /// The biases of the experts' last layer, weighted: added once, as any row-parallel layer's.
-fn routed_bias(g: &Group, mlp: &str, routes: &Each, like: &Each) -> Each {
+fn routed_bias(g: &Group, mlp: &str, routes: &Each) -> Each {
     let name = format!("{mlp}.experts.down_proj_bias");
-    g.each(|rank| match g.has(&name) {
-        true => routes.0[rank].times(&g.tensor(rank, &name).transpose()),
-        false => like.0[rank].map(|_| 0.0),
-    })
+    g.each(|rank| routes.0[rank].times(&g.tensor(rank, &name).transpose()))
 }
 
 /// Experts that other ranks have: each rank sends its own tokens' rows to the owners of their experts, and
@@ -109,7 +103,8 @@ fn elsewhere(g: &Group, mlp: &str, place: &str, x: &Each, routes: &Each, owners:
         let outputs: Vec<Tensor> = outputs.collect();
         if outputs.is_empty() { rows.clone() } else { Tensor::below(&outputs) }
     };
-    let returned = ranks.clone().map(|owner| ranks.clone().map(|from| computed(owner, from)).collect()).collect();
+    let returned =
+        ranks.clone().map(|owner| ranks.clone().map(|from| computed(owner, from)).collect()).collect();
     let outputs = g.deliver(&format!("{place}: combine"), returned);
     let gathers = g.next_is(place, "all_gather");
     g.each(|rank| {

@@ -43,7 +43,9 @@ fn e4m3(code: f64) -> f64 {
 pub(crate) fn fp8(codes: &Tensor, scales: &Tensor, block: [usize; 2]) -> Tensor {
     let blocks = [codes.rows().div_ceil(block[0]), codes.cols().div_ceil(block[1])];
     assert_eq!([scales.rows(), scales.cols()], blocks, "a scale for each block");
-    Tensor::matrix(codes.rows(), codes.cols(), |o, i| e4m3(codes.at(o, i)) * scales.at(o / block[0], i / block[1]))
+    Tensor::matrix(codes.rows(), codes.cols(), |o, i| {
+        e4m3(codes.at(o, i)) * scales.at(o / block[0], i / block[1])
+    })
 }
 
 /// `[output, input]` of MXFP4: blocks `[output, input / 32, 16]` of two 4-bit floats a byte, and for each

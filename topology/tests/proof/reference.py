@@ -34,7 +34,7 @@ resize = types.SimpleNamespace(
 )
 diffusers.models.transformers.transformer_cosmos.transforms = resize
 
-TOKENS = torch.tensor([[3, 141, 59, 26, 189, 0, 97]])
+TOKENS = torch.tensor([[3, 141, 59, 26, 189, 0, 97, 150, 33, 72, 111, 165]])
 WRITTEN = torch.tensor([[0, 59, 3, 141, 88]])
 GRID = [2, 2, 3]
 TEXT = 5
@@ -120,7 +120,7 @@ def transformer(config, path):
         out = model(pixels.reshape(1, channels, side * patch, side * patch))
         out = out.last_hidden_state if kind == "vit" else out.pooler_output
     elif kind == "bert":
-        out = model(TOKENS, token_type_ids=torch.tensor([[0, 0, 0, 0, 1, 1, 1]])).last_hidden_state
+        out = model(TOKENS, token_type_ids=torch.tensor([[0] * 7 + [1] * 5])).last_hidden_state
     else:
         out = model(TOKENS).logits
     return out, wrong

@@ -13,7 +13,7 @@ pub(crate) struct Toy {
     pub(crate) worlds: &'static [usize],
 }
 
-pub(crate) const ALL: &[Toy] = &[
+pub(crate) const TOYS: &[Toy] = &[
     Toy {
         name: "llama",
         config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 36,
@@ -55,7 +55,7 @@ pub(crate) const ALL: &[Toy] = &[
         config: r#"{"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_size": 24,
             "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
             "intermediate_size": 29, "moe_intermediate_size": 11, "shared_expert_intermediate_size": 13,
-            "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": false, "decoder_sparse_step": 1,
+            "num_experts": 5, "num_experts_per_tok": 4, "norm_topk_prob": false, "decoder_sparse_step": 1,
             "vocab_size": 190, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "hidden_act": "silu",
             "tie_word_embeddings": false}"#,
         forward: decoders::llama,
@@ -65,7 +65,7 @@ pub(crate) const ALL: &[Toy] = &[
         name: "qwen3_moe",
         config: r#"{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 16,
             "num_hidden_layers": 2, "num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 4,
-            "intermediate_size": 23, "moe_intermediate_size": 7, "num_experts": 6, "num_experts_per_tok": 3,
+            "intermediate_size": 23, "moe_intermediate_size": 7, "num_experts": 6, "num_experts_per_tok": 4,
             "norm_topk_prob": true, "decoder_sparse_step": 1, "vocab_size": 190, "rms_norm_eps": 1e-6,
             "rope_theta": 100.0, "hidden_act": "silu", "tie_word_embeddings": false}"#,
         forward: decoders::llama,
@@ -75,7 +75,7 @@ pub(crate) const ALL: &[Toy] = &[
         name: "mixtral",
         config: r#"{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 24,
             "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3,
-            "intermediate_size": 19, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 190,
+            "intermediate_size": 19, "num_local_experts": 4, "num_experts_per_tok": 3, "vocab_size": 190,
             "rms_norm_eps": 1e-6, "rope_theta": 100.0, "hidden_act": "silu", "tie_word_embeddings": false}"#,
         forward: decoders::llama,
         worlds: &[2, 3, 4],
@@ -86,7 +86,7 @@ pub(crate) const ALL: &[Toy] = &[
             "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,
             "q_lora_rank": null, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
             "v_head_dim": 6, "intermediate_size": 17, "moe_intermediate_size": 7, "n_routed_experts": 6,
-            "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+            "n_shared_experts": 1, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "moe_layer_freq": 1,
             "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy", "norm_topk_prob": false,
             "scoring_func": "softmax", "routed_scaling_factor": 1.5, "vocab_size": 190, "rms_norm_eps": 1e-6,
             "rope_theta": 100.0, "hidden_act": "silu", "attention_bias": false, "tie_word_embeddings": false}"#,
@@ -99,8 +99,8 @@ pub(crate) const ALL: &[Toy] = &[
             "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 5,
             "q_lora_rank": 10, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
             "v_head_dim": 3, "intermediate_size": 17, "moe_intermediate_size": 5, "n_routed_experts": 8,
-            "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "moe_layer_freq": 1,
-            "n_group": 4, "topk_group": 2, "topk_method": "noaux_tc", "norm_topk_prob": true,
+            "n_shared_experts": 2, "num_experts_per_tok": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+            "n_group": 4, "topk_group": 3, "topk_method": "noaux_tc", "norm_topk_prob": true,
             "scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "vocab_size": 190, "rms_norm_eps": 1e-6,
             "rope_theta": 100.0, "hidden_act": "silu", "attention_bias": false, "tie_word_embeddings": false}"#,
         forward: decoders::llama,
@@ -162,6 +162,16 @@ pub(crate) const ALL: &[Toy] = &[
         worlds: &[2, 3],
     },
     Toy {
+        name: "gptq scattered",
+        config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8,
+            "intermediate_size": 48, "vocab_size": 190, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+            "hidden_act": "silu", "tie_word_embeddings": false,
+            "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": true}}"#,
+        forward: decoders::llama,
+        worlds: &[2, 3],
+    },
+    Toy {
         name: "awq",
         config: r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48,
             "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8,
@@ -181,13 +191,15 @@ pub(crate) const ALL: &[Toy] = &[
         forward: decoders::llama,
         worlds: &[2, 3],
     },
+    // Its shared expert is one block, which two ranks can't share.
     Toy {
-        name: "qwen3_moe fp8",
-        config: r#"{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 16,
-            "num_hidden_layers": 2, "num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 4,
-            "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 6, "num_experts_per_tok": 3,
-            "norm_topk_prob": true, "decoder_sparse_step": 1, "vocab_size": 190, "rms_norm_eps": 1e-6,
-            "rope_theta": 100.0, "hidden_act": "silu", "tie_word_embeddings": false,
+        name: "qwen2_moe fp8",
+        config: r#"{"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "intermediate_size": 24, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 4,
+            "num_experts": 5, "num_experts_per_tok": 4, "norm_topk_prob": true, "decoder_sparse_step": 1,
+            "vocab_size": 190, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "hidden_act": "silu",
+            "tie_word_embeddings": false,
             "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}"#,
         forward: decoders::llama,
         worlds: &[2, 3],
@@ -235,6 +247,15 @@ pub(crate) const ALL: &[Toy] = &[
             "vocab_size": 190, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": true}"#,
         forward: decoders::falcon,
         worlds: &[2, 3, 4],
+    },
+    Toy {
+        name: "falcon in sequence",
+        config: r#"{"architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 20,
+            "num_hidden_layers": 2, "num_attention_heads": 5, "multi_query": false, "parallel_attn": false,
+            "new_decoder_architecture": false, "bias": true, "alibi": false, "vocab_size": 190,
+            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": true}"#,
+        forward: decoders::falcon,
+        worlds: &[2, 3],
     },
     Toy {
         name: "bert",
@@ -313,8 +334,3 @@ pub(crate) const ALL: &[Toy] = &[
         worlds: &[2, 3],
     },
 ];
-
-/// HACK until all families are there.
-pub(crate) static TOYS: std::sync::LazyLock<Vec<&'static Toy>> = std::sync::LazyLock::new(|| {
-    ALL.iter().filter(|t| tensorwire_topology::ModelSpec::from_config(t.config).is_ok()).collect()
-});

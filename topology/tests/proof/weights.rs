@@ -2,6 +2,7 @@
 
 use tensorwire_topology::model::TensorSpec;
 
+use super::group::Config;
 use super::tensor::Tensor;
 
 /// The first number of the sequence that belongs to a name: FNV-1a.
@@ -24,12 +25,14 @@ pub(crate) fn uniform(name: &str, i: usize) -> f64 {
 
 /// A toy's tensor: matrices that keep the size of what they multiply, vectors around 1 or, for biases, 0; words,
 /// bytes and 8-bit floats of quantised weights.
-pub(crate) fn seeded(spec: &TensorSpec) -> Tensor {
+pub(crate) fn seeded(config: &Config, spec: &TensorSpec) -> Tensor {
+    let scattered = config.0["quantization_config"]["desc_act"] == true;
     let (name, shape) = (spec.name.as_str(), &spec.shape[..]);
     let spread = (3.0 / shape[1..].iter().product::<usize>() as f64).sqrt();
     let below = |i: usize, n: u64| (number(seed(name), i) % n) as f64;
     Tensor::of(shape, |i| match spec.stored.name() {
         // Which group of 16 an input is in.
+        "I32" if name.ends_with("g_idx") && scattered => below(i, shape[0] as u64 / 16),
         "I32" if name.ends_with("g_idx") => (i / 16) as f64,
         "I32" => below(i, 1 << 32),
         // From an eighth to 8 on either side.

@@ -89,8 +89,8 @@ impl TcpGroup {
     }
 
     /// Has the memory that this rank shares with others of its host, if it shares any, end with the group; and the ranks
-    /// `elsewhere`, one of each other host, be told at once where this rank ends it: they may wait in memory, where they
-    /// hear nothing from a network.
+    /// `elsewhere`, one of each other host, be told by connections of their own where this rank ends it: they may wait in
+    /// memory, where they hear nothing from a network.
     pub fn tie(&self, memory: Option<shm::Handle>, elsewhere: Vec<usize>) {
         self.shared.tie(memory, elsewhere);
     }

@@ -425,10 +425,12 @@ impl Link {
         self.gone.is_some() || self.stream.as_ref().is_none_or(Stream::is_out)
     }
 
-    /// Sends a frame of a group's end at once, as far as the socket takes it. For a link that sends nothing else.
-    pub(super) fn say(&mut self, frame: &[u8]) {
-        if let Some(stream) = self.stream.as_mut().filter(|_| self.sends.is_empty()) {
-            let _ = stream.send(&[IoSlice::new(frame)]);
+    /// Sends bytes of a group's end as far as the socket takes them: how many; all, where nobody is there to hear them. For
+    /// a link that sends nothing else.
+    pub(super) fn say(&mut self, bytes: &[u8]) -> usize {
+        match self.stream.as_mut().filter(|_| self.sends.is_empty()).map(|s| s.send(&[IoSlice::new(bytes)])) {
+            Some(Ok(sent)) => sent.unwrap_or(0),
+            Some(Err(_)) | None => bytes.len(),
         }
     }
 }

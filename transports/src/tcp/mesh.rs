@@ -17,7 +17,7 @@ use super::shared::{Answer, Arrived, Shared};
 use crate::shm::verdict::Verdict;
 
 /// How often a rank that waits for long asks the kernel whether its peers' hosts answer.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// How long a spinning rank keeps its processor at a time.
 const YIELD_INTERVAL: Duration = Duration::from_micros(20);
@@ -25,8 +25,9 @@ const YIELD_INTERVAL: Duration = Duration::from_micros(20);
 /// For how long the end of a group waits for the rest of a frame to go out, behind which peers are told of it.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
-/// After how long of that a peer that has no room is told over another connection.
-const ASIDE: Duration = Duration::from_millis(50);
+/// After how long of that a peer that has no room, or a host that shares memory, is told over another connection: as late as
+/// who hears a verdict heeds it.
+const ASIDE: Duration = GRACE;
 
 /// For how long a call that others may yet complete goes on after a peer has said that the group has ended: the peer may
 /// have been in a later call.
@@ -551,18 +552,14 @@ impl Mesh {
         if std::mem::replace(&mut self.told, true) {
             return;
         }
-        let frame = frame::parting(verdict, self.checksum);
-        let begun = Instant::now();
-        for peer in shared.told_at_once(verdict) {
-            dial(Channel::Verdict, peer);
-        }
+        let (frame, mut aside) = (frame::parting(verdict, self.checksum), false);
+        let (begun, mut elsewhere) = (Instant::now(), shared.to_be_told(verdict));
         // Those who came before the end was known here; who comes later is told on arrival.
         for (place, arrived) in shared.take_arrivals() {
             self.arrived(place, arrived);
         }
-        // With whether its peer has been told.
-        let mut left: Vec<(usize, bool)> = self.live.iter().map(|place| (*place, false)).collect();
-        let mut aside = false;
+        // With how much of it is out.
+        let mut left: Vec<(usize, usize)> = self.live.iter().map(|place| (*place, 0)).collect();
         for (place, _) in &left {
             let link = self.link(*place);
             link.cut_short();
@@ -574,33 +571,33 @@ impl Mesh {
             for (place, arrived) in shared.take_arrivals() {
                 self.arrived(place, arrived);
             }
-            left.retain_mut(|(place, told)| {
+            left.retain_mut(|(place, said)| {
                 let link = self.link(*place);
                 let stuck = link.is_unconnected() || (link.write(memory).is_ok() && link.is_sending());
-                if !stuck && !std::mem::replace(told, true) {
-                    link.say(&frame);
+                if !stuck && *said < frame.len() {
+                    *said += link.say(&frame[*said..]);
                 }
-                // The peer may be at the same, and need room.
-                link.last_words();
-                !(*told && link.is_out())
+                // The peer may be at the same, and need room; who has said it knows it, and may read no more.
+                let knows = link.last_words().is_some();
+                !knows && (*said < frame.len() || !link.is_out())
             });
-            if left.is_empty() && !shared.is_telling() {
+            if left.is_empty() && elsewhere.is_empty() && !shared.is_telling() {
                 break;
             }
             if begun.elapsed() > ASIDE && !std::mem::replace(&mut aside, true) {
-                let mut peers: Vec<usize> = left.iter().map(|(place, _)| self.peer(*place)).collect();
-                peers.sort_unstable();
-                peers.dedup();
-                peers.into_iter().for_each(|peer| dial(Channel::Verdict, peer));
+                elsewhere.extend(left.iter().map(|(place, _)| self.peer(*place)));
+                elsewhere.sort_unstable();
+                elsewhere.dedup();
+                elsewhere.drain(..).for_each(|peer| dial(Channel::Verdict, peer));
             }
             let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
-            for (place, told) in &left {
-                let room = if *told { PollFlags::empty() } else { PollFlags::OUT };
+            for (place, said) in &left {
+                let room = if *said < frame.len() { PollFlags::OUT } else { PollFlags::empty() };
                 let stream = self.links[*place].as_ref().and_then(|link| link.stream());
                 fds.extend(stream.map(|s| PollFd::new(s, s.awaits(room | PollFlags::IN))));
             }
             // Of what is out, the kernel doesn't tell.
-            let wait = if left.iter().any(|(_, told)| *told) { 1_000_000 } else { 20_000_000 };
+            let wait = if left.iter().any(|(_, said)| *said == frame.len()) { 1_000_000 } else { 20_000_000 };
             let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: wait }));
             shared.wake.hush();
         }
@@ -617,7 +614,9 @@ impl Mesh {
             if self.checksum {
                 frame::seal(&mut frame, &[]);
             }
-            self.live.clone().into_iter().for_each(|place| self.link(place).say(&frame));
+            for place in self.live.clone() {
+                let _ = self.link(place).say(&frame);
+            }
         }
     }
 }

@@ -305,8 +305,8 @@ impl Shared {
         *lock(&self.tied) = Tied { memory, elsewhere };
     }
 
-    /// The ranks of other hosts that are told at once of the group's end by the rank whose verdict it is.
-    pub(super) fn told_at_once(&self, verdict: &Verdict) -> Vec<usize> {
+    /// The ranks of other hosts that the rank whose verdict it is tells of the group's end over connections of their own.
+    pub(super) fn to_be_told(&self, verdict: &Verdict) -> Vec<usize> {
         if verdict.by() == self.rank { lock(&self.tied).elsewhere.clone() } else { Vec::new() }
     }
 

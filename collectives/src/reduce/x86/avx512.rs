@@ -7,13 +7,14 @@ use std::arch::x86_64::*;
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
+use super::super::convert::{BLOCK, Convert, interleaved};
 use super::super::number;
-use super::{Avx512, BLOCK, Convert, convert, interleaved};
+use super::{Avx512, convert};
 
-convert!(Avx512, f16, [__m256i; 4], widen_f16, narrow_f16, interleaved(1, 1));
-convert!(Avx512, bf16, [__m512i; 2], widen_bf16, narrow_bf16, interleaved(2, 16));
-convert!(Avx512, F8E4M3, __m512i, widen_e4m3, narrow_e4m3, interleaved(4, 16));
-convert!(Avx512, F8E5M2, __m512i, widen_e5m2, narrow_e5m2, interleaved(4, 16));
+convert!(Avx512, f16, [__m256i; 4], [__m512; 4], widen_f16, narrow_f16, interleaved(1, 1));
+convert!(Avx512, bf16, [__m512i; 2], [__m512; 4], widen_bf16, narrow_bf16, interleaved(2, 16));
+convert!(Avx512, F8E4M3, __m512i, [__m512; 4], widen_e4m3, narrow_e4m3, interleaved(4, 16));
+convert!(Avx512, F8E5M2, __m512i, [__m512; 4], widen_e5m2, narrow_e5m2, interleaved(4, 16));
 
 /// `x`, with `nan` in the place of NaNs.
 #[target_feature(enable = "avx512f")]

@@ -3,14 +3,15 @@
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
+use super::super::Kernels;
+use super::super::convert::BLOCK;
+use super::super::number::Number;
 use super::*;
 
 /// `$check::<Set, Type>()` for every type that has conversions, of every instruction set that this processor has.
 macro_rules! every_conversion {
     ($check:ident) => {
-        every_conversion!($check, Portable);
-        #[cfg(target_arch = "x86_64")]
-        for kernels in super::super::Kernels::available() {
+        for kernels in Kernels::available() {
             match kernels.name() {
                 "avx2" => every_conversion!($check, Avx2),
                 "avx512" => every_conversion!($check, Avx512),
@@ -117,7 +118,7 @@ fn a_sample_of_everything_is_narrowed_alike() {
     every_conversion!(narrows_a_sample_of_everything);
 }
 
-/// Of f32's 2^32 values, all.
+/// All of f32's 2^32 values.
 fn narrows_everything<S: Convert<T>, T: Number<Wide = f32>>() {
     for upper in 0..1u32 << 16 {
         let x: Vec<f32> = (0..1u32 << 16).map(|lower| f32::from_bits(upper << 16 | lower)).collect();

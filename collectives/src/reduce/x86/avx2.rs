@@ -7,12 +7,13 @@ use std::arch::x86_64::*;
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
 
-use super::{Avx2, BLOCK, Convert, convert, interleaved};
+use super::super::convert::{BLOCK, Convert, interleaved};
+use super::{Avx2, convert};
 
-convert!(Avx2, f16, [__m128i; 8], widen_f16, narrow_f16, interleaved(1, 1));
-convert!(Avx2, bf16, [__m256i; 4], widen_bf16, narrow_bf16, interleaved(2, 8));
-convert!(Avx2, F8E4M3, [__m128i; 4], widen_e4m3, narrow_e4m3, interleaved(1, 1));
-convert!(Avx2, F8E5M2, [__m128i; 4], widen_e5m2, narrow_e5m2, interleaved(1, 1));
+convert!(Avx2, f16, [__m128i; 8], [__m256; 8], widen_f16, narrow_f16, interleaved(1, 1));
+convert!(Avx2, bf16, [__m256i; 4], [__m256; 8], widen_bf16, narrow_bf16, interleaved(2, 8));
+convert!(Avx2, F8E4M3, [__m128i; 4], [__m256; 8], widen_e4m3, narrow_e4m3, interleaved(1, 1));
+convert!(Avx2, F8E5M2, [__m128i; 4], [__m256; 8], widen_e5m2, narrow_e5m2, interleaved(1, 1));
 
 /// `x`, with `nan` in the place of NaNs.
 #[target_feature(enable = "avx2")]
@@ -119,7 +120,9 @@ fn narrow_e5m2(x: [__m256; 8]) -> [__m128i; 4] {
     narrow_small::<21, 0x7c>(x, limit, 1.0 / 16384.0)
 }
 
-/// As with AVX-512.
+/// Narrows to the 8-bit format that has `CUT` bits of mantissa less than f32, whose largest magnitude with a sign is `LARGEST`
+/// and whose least normal number is `least`. `limit` makes of a magnitude one of which the format has, or would have, the
+/// bits.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn narrow_small<const CUT: i32, const LARGEST: i8>(
@@ -130,8 +133,11 @@ fn narrow_small<const CUT: i32, const LARGEST: i8>(
     let least = least.to_bits() as i32;
     let magnitude = |x| {
         let magnitude = limit(_mm256_andnot_ps(_mm256_set1_ps(-0.0), x));
+        // The power of two that its mantissa counts from; that of subnormals is the least normal number's.
         let power = _mm256_and_si256(_mm256_castps_si256(magnitude), _mm256_set1_epi32(0x7f80_0000));
         let power = _mm256_max_epi32(power, _mm256_set1_epi32(least));
+        // Adding a number whose last place is the last that the format has rounds to that. The lowest bits of the sum
+        // count the places; to them comes the exponent, and what is too much of it is taken off below.
         let place = _mm256_add_epi32(power, _mm256_set1_epi32(CUT << 23));
         let sum = _mm256_castps_si256(_mm256_add_ps(magnitude, _mm256_castsi256_ps(place)));
         let bits = _mm256_add_epi32(sum, _mm256_srli_epi32::<CUT>(power));
