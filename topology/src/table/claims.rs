@@ -124,6 +124,7 @@ mod tests {
             state: state.into(),
             mbit_per_s,
             mtu: None,
+            at: None,
         };
         machine.interfaces = vec![
             interface("eth0", "up", Some(10_000)),
