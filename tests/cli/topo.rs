@@ -49,6 +49,63 @@ fn shows_the_machine_and_the_constants_where_nothing_was_measured() {
     assert!(!cache.path().join("tensorwire").exists(), "looking leaves nothing behind");
 }
 
+/// The 8 GPUs of an example.
+const FABRIC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/fabrics/8-gpus-nvlink.toml");
+
+#[test]
+fn a_fabric_is_shown_drawn_and_written_as_other_tools_read_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (svg, nccl, kept) =
+        (folder.path().join("a.svg"), folder.path().join("a.xml"), folder.path().join("a.json"));
+    let line = format!("--fabric {FABRIC} --svg {} --export-nccl {}", svg.display(), nccl.display());
+    let output = topo(folder.path(), &line).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    for part in [
+        "1 host, 8 devices",
+        "8 x A100-SXM4-80GB (GPU), 80 GiB",
+        "nvlink   240.000 GB/s, 2.5 us, rated; 1 island",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    let picture = std::fs::read_to_string(&svg).unwrap();
+    assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n") && picture.contains(">gpu7<"));
+    // What was written is read again, whatever it is called.
+    let found = json(&topo(folder.path(), &format!("--import {} --json", nccl.display())).output().unwrap());
+    assert_eq!(
+        (&found["schema"], found["devices"].as_array().unwrap().len()),
+        (&"tensorwire.fabric/v1".into(), 8)
+    );
+    let printed = stdout(&topo(folder.path(), &format!("--fabric {FABRIC} --json")).output().unwrap());
+    std::fs::write(&kept, &printed).unwrap();
+    let again =
+        stdout(&topo(folder.path(), &format!("--fabric {} --json", kept.display())).output().unwrap());
+    assert_eq!(again, printed);
+    // This machine is a fabric too.
+    let here = json(&topo(folder.path(), &format!("--json --svg {}", svg.display())).output().unwrap());
+    assert_eq!(here["fabric"]["hosts"][0]["name"], "this machine");
+    assert!(std::fs::read_to_string(&svg).unwrap().contains("this machine"));
+}
+
+#[test]
+fn fabrics_that_are_none_are_refused_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let bad = folder.path().join("bad");
+    std::fs::write(&bad, "name = \"x\"\nhost = 1\n").unwrap();
+    let (bad, svg) = (bad.display(), folder.path().join("a.svg"));
+    for (line, why) in [
+        (format!("--fabric {bad}"), "bad: the fabric's TOML"),
+        (format!("--fabric {bad} --svg {}", svg.display()), "the fabric's TOML"),
+        (format!("--fabric {bad}.missing"), "can't read"),
+        (format!("--fabric {FABRIC} --svg /nowhere/a.svg"), "--svg /nowhere/a.svg"),
+        (format!("--fabric {FABRIC} --probe"), "--probe"),
+    ] {
+        let refusal = refused(&topo(folder.path(), &line).output().unwrap(), 2);
+        assert!(refusal.contains(why), "{refusal}");
+    }
+    assert!(!svg.exists(), "a refusal leaves no file behind");
+}
+
 #[test]
 fn bad_usage_is_refused() {
     let cache = tempfile::tempdir().unwrap();

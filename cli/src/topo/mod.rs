@@ -1,5 +1,6 @@
 //! `tensorwire topo`: what the machine is, and which algorithms are fastest on it.
 
+mod fabric;
 mod network;
 mod probe;
 pub(crate) mod profile;
@@ -7,7 +8,7 @@ mod rank;
 pub(crate) mod report;
 mod sample;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::value_parser;
 use serde_json::json;
@@ -39,12 +40,19 @@ the ranks of its job, on one host and on several, and rank 0 keeps it in the sam
 Ranks send to each other around a ring, all at once; the line that the times of all sizes miss by the least product of
 factors is what is kept. TENSORWIRE_INTRA and TENSORWIRE_INTER have precedence over it.
 
+--fabric shows another machine than this one, or many: described by hand in TOML (docs/fabric.md is its reference, and
+examples/fabrics has some), in the JSON that --json prints for a fabric, or as other tools write it: NCCL's topology
+(NCCL_TOPO_DUMP_FILE), hwloc's (lstopo --of xml), and what nvidia-smi topo -m prints. Which one it is, is seen from the text.
+
 Examples:
   tensorwire topo              what the machine is, and the table in force
   tensorwire topo --probe      measure, and keep the result
   tensorwire topo --probe --transport tcp
   tensorwire launch --hostfile hosts --ranks 8 -- tensorwire topo --probe --transport tcp
-  tensorwire topo --json | jq .table";
+  tensorwire topo --json | jq .table
+  tensorwire topo --svg here.svg
+  tensorwire topo --fabric examples/fabrics/8-gpus-nvlink.toml --svg node.svg --export-nccl node.xml
+  nvidia-smi topo -m | tensorwire topo --fabric /dev/stdin --json > fabric.json";
 
 /// Show what the machine is, and measure which algorithms are fastest on it
 #[derive(clap::Args)]
@@ -79,12 +87,30 @@ pub(crate) struct Args {
     #[arg(long, requires = "probe")]
     full: bool,
 
+    /// Show the fabric of a file instead: TOML, JSON, NCCL's or hwloc's XML, or what nvidia-smi topo -m prints
+    #[arg(long, visible_alias = "import", value_name = "FILE", conflicts_with = "probe")]
+    fabric: Option<PathBuf>,
+
+    /// Draw the machine, or the fabric
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+
+    /// Write the machine, or the fabric, as NCCL's topology
+    #[arg(long, value_name = "FILE")]
+    export_nccl: Option<PathBuf>,
+
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    let files = fabric::Files::open(args.svg.as_ref(), args.export_nccl.as_ref())?;
+    if let Some(path) = &args.fabric {
+        let fabric = fabric::load(path)?;
+        files.write(&fabric)?;
+        return print(if args.json { fabric.to_json() } else { fabric::text(&fabric) });
+    }
     let root = Path::new("/");
     let fingerprint = Fingerprint::read(root);
     let over = probe::Over::new(args)?;
@@ -94,8 +120,10 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     // What can't be measured or kept is known before anything is printed.
     let path = over.as_ref().map(|over| probe::place(&fingerprint, over)).transpose()?;
     let machine = Machine::read(root);
+    let fabric = fabric::here(&machine)?;
+    files.write(&fabric)?;
     if !args.json {
-        print(report::machine(&machine))?;
+        print(format_args!("{}{}", report::machine(&machine), report::accelerators(&machine)))?;
     }
     let mut samples = Vec::new();
     if let (Some(over), Some(path)) = (over, path) {
@@ -123,6 +151,7 @@ pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let profiles = known.as_ref().map(|table| &table.profiles[..]).unwrap_or_default();
     let mut object = json!({
         "machine": machine,
+        "fabric": fabric.to_value(),
         "table": report::table_json(&table, &fingerprint),
         "links": report::links_json(&links),
         "profiles": profiles,

@@ -59,6 +59,19 @@ pub(super) fn machine(m: &Machine) -> String {
     text
 }
 
+/// GPUs and other accelerators, a line each.
+pub(super) fn accelerators(m: &Machine) -> String {
+    let mut text = String::new();
+    for a in &m.accelerators {
+        let name = a.name.clone().unwrap_or_else(|| format!("{:04x}:{:04x}", a.vendor, a.device));
+        let node = a.at.numa.map_or("node unknown".to_owned(), |node| format!("node {node}"));
+        let kind = if a.gpu { "gpu" } else { "accelerator" };
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "{kind:<12}{}: {name}, {node}", a.at.bus);
+    }
+    text
+}
+
 /// What was chosen for a number of ranks, and how the choices beside it fared.
 pub(super) fn choice(t: &Tuning, samples: &Samples<'_>, processors: usize) -> String {
     let turns = if t.world > processors { ", taking turns" } else { "" };
@@ -347,12 +360,12 @@ pub(crate) fn age(seconds: u64) -> String {
     }
 }
 
-fn count(n: usize, what: &str) -> String {
+pub(super) fn count(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 /// Bytes in the largest unit of 1024 that leaves a whole number, or about that.
-fn bytes_text(bytes: u64) -> String {
+pub(super) fn bytes_text(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let unit = (bytes.max(1).ilog2() as usize / 10).min(UNITS.len() - 1);
     let scaled = bytes as f64 / (1u64 << (10 * unit)) as f64;

@@ -33,8 +33,18 @@ struct File {
 impl Fabric {
     /// The fabric as JSON, schema [`SCHEMA`]. The same fabric gives the same bytes.
     pub fn to_json(&self) -> String {
+        lines(&self.file()) + "\n"
+    }
+
+    /// The same as a value, to be part of another one.
+    pub fn to_value(&self) -> serde_json::Value {
+        // Its keys are strings, and its numbers finite.
+        serde_json::to_value(self.file()).unwrap_or_default()
+    }
+
+    fn file(&self) -> File {
         let Parts { name, models, hosts, devices, links, pairs } = self.parts().clone();
-        lines(&File { schema: SCHEMA.to_owned(), name, models, hosts, links, devices, pairs }) + "\n"
+        File { schema: SCHEMA.to_owned(), name, models, hosts, links, devices, pairs }
     }
 
     /// Reads a fabric's JSON, which may come from anywhere.

@@ -40,6 +40,7 @@ mod gpus;
 mod import;
 mod json;
 mod link;
+mod load;
 mod lookup;
 mod machine;
 mod svg;

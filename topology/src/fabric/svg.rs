@@ -15,7 +15,10 @@ const MOST: usize = 32;
 /// The most devices whose links pair by pair are drawn as a table.
 const MOST_PAIRED: usize = 24;
 
-/// The width at which hosts begin a new row.
+/// The most hosts that are all drawn, even if they are alike.
+const FEW: usize = 4;
+
+/// The width at which a new row begins.
 const WIDTH: f64 = 1500.0;
 
 const GAP: f64 = 10.0;
@@ -68,11 +71,14 @@ fn words(class: Class) -> &'static str {
 impl Fabric {
     /// The fabric as a picture, in SVG. The same fabric gives the same bytes.
     pub fn to_svg(&self) -> String {
+        // Hosts that are alike are drawn once, the first of them, unless there are few.
         let mut alike: Vec<(usize, usize)> = Vec::new();
         let views: Vec<View<'_>> = (0..self.hosts().len()).map(|host| View::new(self, host)).collect();
         for host in 0..views.len() {
             match alike.last_mut() {
-                Some((first, count)) if views[*first].is_like(&views[host]) => *count += 1,
+                Some((first, count)) if views.len() > FEW && views[*first].is_like(&views[host]) => {
+                    *count += 1
+                }
                 _ => alike.push((host, 1)),
             }
         }
@@ -95,7 +101,7 @@ impl Fabric {
             let width: f64 = row.iter().map(|host| host.size().0 + 2.0 * GAP).sum();
             (width, row.iter().map(|host| host.size().1).fold(0.0, f64::max))
         };
-        let below: f64 = if network { 34.0 } else { 2.0 * GAP };
+        let below: f64 = if network { 44.0 } else { 2.0 * GAP };
         let width =
             rows.iter().map(|row| row_size(row).0).fold(key_width.max(text_width(&title) * 1.4), f64::max);
         let mut out = String::new();
@@ -120,6 +126,13 @@ impl Fabric {
             y += height;
             if network {
                 line(&mut out, (PAD, y + 14.0), (x, y + 14.0), colour(Class::Network));
+                text(
+                    &mut out,
+                    (PAD + GAP, y + 14.0 + LINE),
+                    words(Class::Network),
+                    colour(Class::Network),
+                    true,
+                );
             }
             y += below;
         }
@@ -162,7 +175,7 @@ impl Fabric {
         let all = self.all();
         let mut hops = self.classes(&all);
         // Several ranks on a device are worth a line where nothing else is.
-        if hops.is_empty() && !all.is_empty() {
+        if hops.is_empty() {
             hops.push(self.between(0, 0));
         }
         let cell = |class: Class, link: Link| Shape::Cell {
@@ -170,14 +183,13 @@ impl Fabric {
             fill: "#ffffff",
             stroke: colour(class),
         };
-        let mut inside: Vec<Shape> = hops.iter().map(|hop| cell(hop.class, hop.link)).collect();
-        if inside.is_empty() {
-            inside.push(note("no links".to_owned()));
+        let inside: Vec<Shape> = hops.iter().map(|hop| cell(hop.class, hop.link)).collect();
+        let mut title = vec!["Links".to_owned(), "by the innermost frame around two devices".to_owned()];
+        if hops.iter().any(|hop| hop.class == Class::NvLink) {
+            title[1] =
+                "by NVLink where both have it, or else by the innermost frame around two devices".to_owned();
         }
-        let title = vec![
-            "Links: two devices reach each other by NVLink where both have it,".to_owned(),
-            "and else by the innermost frame around both; the slowest of each kind".to_owned(),
-        ];
+        title.push("the slowest of each kind".to_owned());
         Shape::Frame { title, class: Class::Device, columns: inside.len(), inside }
     }
 }
@@ -202,7 +214,9 @@ impl<'a> View<'a> {
     fn pairs(&self) -> impl Iterator<Item = (usize, usize, &'a Link)> {
         let range = self.first..self.first + self.devices.len();
         let first = self.first;
-        self.fabric.parts().pairs.iter().filter_map(move |p| {
+        // A host without devices has none to look for.
+        let all: &'a [super::Pair] = if range.is_empty() { &[] } else { &self.fabric.parts().pairs[..] };
+        all.iter().filter_map(move |p| {
             let (a, b) = (p.a as usize, p.b as usize);
             (range.contains(&a) && range.contains(&b)).then(|| (a - first, b - first, &p.link))
         })
@@ -230,10 +244,10 @@ impl<'a> View<'a> {
 
     fn shape(&self, count: usize) -> Shape {
         let name = clip(&self.host.name, LETTERS / 2);
-        let what = if count > 1 {
-            format!("{name} and {} more hosts like it", count - 1)
-        } else {
-            format!("host {name}")
+        let what = match count {
+            1 if name == "host" => name,
+            1 => format!("host {name}"),
+            _ => format!("{name} and {} more hosts like it", count - 1),
         };
         let nodes = distinct(self.devices, |d| Some((d.socket, d.numa)));
         let sockets = distinct(self.devices, |d| d.socket.map(Some));
@@ -242,7 +256,7 @@ impl<'a> View<'a> {
             let here: Vec<usize> = self.of(|d| d.socket == *socket);
             let numas = distinct(here.iter().map(|i| &self.devices[*i]), |d| Some(d.numa));
             let frames: Vec<Shape> = numas.iter().map(|numa| self.node(*socket, *numa)).collect();
-            let columns = if frames.len() > 2 { 2 } else { frames.len() };
+            let columns = fitting(&frames, 2);
             let title = self.title(
                 format!("socket {}", socket.map_or("?".to_owned(), |s| s.to_string())),
                 Class::Socket,
@@ -261,13 +275,12 @@ impl<'a> View<'a> {
             inside.push(table);
         }
         let domains = distinct(self.devices, |d| d.nvlink.map(Some));
-        let frames = inside.len();
         for (i, domain) in domains.iter().enumerate().take(MOST) {
             let members = self.devices.iter().filter(|d| d.nvlink == *domain);
             let names: Vec<&str> = members.map(|d| self.short(d)).collect();
             let which = match names[..] {
                 [one] => one.to_owned(),
-                [first, .., last] => format!("{} of {first} to {last}", names.len()),
+                [first, .., last] => format!("{first} to {last}, {} devices", names.len()),
                 [] => continue,
             };
             let title = if domains.len() > 1 { format!("NVLink {i}") } else { "NVLink".to_owned() };
@@ -275,7 +288,8 @@ impl<'a> View<'a> {
             inside.push(Shape::Cell { lines, fill: "#f0fdf4", stroke: colour(Class::NvLink) });
         }
         let title = self.title(what, Class::Host, nodes.len() > 1);
-        Shape::Frame { title, class: Class::Host, columns: frames.clamp(1, 2), inside: capped(inside) }
+        let inside = capped(inside);
+        Shape::Frame { title, class: Class::Host, columns: fitting(&inside, 2), inside }
     }
 
     fn of(&self, keep: impl Fn(&Device) -> bool) -> Vec<usize> {
@@ -333,7 +347,7 @@ impl<'a> View<'a> {
             Some(numa) => (format!("NUMA node {numa}"), here.len() > 1),
             None => ("NUMA node unknown".to_owned(), false),
         };
-        let columns = columns(inside.len());
+        let columns = fitting(&inside, columns(inside.len()));
         Shape::Frame {
             title: self.title(what, Class::Numa, matters),
             class: Class::Numa,
@@ -461,6 +475,15 @@ fn capped(mut shapes: Vec<Shape>) -> Vec<Shape> {
 
 fn note(text: String) -> Shape {
     Shape::Cell { lines: vec![text], fill: "#ffffff", stroke: colour(Class::Device) }
+}
+
+/// As many in a row as fit, of at most so many.
+fn fitting(shapes: &[Shape], most: usize) -> usize {
+    let width = |columns: usize| {
+        let rows = shapes.chunks(columns).map(|row| row.iter().map(|shape| shape.size().0 + GAP).sum::<f64>());
+        rows.fold(0.0, f64::max)
+    };
+    (1..=most.min(shapes.len())).rev().find(|columns| width(*columns) <= WIDTH).unwrap_or(1)
 }
 
 /// So many in a row that the whole is about as wide as high.
