@@ -158,6 +158,7 @@ fn what_can_not_be_compared_is_refused() {
         ("plan verify --passes 0", "0 is not in"),
         ("plan verify --model /nonexistent", "/nonexistent"),
         ("plan verify --refit", "TENSORWIRE_TABLE is off"),
+        ("plan verify --refit --tp 1", "give --tp 2 or more"),
         ("plan", "plan needs --model and --tp"),
     ] {
         let refusal = refused(&with(line), 2);

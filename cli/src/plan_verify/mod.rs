@@ -32,7 +32,7 @@ Examples:
   tensorwire topo --probe --decode && tensorwire plan verify
   tensorwire plan verify --sweep                  every collective, at sizes between those that were fitted
   tensorwire plan verify --model DIR --tp 4 --refit
-  tensorwire plan verify --json | jq '.rows[] | .ratio'";
+  tensorwire plan verify --json | jq '.verified.collectives[].ratio'";
 
 /// Compare a plan's predictions with this machine
 #[derive(clap::Args)]
@@ -82,6 +82,11 @@ struct Measured {
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     let subject = Subject::model(args.model.clone(), 48);
+    if args.refit && args.tp == 1 {
+        return Err(Failure::usage(
+            "plan verify --refit: one rank has no collectives to fit: give --tp 2 or more",
+        ));
+    }
     let model = subject.open()?;
     let plan =
         |costs: CostModel| Planner::new(model.spec()).with_costs(costs).plan(args.tp).map_err(Failure::usage);
@@ -217,14 +222,11 @@ fn refit(args: &Args, machine: &Fingerprint, path: &Path, notes: &mut Vec<String
         notes.push(text.trim().to_owned());
         Ok(())
     };
-    let mut profiles = Vec::new();
-    if args.tp > 1 {
-        let passes = args.passes.into();
-        let effort = Effort { worlds: vec![args.tp], sizes: sizes(false), passes, contended: false };
-        profiles = measure(args.transport, &effort, now, &mut show)?;
-    }
-    for mut profile in profiles {
-        steps(std::slice::from_mut(&mut profile), args.transport, &[args.tp], 1, now)?;
+    let passes = args.passes.into();
+    let effort = Effort { worlds: vec![args.tp], sizes: sizes(false), passes, contended: false };
+    let mut profiles = measure(args.transport, &effort, now, &mut show)?;
+    steps(&mut profiles, args.transport, &[args.tp], 1, now)?;
+    for profile in profiles {
         table.set_profile(profile);
     }
     table.save(path).map_err(|e| Failure::run(format!("plan verify --refit: {e}")))?;
