@@ -117,17 +117,3 @@ fn narrows_a_sample_of_everything<S: Convert<T>, T: Number<Wide = f32>>() {
 fn a_sample_of_everything_is_narrowed_alike() {
     every_conversion!(narrows_a_sample_of_everything);
 }
-
-/// All of f32's 2^32 values.
-fn narrows_everything<S: Convert<T>, T: Number<Wide = f32>>() {
-    for upper in 0..1u32 << 16 {
-        let x: Vec<f32> = (0..1u32 << 16).map(|lower| f32::from_bits(upper << 16 | lower)).collect();
-        narrows::<S, T>(&x);
-    }
-}
-
-#[test]
-#[ignore = "takes minutes"]
-fn everything_is_narrowed_alike() {
-    every_conversion!(narrows_everything);
-}
