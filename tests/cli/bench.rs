@@ -218,15 +218,16 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
 fn variables_that_make_no_sense_are_refused_before_a_rank_is_started() {
     for (command, transport, name, value) in [
         ("bench", "shm", "TENSORWIRE_TIMEOUT", "soon"),
-        ("bench", "shm", "TENSORWIRE_SHM_BYTES", "1"),
+        ("bench", "shm", "TENSORWIRE_SHM_BYTES", "4M"),
         ("bench", "tcp", "TENSORWIRE_TIMEOUT", "0"),
         ("bench", "tcp", "TENSORWIRE_PORT", "70000"),
         ("bench", "tcp", "TENSORWIRE_CHECKSUM", "yes"),
         ("bench", "quic", "TENSORWIRE_QUIC_CONGESTION", "slow"),
         ("infer", "tcp", "TENSORWIRE_ADAPT", "99"),
-        ("infer", "auto", "TENSORWIRE_SHM_BYTES", "1"),
+        ("infer", "auto", "TENSORWIRE_SHM_BYTES", "4M"),
     ] {
-        let output = tensorwire([command, "--transport", transport]).env(name, value).output().unwrap();
+        let output =
+            tensorwire([command, "--json", "--transport", transport]).env(name, value).output().unwrap();
         let refusal = refused(&output, 2);
         assert!(refusal.contains(name) && !refusal.contains("rank "), "{command} {transport}: {refusal}");
     }
