@@ -91,10 +91,10 @@ fn a_slice_that_is_one_off_is_seen_in_every_tensor() {
 
 #[test]
 fn ranks_with_each_others_slices_are_seen() {
+    let mut swaps = 0;
     for toy in TOYS {
         let whole = Whole::of(toy);
         let plan = Planner::new(&whole.spec).plan(world(toy)).unwrap();
-        let mut swaps = 0;
         for i in 0..plan.tensors.len() - 1 {
             let [a, b] = [&plan.tensors[i], &plan.tensors[i + 1]];
             let lengths =
@@ -114,8 +114,8 @@ fn ranks_with_each_others_slices_are_seen() {
                 &format!("{}: rank {}'s slice with the next one's", a.name, a.rank),
             );
         }
-        println!("{}: {swaps} swaps", toy.name);
     }
+    assert!(swaps > 0);
 }
 
 #[test]
