@@ -52,6 +52,24 @@ fn other_numbers_of_ranks_cost_what_their_plans_say() {
 }
 
 #[test]
+fn experts_have_two_ways_and_the_limit_is_that_of_both() {
+    // 1536 columns of each expert are 12 blocks of 128, so that 16 ranks share whole experts; of these there are 128,
+    // and the 64 heads of 128 elements, which are a block each, run out first.
+    let spec = model("qwen3-235b-a22b-fp8");
+    let planner = Planner::new(&spec);
+    let plan = planner.outline(16).unwrap();
+    let why = planner.explain(&plan).unwrap();
+    let limit = why.limit.as_ref().unwrap();
+    assert_eq!((limit.constraint.as_str(), limit.size, limit.most_ranks), ("num_attention_heads", 64, 64));
+    assert!(alternative(&why, "tp 16").chosen);
+    let columns = alternative(&why, "experts' columns shared");
+    assert_eq!(
+        (columns.decode_us_per_token, columns.why.as_str()),
+        (None, "moe_intermediate_size = 12 groups of 128")
+    );
+}
+
+#[test]
 fn padded_heads_are_whole_groups_a_rank() {
     // 8 groups over 3 ranks: 9 groups of 4, 3 a rank, 12 query heads as the largest share has now. A query head
     // is 128 rows of q and 128 columns of o, a key/value head 128 rows of k and of v, of 4096 elements of 2 bytes

@@ -100,7 +100,7 @@ impl Planner<'_> {
     /// Errors: those of [`plan`](Planner::plan).
     pub fn explain(&self, plan: &Plan) -> Result<Explanation> {
         let shares = Shares::of(self.spec, plan.world, &self.options)?;
-        let limit = self.limit();
+        let limit = self.limit(plan.world);
         let most = limit.as_ref().map_or(plan.world, |l| l.most_ranks);
         let mut alternatives = Vec::new();
         for tp in self.worlds(plan.world, most) {
@@ -173,21 +173,36 @@ impl Planner<'_> {
         Some(format!("Predicted for a decoded token: {}", ways.join("; ")))
     }
 
-    fn limit(&self) -> Option<Limit> {
-        match Shares::of(self.spec, MAX_HEADS + 1, &self.options) {
-            Err(Error::TooManyRanks { constraint, size, granule, nearest, .. }) => {
-                Some(Limit { constraint: constraint.to_owned(), size, granule, most_ranks: nearest })
+    /// The first number of ranks above `world` that can't be planned for, less one, and why. What can't be for some
+    /// number can't for more.
+    fn limit(&self, world: usize) -> Option<Limit> {
+        let refused = |n: usize| match Shares::of(self.spec, n, &self.options) {
+            Err(Error::TooManyRanks { constraint, size, granule, .. }) => {
+                let constraint = constraint.to_owned();
+                Some(Limit { constraint, size, granule, most_ranks: n - 1 })
             }
             _ => None,
+        };
+        // Between what is legal and what isn't.
+        let (mut legal, mut not) = (world, refused(MAX_HEADS + 1)?);
+        while legal < not.most_ranks {
+            let middle = legal + (not.most_ranks + 1 - legal) / 2;
+            match refused(middle) {
+                Some(limit) => not = limit,
+                None => legal = middle,
+            }
         }
+        Some(not)
     }
 
     /// The numbers of ranks to compare `world` with: all up to twice as many, or powers of two where that is much
     /// to look at.
     fn worlds(&self, world: usize, most: usize) -> Vec<usize> {
         let last = (2 * world.max(4)).min(most);
-        let all = self.spec.tensors.len().saturating_mul(last * last / 2) <= WORK;
-        (1..=last).filter(|n| all || n.is_power_of_two() || *n == world || *n == most).collect()
+        if self.spec.tensors.len().saturating_mul(last * last / 2) <= WORK {
+            return (1..=last).collect();
+        }
+        (1..=world).filter(|n| n.is_power_of_two() || *n == world).collect()
     }
 
     /// Experts shared the other way.
@@ -289,6 +304,9 @@ impl Alternative {
     fn of(what: String, other: Result<&Plan, &Error>, plan: &Plan) -> Alternative {
         let other = match other {
             Ok(other) => other,
+            Err(Error::TooManyRanks { constraint, size, granule, .. }) => {
+                return Alternative::impossible(&what, few(constraint, *size, *granule));
+            }
             Err(e) => return Alternative::impossible(&what, e.to_string()),
         };
         let us = other.predicted.decode_us_per_token;
@@ -343,6 +361,12 @@ impl NoteCost {
     }
 }
 
+/// How many there are of what runs out.
+fn few(constraint: &str, size: usize, granule: usize) -> String {
+    let groups = if granule > 1 { format!(" groups of {granule}") } else { String::new() };
+    format!("{constraint} = {size}{groups}")
+}
+
 /// How a time compares with the plan's.
 fn compared(us: f64, plan: &Plan) -> String {
     match us / plan.predicted.decode_us_per_token {
@@ -359,7 +383,7 @@ fn binding(plan: &Plan, limit: Option<&Limit>) -> String {
     let reading = all - comm;
     let more = match limit {
         Some(l) if l.most_ranks <= plan.world => {
-            format!("no more ranks are possible, as {} = {}", l.constraint, l.size * l.granule)
+            format!("no more ranks are possible, as {}", few(&l.constraint, l.size, l.granule))
         }
         _ => "more ranks read less each".to_owned(),
     };
@@ -411,9 +435,8 @@ impl Explanation {
     /// What stops more ranks.
     pub(super) fn limit_text(&self) -> Option<String> {
         let l = self.limit.as_ref()?;
-        let groups = if l.granule > 1 { format!(" groups of {}", l.granule) } else { String::new() };
-        let size = format!("{} = {}{groups}", l.constraint, l.size);
-        Some(format!("at most {} ranks, as {size}, and each rank needs at least one", l.most_ranks))
+        let few = few(&l.constraint, l.size, l.granule);
+        Some(format!("at most {} ranks, as {few}, and each rank needs at least one", l.most_ranks))
     }
 
     /// The alternatives for a person: of many numbers of ranks, powers of two, those beside the plan's, the fastest

@@ -16,7 +16,7 @@ svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .9em .25em 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884 }
 th { font-weight: 600 }
-th:first-child, td:first-child, th:last-child, .text { text-align: left }
+th:first-child, td:first-child, .text { text-align: left }
 li { margin: .3em 0; max-width: 60em }
 footer { margin: 3em 0 1em; color: #777 }
 ";
@@ -75,7 +75,7 @@ impl Plan {
             line.extend(rows.iter().map(|(_, row)| ranges(row.held[r.rank])));
             line
         });
-        page.table(&head, lines, 1);
+        page.table(&head, lines, &[0]);
     }
 
     /// A line a collective.
@@ -98,7 +98,7 @@ impl Plan {
         if lines.is_empty() {
             page.add("<p>Nothing.</p>\n");
         } else {
-            page.table(&head.map(str::to_owned), lines.into_iter(), 2);
+            page.table(&head.map(str::to_owned), lines.into_iter(), &[0, 1]);
         }
     }
 }
@@ -112,7 +112,7 @@ fn explained(page: &mut Page, explain: &Explanation) {
     }
     let head =
         ["", "a token", "exchanges", "weights a rank", "KV cache a token and rank", ""].map(str::to_owned);
-    page.table(&head, explain.alternatives.iter().map(|a| a.cells().to_vec()), 1);
+    page.table(&head, explain.alternatives.iter().map(|a| a.cells().to_vec()), &[0, 5]);
     notes(page, explain.notes.iter().map(|n| (&n.note, n.costs())));
 }
 
@@ -140,9 +140,9 @@ impl Page {
         self.add(&format!("<h2>{}</h2>\n", escaped(text)));
     }
 
-    /// A table whose first columns, as many as `texts`, are text and the others numbers.
-    fn table(&mut self, head: &[String], lines: impl Iterator<Item = Vec<String>>, texts: usize) {
-        let class = |column: usize| if column < texts { " class=\"text\"" } else { "" };
+    /// A table. Columns in `texts` are text, the others numbers.
+    fn table(&mut self, head: &[String], lines: impl Iterator<Item = Vec<String>>, texts: &[usize]) {
+        let class = |column: usize| if texts.contains(&column) { " class=\"text\"" } else { "" };
         let line = |tag: &str, cells: &[String]| {
             let cell = |(i, text): (usize, &String)| format!("<{tag}{}>{}</{tag}>", class(i), escaped(text));
             format!("<tr>{}</tr>\n", cells.iter().enumerate().map(cell).collect::<String>())

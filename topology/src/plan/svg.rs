@@ -30,7 +30,7 @@ const GAP: f64 = 4.0;
 /// Narrower columns than this have their titles at the left.
 const NARROW: f64 = 56.0;
 /// The smallest size of text.
-const SMALLEST: f64 = 6.5;
+const SMALLEST: f64 = 6.0;
 /// Columns at most: more wouldn't be seen.
 const MOST: usize = 64;
 
@@ -289,6 +289,8 @@ impl Picture {
     fn cells(&mut self, place: Rect, grid: &Grid, row: &Row<'_>, rank: usize) {
         self.svg.rect(place, 3.0, SLOT);
         let side = grid.side - 1.0;
+        // All are numbered, or none.
+        let numbers = fitting(&row.total.saturating_sub(1).to_string(), side, 9.5);
         let top = place.y + (place.height - grid.lines as f64 * grid.side) / 2.0;
         for (i, index) in (row.held[rank].start..row.held[rank].end).enumerate() {
             let (column, line) = ((i % grid.columns) as f64, (i / grid.columns) as f64);
@@ -298,11 +300,10 @@ impl Picture {
             let also = if holders > 1 { format!(", on {holders} ranks") } else { String::new() };
             let tip = format!("rank {rank}: {} {index}{also}", row.what);
             self.svg.rect_with_tip(Rect { x, y, width: side, height: side }, 1.5, fill, &tip);
-            let number = index.to_string();
-            if let Some(size) = fitting(&number, side - 1.0, 9.5).filter(|s| *s >= 7.0) {
+            if let Some(size) = numbers {
                 let colour = if holders > 1 { INK } else { GROUND };
                 let at = (x + side / 2.0, y + side / 2.0 + size * 0.36);
-                self.svg.text(at, size, colour, Anchor::Middle, &number);
+                self.svg.text(at, size, colour, Anchor::Middle, &index.to_string());
             }
         }
     }
