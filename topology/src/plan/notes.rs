@@ -16,11 +16,13 @@ pub(super) fn notes(
     predicted: &Predicted,
     one_rank_us: f64,
 ) -> Vec<String> {
-    let about = About { spec, shares, costs, world: shares.world };
+    let alike = options.speeds.is_empty() && options.memory.is_empty();
+    let about = About { spec, shares, costs, world: shares.world, alike };
     let mut notes = spec.notes.clone();
     if shares.world == 1 {
         notes.push("one rank: nothing is sharded and nothing exchanged".to_owned());
     } else {
+        notes.extend(unlike(options));
         notes.extend(about.experts(options));
         for (id, (d, s)) in spec.dims.iter().zip(&shares.dims).enumerate() {
             notes.extend(about.dimension(id, d, s));
@@ -50,11 +52,22 @@ pub(super) fn notes(
     notes
 }
 
+/// Why shares differ, where ranks aren't alike.
+fn unlike(options: &Options) -> Option<String> {
+    let speeds = (!options.speeds.is_empty()).then(|| format!("speeds ({})", list(options.speeds.iter())));
+    let memory = || list(options.memory.iter().map(|&b| size(b)).collect::<Vec<_>>().iter());
+    let limits = (!options.memory.is_empty()).then(|| format!("memory ({})", memory()));
+    let given: Vec<String> = speeds.into_iter().chain(limits).collect();
+    (!given.is_empty()).then(|| format!("shares follow the ranks' {}", given.join(" and ")))
+}
+
 struct About<'a> {
     spec: &'a ModelSpec,
     shares: &'a Shares,
     costs: &'a CostModel,
     world: usize,
+    /// Whether ranks are.
+    alike: bool,
 }
 
 impl About<'_> {
@@ -65,7 +78,7 @@ impl About<'_> {
                 let note = self.uneven(id, d, shares)?;
                 let evenest = d.size.div_ceil(self.world).next_multiple_of(d.granule);
                 let grouped = self.spec.dims[kv].size < d.size;
-                let more = extremes(&shares.ranges).0 > evenest && grouped;
+                let more = extremes(&shares.ranges).0 > evenest && grouped && self.alike;
                 Some(note + if more { "; evener shares would hold more key/value heads" } else { "" })
             }
             Cut::KvHeads { .. } => self.kv_heads(id, d, shares),
@@ -159,6 +172,9 @@ impl About<'_> {
             ));
         }
         let uneven = self.uneven(id, d, vocab)?;
+        if !self.alike {
+            return Some(uneven);
+        }
         Some(format!("{uneven}; not padded, as a multiple of lcm(64, {}) would cost more", self.world))
     }
 
