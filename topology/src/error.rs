@@ -149,6 +149,24 @@ pub enum Error {
         alternatives: String,
     },
 
+    /// What was given for each rank isn't one for each, or makes no sense.
+    #[error("{0}")]
+    RankOptions(String),
+
+    /// The ranks together can't hold the model, or one can't hold what every rank needs.
+    #[error(
+        "rank {rank} would hold {needed} bytes of weights, but has room for {limit}, and the others have no room for \
+         the rest: use more ranks, larger devices, or weights of fewer bits"
+    )]
+    Memory {
+        /// The rank that lacks most.
+        rank: usize,
+        /// What it would hold.
+        needed: u64,
+        /// What it can.
+        limit: u64,
+    },
+
     /// Query heads that can't be grouped evenly by the key/value head they read.
     #[error(
         "{q_heads} query heads can't be grouped over {kv_heads} key/value heads: \

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::toys::{FAMILIES, Toy};
 use common::{fixture, model, plan};
 use serde_json::{Value, json};
 use tensorwire_core::DType;
@@ -229,6 +230,44 @@ fn no_value_of_any_field_causes_a_panic() {
             "is_decoder",
         ];
         for field in known.chain(others.map(str::to_owned)) {
+            for value in &values {
+                let mut config = config.clone();
+                config[&field] = value.clone();
+                if let Ok(spec) = ModelSpec::from_config(&config.to_string())
+                    && let Ok(plan) = Planner::new(&spec).plan(2)
+                {
+                    plan.check(&spec).unwrap();
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_value_of_any_field_of_any_family_causes_a_panic() {
+    let values = [
+        json!(-1),
+        json!(0),
+        json!(1),
+        json!(3),
+        json!(7.5),
+        json!(u64::MAX),
+        json!(1u64 << 28),
+        json!("x"),
+        json!(true),
+        json!([1, "a"]),
+        json!([1, 2, 3]),
+        json!({}),
+        Value::Null,
+    ];
+    for (n, family) in FAMILIES.into_iter().enumerate() {
+        let toy =
+            Toy { layers: 2, kv_heads: 2, group: 2, head_dim: 4, ffn: 12, vocab: 20, experts: 3, variant: n };
+        let config = toy.config(family);
+        let others =
+            ["layer_types", "sliding_window", "quantization_config", "mlp_only_layers", "text_config"];
+        let known: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+        for field in known.into_iter().chain(others.map(str::to_owned)) {
             for value in &values {
                 let mut config = config.clone();
                 config[&field] = value.clone();

@@ -4,9 +4,12 @@ mod common;
 
 use std::ops::Range;
 
+use common::toys::{FAMILIES, Toy};
 use common::{lengths, pairs};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
+use serde_json::json;
+use tensorwire_topology::model::Cut;
 use tensorwire_topology::plan::{Plan, Span};
 use tensorwire_topology::shard::{even, heads, kv_heads, vocab};
 use tensorwire_topology::{Error, ModelSpec, Planner};
@@ -233,25 +236,46 @@ proptest! {
     }
 }
 
-/// Some model of the three architectures, and a number of ranks it can be shared by.
+/// Some model of any family, and a number of ranks. Sizes are small and awkward; some are quantised.
 fn models() -> impl Strategy<Value = (ModelSpec, usize)> {
     let sizes = (1usize..6, 1usize..6, 1usize..9, 1usize..4, 1usize..200, 1usize..700);
-    (sizes, 0usize..3, any::<(bool, bool, bool)>(), 0usize..10_000).prop_map(
-        |((k, g, d, layers, ffn, vocab), architecture, (tied, attention_bias, mlp_bias), n)| {
-            let model_type = ["bert", "llama", "qwen2"][architecture];
-            let h = k * g;
-            let dtype = ["float32", "float16", "bfloat16"][n % 3];
-            let json = serde_json::json!({
-                "model_type": model_type, "num_hidden_layers": layers, "hidden_size": h * d,
-                "num_attention_heads": h, "num_key_value_heads": k, "intermediate_size": ffn,
-                "vocab_size": vocab, "tie_word_embeddings": tied, "attention_bias": attention_bias,
-                "mlp_bias": mlp_bias, "max_position_embeddings": 7, "torch_dtype": dtype,
+    (sizes, 0usize..FAMILIES.len(), 1usize..7, 0usize..12, 0usize..10_000).prop_map(
+        |((kv_heads, group, head_dim, layers, ffn, vocab), family, experts, variant, n)| {
+            let toy = Toy { layers, kv_heads, group, head_dim, ffn, vocab, experts, variant };
+            let mut config = toy.config(FAMILIES[family]);
+            let quantised = match n % 7 {
+                0 => {
+                    Some(json!({"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": n % 2 == 1}))
+                }
+                1 => Some(json!({"quant_method": "awq", "bits": 4, "group_size": 16})),
+                2 => Some(json!({"quant_method": "fp8", "weight_block_size": [8, 16]})),
+                3 => Some(json!({"quant_method": "mxfp4"})),
+                _ => None,
+            };
+            if let Some(quantised) = quantised {
+                config["quantization_config"] = quantised;
+            }
+            // Some layouts have no quantised form, and some parts don't begin where a scale does.
+            let spec = ModelSpec::from_config(&config.to_string()).unwrap_or_else(|_| {
+                ModelSpec::from_config(&toy.config(FAMILIES[family]).to_string()).unwrap()
             });
-            let spec = ModelSpec::from_config(&json.to_string()).unwrap();
-            let most = h.min(ffn).min(vocab);
+            let most = match Planner::new(&spec).outline(10_000) {
+                Err(Error::TooManyRanks { nearest, .. }) => nearest,
+                // Nothing of it is shared: any number of ranks will do.
+                Ok(_) => 3,
+                Err(e) => panic!("{e}"),
+            };
             (spec, n % most + 1)
         },
     )
+}
+
+/// What notes call the key/value heads of this name.
+fn label(name: &str) -> String {
+    match name.split_once('.') {
+        Some((stack, _)) => format!("{stack} key/value heads"),
+        None => "key/value heads".to_owned(),
+    }
 }
 
 /// Counts, for each element along the cut dimension, the ranks that hold it: element by element. With the ranks
@@ -293,9 +317,6 @@ proptest! {
             }
         }
         prop_assert_eq!(plan.ranks.iter().map(|r| r.weight_bytes).collect::<Vec<_>>(), bytes);
-        // A tied model has one table, not two.
-        let has_head = spec.architecture.is_decoder() && !spec.tie_word_embeddings;
-        prop_assert_eq!(plan.tensor("lm_head.weight", 0).is_some(), has_head);
         plan.check(&spec).unwrap();
     }
 
@@ -303,24 +324,45 @@ proptest! {
     fn shares_are_as_even_as_can_be_and_every_unevenness_is_noted((spec, world) in models()) {
         let plan = Planner::new(&spec).plan(world).unwrap();
         let noted = |words: &str| plan.notes.iter().any(|n| n.contains(words));
-        for layer in &plan.layers {
-            let q = lengths(&layer.attention.q_heads);
-            prop_assert!(q.iter().max() <= Some(&largest_share(spec.num_attention_heads, world)));
-            prop_assert_eq!(q.iter().min() != q.iter().max(), noted("query heads are shared unevenly"));
-            let ffn = lengths(&layer.mlp.ffn);
-            prop_assert_eq!(ffn.iter().max(), Some(&spec.intermediate_size.div_ceil(world)));
-            prop_assert_eq!(ffn.iter().min() != ffn.iter().max(), noted("columns are shared unevenly"));
-            let kv: usize = lengths(&layer.attention.kv_heads).iter().sum();
-            prop_assert_eq!(kv > spec.num_key_value_heads, noted("key/value heads on more than one rank"));
-            prop_assert_eq!(layer.collectives.len(), if world == 1 { 0 } else { 2 });
+        for (d, p) in spec.dims.iter().zip(&plan.dimensions) {
+            let shares = lengths(&p.ranges);
+            let (least, most) = (*shares.iter().min().unwrap(), *shares.iter().max().unwrap());
+            let units = d.size.div_ceil(d.granule);
+            match d.cut {
+                _ if !p.shared => prop_assert!(shares.iter().all(|s| *s == d.size)),
+                Cut::Heads { .. } => {
+                    if d.granule == 1 {
+                        prop_assert!(most <= largest_share(d.size, world));
+                    }
+                    prop_assert!(least == most || noted("query heads"));
+                }
+                Cut::KvHeads { .. } => {
+                    let copied = noted(&format!("{} on more than one", label(&p.name)));
+                    prop_assert_eq!(shares.iter().sum::<usize>() > d.size, copied);
+                }
+                Cut::Vocabulary => {
+                    prop_assert_eq!(plan.vocab.padded > d.size, noted("vocabulary padded"));
+                    prop_assert!(least == most || noted("vocabulary"));
+                }
+                // Columns and experts: as even as granules allow.
+                _ => {
+                    prop_assert!(most <= units.div_ceil(world) * d.granule);
+                    prop_assert!(least == most || noted("are shared unevenly"), "{}", p.name);
+                }
+            }
         }
-        prop_assert_eq!(plan.vocab.padded > spec.vocab_size, noted("vocabulary padded"));
-        let rows = lengths(&plan.vocab.ranges);
-        let uneven = rows.iter().min() != rows.iter().max();
-        prop_assert_eq!(uneven, noted("vocabulary padded") || noted("vocabulary rows are shared unevenly"));
-        prop_assert_eq!(world > 1, noted("whole on every rank: norms"));
+        for (layer, planned) in spec.layers.iter().zip(&plan.layers) {
+            let sums: usize = layer.blocks.iter().map(|b| b.sums.len()).sum();
+            let exchanges = planned.collectives.len();
+            let expected = if world == 1 { exchanges == 0 } else { exchanges >= sums };
+            prop_assert!(expected);
+            // Every block that shares anything ends in a sum.
+            prop_assert!(layer.blocks.iter().all(|b| !b.sums.is_empty()));
+        }
+        let whole = spec.tensors.iter().any(|t| !t.is_shared());
+        prop_assert_eq!(world > 1 && whole, noted("whole on every rank: norms") || noted("whole on every rank: matr"));
         prop_assert!(plan.predicted.decode_us_per_token >= plan.predicted.comm_us_per_token);
-        prop_assert!((plan.predicted.comm_us_per_token > 0.0) == (world > 1));
+        prop_assert_eq!(plan.predicted.comm_us_per_token > 0.0, world > 1 && !spec.dims.is_empty());
     }
 
     #[test]

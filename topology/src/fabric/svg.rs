@@ -480,7 +480,8 @@ fn note(text: String) -> Shape {
 /// As many in a row as fit, of at most so many.
 fn fitting(shapes: &[Shape], most: usize) -> usize {
     let width = |columns: usize| {
-        let rows = shapes.chunks(columns).map(|row| row.iter().map(|shape| shape.size().0 + GAP).sum::<f64>());
+        let rows =
+            shapes.chunks(columns).map(|row| row.iter().map(|shape| shape.size().0 + GAP).sum::<f64>());
         rows.fold(0.0, f64::max)
     };
     (1..=most.min(shapes.len())).rev().find(|columns| width(*columns) <= WIDTH).unwrap_or(1)

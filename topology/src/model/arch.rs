@@ -76,6 +76,8 @@ architectures! {
     WanTransformer: "WanTransformer3DModel";
     /// Cosmos's autoencoder, of convolutions.
     CosmosAutoencoder: "AutoencoderKLCosmos";
+    /// Another, whose tensors have the names and shapes of a known one.
+    Unknown: "unknown";
 }
 
 impl Architecture {

@@ -5,16 +5,18 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 use tensorwire_core::DType;
 
-use super::families::{Draft, FAMILIES, Family, Sizes};
+use super::families::{Draft, FAMILIES, Family, Sizes, UNKNOWN};
 use super::quantization::quantization;
+use super::safetensors::Weights;
 use super::{Architecture, MAX_DIM, MAX_HEADS, MAX_LAYERS, ModelSpec, Rope, RopeScaling};
 use crate::{Error, Result};
 
 /// A config.json is a few kilobytes.
 pub(super) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-/// Parses the text of a config.json; `file` names it in errors.
-pub(super) fn parse(json: &str, file: &str) -> Result<(&'static Family, Draft)> {
+/// Parses the text of a config.json; `file` names it in errors. A model of unknown architecture is known by its
+/// `weights`.
+pub(super) fn parse(json: &str, file: &str, weights: Option<&Weights>) -> Result<(&'static Family, Draft)> {
     let root: Value =
         serde_json::from_str(json).map_err(|source| Error::Json { what: file.to_owned(), source })?;
     let Value::Object(map) = &root else {
@@ -28,14 +30,28 @@ pub(super) fn parse(json: &str, file: &str) -> Result<(&'static Family, Draft)> 
     let Some(model_type) = f.text("model_type")?.or(f.text("_class_name")?) else {
         return Err(f.error("model_type", "is missing"));
     };
-    let Some(family) = FAMILIES.iter().find(|x| x.architecture.model_types().contains(&model_type)) else {
-        return Err(Error::UnknownArchitecture {
-            file: file.to_owned(),
-            model_type: model_type.to_owned(),
-            supported: FAMILIES.iter().flat_map(|x| x.architecture.model_types()).copied().collect(),
-        });
+    let family = match FAMILIES.iter().find(|x| x.architecture.model_types().contains(&model_type)) {
+        Some(family) => family,
+        None if weights.is_some_and(|w| w.has_suffix(".0.self_attn.q_proj.weight")) => &UNKNOWN,
+        None => {
+            return Err(Error::UnknownArchitecture {
+                file: file.to_owned(),
+                model_type: model_type.to_owned(),
+                supported: FAMILIES.iter().flat_map(|x| x.architecture.model_types()).copied().collect(),
+            });
+        }
     };
     let mut draft = (family.read)(&f)?;
+    if let Some(weights) = weights.filter(|_| family.architecture == Architecture::Unknown) {
+        let has = |suffix: &str| weights.has_suffix(suffix);
+        let mlp = has("gate_proj.bias") || has("up_proj.bias") || has("down_proj.bias");
+        draft.bias(has("q_proj.bias"), has("o_proj.bias"), mlp);
+        draft.flag("qk_norm", has("q_norm.weight"));
+        let tied = !has("lm_head.weight");
+        draft.flags.remove("tied");
+        draft.flag("tied", tied);
+        draft.spec.tie_word_embeddings = tied;
+    }
     draft.spec.quantization = quantization(&f)?;
     Ok((family, draft))
 }

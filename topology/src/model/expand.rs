@@ -241,6 +241,9 @@ impl Expander<'_> {
             None if transposed => vec![("weight", vec![input, out], self.native, used, 1)],
             None => vec![("weight", vec![out, input], self.native, used, 1)],
             Some(QuantFormat::Mxfp4) => return Err(self.no_layout(module, QuantFormat::Mxfp4)),
+            Some(format @ (QuantFormat::Fp8Blocks { .. } | QuantFormat::Fp8Tensor { .. })) if transposed => {
+                return Err(self.no_layout(module, format));
+            }
             Some(QuantFormat::Gptq { bits, group, scattered }) => {
                 let pack = 32 / bits;
                 let groups = match group {

@@ -152,16 +152,17 @@ impl ModelSpec {
     /// Reads a model directory, or a config.json alone.
     ///
     /// A directory without weights is read as its config.json alone would be; [`weight_files`] is then an
-    /// error.
+    /// error. With weights, also a model of an unknown architecture can be planned if its tensors have a Llama's
+    /// names and shapes.
     ///
     /// [`weight_files`]: ModelSpec::weight_files
     pub fn load(path: &Path) -> Result<ModelSpec> {
         let meta = std::fs::metadata(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
         let config = if meta.is_dir() { path.join("config.json") } else { path.to_owned() };
         let json = read_text(&config, config::MAX_CONFIG_BYTES)?;
-        let (family, mut draft) = config::parse(&json, &config.display().to_string())?;
-        draft.spec.source = path.to_owned();
         let weights = if meta.is_dir() { safetensors::open(path)? } else { None };
+        let (family, mut draft) = config::parse(&json, &config.display().to_string(), weights.as_ref())?;
+        draft.spec.source = path.to_owned();
         match weights {
             Some(weights) => draft.with_weights(family, weights),
             None => draft.derive(family),
@@ -170,7 +171,7 @@ impl ModelSpec {
 
     /// Reads the text of a config.json. The tensors are those the architecture implies.
     pub fn from_config(json: &str) -> Result<ModelSpec> {
-        let (family, draft) = config::parse(json, "config.json")?;
+        let (family, draft) = config::parse(json, "config.json", None)?;
         draft.derive(family)
     }
 

@@ -94,6 +94,13 @@ pub(super) struct Weights {
     pub(super) root: PathBuf,
 }
 
+impl Weights {
+    /// Whether a tensor's name ends so.
+    pub(super) fn has_suffix(&self, suffix: &str) -> bool {
+        self.tensors.keys().any(|name| name.ends_with(suffix))
+    }
+}
+
 /// One tensor of a file.
 pub(super) struct Stored {
     pub(super) dtype: StoredType,

@@ -6,7 +6,7 @@ use super::expand::{Expanded, expand};
 use super::families::{Draft, Family, Form};
 use super::layer::Use;
 use super::safetensors::{Stored, Weights};
-use super::{Axis, MAX_BYTES, ModelSpec, StoredType};
+use super::{Architecture, Axis, MAX_BYTES, ModelSpec, StoredType};
 use crate::{Error, Result};
 
 /// A tensor that the architecture doesn't know may be this large, or a hundredth of the model: it is then
@@ -116,7 +116,8 @@ impl Draft {
         self.finish(family, prefix, dims, layers, tensors)
     }
 
-    /// The model with the tensors of real files, each checked against the architecture.
+    /// The model with the tensors of real files, each checked against the architecture. Where the configuration
+    /// leaves a size out, the shapes say it.
     pub(super) fn with_weights(mut self, family: &Family, mut weights: Weights) -> Result<ModelSpec> {
         let marker = |prefix: &str| {
             let rule = family.stem.first();
@@ -128,7 +129,13 @@ impl Draft {
         let Some(prefix) = family.prefixes.iter().find(found) else {
             return Err(Error::MissingTensor { path: weights.root, tensor: marker(family.prefixes[0]) });
         };
-        let Expanded { dims, layers, tensors: mut expected } = expand(family, &self, prefix)?;
+        let Expanded { dims, layers, tensors: mut expected } = loop {
+            let expanded = expand(family, &self, prefix)?;
+            // Each round settles a size, so that there are few.
+            if !self.learn_size(&expanded, &weights) {
+                break expanded;
+            }
+        };
         // A name may be that of a tensor in a form that another model has.
         expected.sort_by_key(|t| !t.needed);
 
@@ -195,6 +202,16 @@ impl Draft {
                 });
                 continue;
             }
+            if self.spec.architecture == Architecture::Unknown {
+                let what = format!(
+                    "tensor {name} ({dtype} {shape:?}) of an unknown architecture fits no rule, so the model can't be \
+                     planned: how it is computed decides how it may be cut"
+                );
+                return Err(Error::Unsupported {
+                    file: weights.files[location.file].display().to_string(),
+                    what,
+                });
+            }
             let ignored = self.ignored.iter().any(|start| name.starts_with(start));
             if !ignored && location.bytes > MAX_UNKNOWN_BYTES.max(known / 100) {
                 let what = format!(
@@ -214,6 +231,43 @@ impl Draft {
         self.spec.unused = unused;
         self.spec.weight_files = weights.files;
         self.finish(family, prefix, dims, layers, tensors)
+    }
+
+    /// Corrects one size that was a default by the shape of a tensor, if there is one to correct.
+    fn learn_size(&mut self, expanded: &Expanded, weights: &Weights) -> bool {
+        for t in expanded.tensors.iter().filter(|t| t.needed) {
+            let Some(stored) = weights.tensors.get(&t.name).filter(|s| s.shape.len() == t.shape.len()) else {
+                continue;
+            };
+            let differs = |&i: &usize| stored.shape[i] != t.shape[i];
+            let Some(i) = (0..t.shape.len()).find(differs) else { continue };
+            let Some(first) = t.axes[i].segments.first() else { continue };
+            // The dimension's own size, or the width of a head, of which there are as many as configured.
+            let dim = &expanded.dims[first.dim];
+            let of_heads = if matches!(dim.cut, super::Cut::Heads { .. }) { "head_dim" } else { "" };
+            for (name, each) in [(dim.name.as_str(), first.elements), (of_heads, dim.size)] {
+                let sizes = &mut self.sizes[0];
+                let value = stored.shape[i] / each;
+                let plain = t.axes[i].segments.len() == 1 && first.per == 1;
+                if plain && value > 0 && value * each == stored.shape[i] && sizes.learn(name, value) {
+                    self.spec
+                        .notes
+                        .push(format!("{name} = {value}, which config.json leaves out, is from {}", t.name));
+                    self.take_sizes();
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Sets the spec's fields from the sizes.
+    fn take_sizes(&mut self) {
+        let value = |name: &str| self.sizes[0].get(name).map(|s| s.value);
+        let spec = &mut self.spec;
+        spec.num_key_value_heads = value("kv_heads").unwrap_or(spec.num_key_value_heads);
+        spec.head_dim = value("head_dim").unwrap_or(spec.head_dim);
+        spec.intermediate_size = value("ffn").unwrap_or(spec.intermediate_size);
     }
 
     fn finish(

@@ -70,6 +70,18 @@ impl<'a> Planner<'a> {
         self
     }
 
+    /// The same planner for ranks of these speeds, in any unit: see [`Options::speeds`].
+    pub fn speeds(mut self, speeds: Vec<f64>) -> Planner<'a> {
+        self.options.speeds = speeds;
+        self
+    }
+
+    /// The same planner for ranks that can hold so many bytes of weights: see [`Options::memory`].
+    pub fn memory(mut self, bytes: Vec<u64>) -> Planner<'a> {
+        self.options.memory = bytes;
+        self
+    }
+
     /// Shards the model over `world` tensor-parallel ranks. The same input gives the same plan.
     ///
     /// Errors: [`Error::NoRanks`], [`Error::TooManyRanks`], and [`Error::TooLarge`] for a plan of more than

@@ -35,11 +35,13 @@ pub(super) fn notes(
     predicted: &Predicted,
     one_rank_us: f64,
 ) -> Vec<Note> {
-    let about = About { spec, shares, costs, world: shares.world };
+    let alike = options.speeds.is_empty() && options.memory.is_empty();
+    let about = About { spec, shares, costs, world: shares.world, alike };
     let mut notes: Vec<Note> = spec.notes.iter().cloned().map(Note::from).collect();
     if shares.world == 1 {
         notes.push("one rank: nothing is sharded and nothing exchanged".to_owned().into());
     } else {
+        notes.extend(unlike(options).map(Note::from));
         notes.extend(about.experts(options).map(Note::from));
         for (id, (d, s)) in spec.dims.iter().zip(&shares.dims).enumerate() {
             notes.extend(about.dimension(id, d, s));
@@ -73,11 +75,22 @@ pub(super) fn notes(
     notes
 }
 
+/// Why shares differ, where ranks aren't alike.
+fn unlike(options: &Options) -> Option<String> {
+    let speeds = (!options.speeds.is_empty()).then(|| format!("speeds ({})", list(options.speeds.iter())));
+    let memory = || list(options.memory.iter().map(|&b| size(b)).collect::<Vec<_>>().iter());
+    let limits = (!options.memory.is_empty()).then(|| format!("memory ({})", memory()));
+    let given: Vec<String> = speeds.into_iter().chain(limits).collect();
+    (!given.is_empty()).then(|| format!("shares follow the ranks' {}", given.join(" and ")))
+}
+
 struct About<'a> {
     spec: &'a ModelSpec,
     shares: &'a Shares,
     costs: &'a CostModel,
     world: usize,
+    /// Whether ranks are.
+    alike: bool,
 }
 
 impl About<'_> {
@@ -88,7 +101,7 @@ impl About<'_> {
                 let note = self.uneven(id, d, shares)?;
                 let evenest = d.size.div_ceil(self.world).next_multiple_of(d.granule);
                 let grouped = self.spec.dims[kv].size < d.size;
-                let more = extremes(&shares.ranges).0 > evenest && grouped;
+                let more = extremes(&shares.ranges).0 > evenest && grouped && self.alike;
                 let why = if more { "; evener shares would hold more key/value heads" } else { "" };
                 Some(Note { text: note.text + why, ..note })
             }
@@ -194,6 +207,9 @@ impl About<'_> {
             return Some(Note { us_per_token, ..text.into() });
         }
         let uneven = self.uneven(id, d, vocab)?;
+        if !self.alike {
+            return Some(uneven);
+        }
         let why = format!("; not padded, as a multiple of lcm(64, {}) would cost more", self.world);
         Some(Note { text: uneven.text + &why, ..uneven })
     }

@@ -1,6 +1,7 @@
 //! Axes whose elements are all alike: feed-forward columns and vocabulary rows.
 
 use super::check_ranks;
+use super::weighted::by_speed;
 use crate::Result;
 use crate::model::{Dimension, gcd};
 use crate::plan::Span;
@@ -27,9 +28,13 @@ pub fn even(what: &'static str, size: usize, world: usize) -> Result<Vec<Span>> 
 }
 
 /// The indices of a dimension in whole granules, of which the last may be partial.
-pub(super) fn in_granules(d: &Dimension, world: usize) -> Result<Vec<Span>> {
+pub(super) fn in_granules(d: &Dimension, world: usize, speeds: &[f64]) -> Result<Vec<Span>> {
+    let units = match speeds {
+        [] => even(d.field, d.units(), world)?,
+        speeds => by_speed(d.field, d.units(), speeds)?,
+    };
     let scale = |s: Span| Span::new(s.start * d.granule, (s.end * d.granule).min(d.size));
-    Ok(even(d.field, d.units(), world)?.into_iter().map(scale).collect())
+    Ok(units.into_iter().map(scale).collect())
 }
 
 /// How a vocabulary is shared.

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 
 use super::check_ranks;
+use super::weighted::heads_by_speed;
 use crate::model::{Dimension, gcd};
 use crate::plan::Span;
 use crate::{Error, Result};
@@ -114,17 +115,21 @@ pub(super) fn units(q: &Dimension, kv: &Dimension) -> usize {
     q.size.div_ceil(unit(q, kv))
 }
 
-/// [`heads`] in units that the weights can be cut in.
-pub(super) fn of(q: &Dimension, kv: &Dimension, world: usize) -> Result<HeadShares> {
+/// [`heads`] in units that the weights can be cut in; over ranks of these speeds, or of one if there are none.
+pub(super) fn of(q: &Dimension, kv: &Dimension, world: usize, speeds: &[f64]) -> Result<HeadShares> {
+    let shared = |q: usize, kv: usize| match speeds {
+        [] => heads(q, kv, world),
+        speeds => heads_by_speed(q, kv, speeds),
+    };
     let unit = unit(q, kv);
     if unit == 1 && kv.granule == 1 {
-        return heads(q.size, kv.size, world);
+        return shared(q.size, kv.size);
     }
     let (units, group) = (units(q, kv), (q.size / kv.size.max(1) / unit).max(1));
     // A partial unit at the end leaves a group incomplete: cuts are then plainly even.
     let groups = if units.is_multiple_of(group) { units / group } else { 1 };
     let scale = |s: &Span| Span::new(s.start * unit, (s.end * unit).min(q.size));
-    let shares: Vec<Span> = heads(units, groups, world)?.q.iter().map(scale).collect();
+    let shares: Vec<Span> = shared(units, groups)?.q.iter().map(scale).collect();
     // A rank holds whole granules of key/value heads, perhaps more than it needs.
     let widen = |s: Span| {
         let end = s.end.next_multiple_of(kv.granule).min(kv.size);

@@ -15,6 +15,9 @@
 //!   default columns, unless their shares would be illegal or more uneven than 1.03 times the mean and whole
 //!   experts are shared more evenly.
 //!
+//! Ranks that aren't alike have speeds and memory limits ([`Options`]): then each has a share such that the largest
+//! share over speed is least, of which a rank that couldn't hold it gives some to the others.
+//!
 //! [`Shares`] are all of these for one model. Everything else (norms, position embeddings, biases of row-parallel
 //! layers) is whole on every rank. Column- and row-parallel layers are those of Shoeybi et al., "Megatron-LM:
 //! Training Multi-Billion Parameter Language Models Using Model Parallelism", 2019: with `Y = X A` cut by A's
@@ -22,6 +25,7 @@
 
 mod even;
 mod heads;
+mod weighted;
 
 pub use even::{VocabShares, even, vocab};
 pub use heads::{HeadShares, heads, kv_heads};
@@ -39,6 +43,10 @@ pub struct Options {
     /// Whether each rank keeps a part of the tokens between blocks: reduce-scatter and all-gather instead of
     /// all-reduce, the same bytes, and activations are shared too.
     pub sequence_parallel: bool,
+    /// How fast each rank is, in any unit: shares follow. Empty where all are alike.
+    pub speeds: Vec<f64>,
+    /// How many bytes of weights each rank can hold. Empty where there is no limit.
+    pub memory: Vec<u64>,
 }
 
 /// How routed experts are shared.
@@ -84,7 +92,8 @@ const LARGEST_COLUMNS_PERCENT: usize = 103;
 impl Shares {
     /// The shares of `world` ranks.
     ///
-    /// Errors: [`Error::NoRanks`], [`Error::TooManyRanks`].
+    /// Errors: [`Error::NoRanks`], [`Error::TooManyRanks`]; [`Error::RankOptions`] and [`Error::Memory`] where
+    /// ranks aren't alike.
     pub fn of(spec: &ModelSpec, world: usize, options: &Options) -> Result<Shares> {
         if world == 0 {
             return Err(Error::NoRanks);
@@ -103,6 +112,18 @@ impl Shares {
             });
         }
 
+        weighted::check(options, world)?;
+        if !options.memory.is_empty() {
+            return weighted::within_memory(spec, options, world, |speeds| {
+                Shares::by(spec, world, experts, speeds)
+            });
+        }
+        Shares::by(spec, world, experts, &options.speeds)
+    }
+
+    /// The shares of ranks of these speeds; all alike if there are none.
+    fn by(spec: &ModelSpec, world: usize, experts: Experts, speeds: &[f64]) -> Result<Shares> {
+        let speeds = if speeds.windows(2).all(|w| w[0] == w[1]) { &[] } else { speeds };
         let mut dims: Vec<DimensionShares> = Vec::with_capacity(spec.dims.len());
         for d in &spec.dims {
             let whole =
@@ -110,13 +131,13 @@ impl Shares {
             let of = |ranges| DimensionShares { ranges, shared: true, padded: d.size };
             dims.push(match d.cut {
                 _ if !is_shared(d, world, experts) => whole,
-                Cut::Heads { kv } => of(heads::of(d, &spec.dims[kv], world)?.q),
-                Cut::KvHeads { q } => of(heads::of(&spec.dims[q], d, world)?.kv),
-                Cut::Vocabulary => {
+                Cut::Heads { kv } => of(heads::of(d, &spec.dims[kv], world, speeds)?.q),
+                Cut::KvHeads { q } => of(heads::of(&spec.dims[q], d, world, speeds)?.kv),
+                Cut::Vocabulary if speeds.is_empty() => {
                     let VocabShares { ranges, padded } = vocab(d.size, world)?;
                     DimensionShares { ranges, shared: true, padded }
                 }
-                _ => of(even::in_granules(d, world)?),
+                _ => of(even::in_granules(d, world, speeds)?),
             });
         }
         Ok(Shares { world, dims, experts })

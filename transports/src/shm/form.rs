@@ -85,8 +85,15 @@ impl Group {
             (_, _, None) => Ok(None),
             (_, Ok(layout), Some(rank)) if start != 0 => {
                 let (liveness, processors) = (self.liveness.subset(&ranks), self.processors_of(&ranks));
-                let group =
-                    Group::enter_part(self.memory(), start, layout, rank, liveness, processors, &self.options);
+                let group = Group::enter_part(
+                    self.memory(),
+                    start,
+                    layout,
+                    rank,
+                    liveness,
+                    processors,
+                    &self.options,
+                );
                 // The processors are shared with the ranks of the other groups.
                 group.map(|mut group| {
                     group.patience = self.patience;

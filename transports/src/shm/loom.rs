@@ -214,7 +214,8 @@ mod tests {
             Model::make(&memory, start, &layout);
             ranks(std::array::from_fn(|rank| {
                 let words = Words::new(memory.map(start, layout.len).unwrap(), layout);
-                let mut group = Group::new(words, rank, Liveness::default(), vec![Processors::allowed(); N], &options);
+                let mut group =
+                    Group::new(words, rank, Liveness::default(), vec![Processors::allowed(); N], &options);
                 let (op, dtype, reduce, count, root, layout) = (Op::Barrier, None, None, 0, None, 0);
                 group.begin(Call { op, dtype, reduce, count, root, layout, wire: None }).unwrap();
                 group.use_slots(PAGE);

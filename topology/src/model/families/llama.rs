@@ -24,6 +24,10 @@ pub(in crate::model) const LLAMA: Family = Family {
     logits: Some("lm_head"),
 };
 
+/// A model of which nothing is known but that its tensors have Llama's names. Which it has, its files say.
+pub(in crate::model) const UNKNOWN: Family =
+    Family { architecture: Architecture::Unknown, read: unknown, ..LLAMA };
+
 pub(in crate::model) const MISTRAL: Family =
     Family { architecture: Architecture::Mistral, read: mistral, ..LLAMA };
 
@@ -144,6 +148,16 @@ fn llama(f: &Fields) -> Result<Draft> {
     let mut draft = standard(f, Architecture::Llama, &LLAMA_NAMES)?;
     let (attention, mlp) = (f.flag("attention_bias")?, f.flag("mlp_bias")?);
     draft.bias(attention.unwrap_or(false), attention.unwrap_or(false), mlp.unwrap_or(false));
+    Ok(draft)
+}
+
+fn unknown(f: &Fields) -> Result<Draft> {
+    let mut draft = standard(f, Architecture::Unknown, &LLAMA_NAMES)?;
+    let name = f.text("model_type")?.unwrap_or_default().to_owned();
+    draft.spec.notes.push(format!(
+        "model_type \"{name}\" is not known: planned from the names and shapes of its tensors, which are those of a \
+         llama; a runtime must know what it computes"
+    ));
     Ok(draft)
 }
 

@@ -23,6 +23,8 @@ use crate::Result;
 
 pub(super) use Ax::{ByGroup, Cut, Whole};
 
+pub(super) use llama::UNKNOWN;
+
 /// Every family.
 pub(super) const FAMILIES: &[&Family] = &[
     &bert::BERT,
@@ -303,6 +305,12 @@ impl Sizes {
 
     pub(super) fn assume(&mut self, name: &'static str, value: usize, field: &'static str) {
         self.sizes.insert(name, Size { value, field, assumed: true });
+    }
+
+    /// Replaces a default; not a configured size, and not by itself.
+    pub(super) fn learn(&mut self, name: &str, value: usize) -> bool {
+        let size = self.sizes.get_mut(name).filter(|s| s.assumed && s.value != value);
+        size.map(|s| (s.value, s.assumed) = (value, false)).is_some()
     }
 
     pub(super) fn get(&self, name: &str) -> Option<Size> {
