@@ -108,9 +108,9 @@ fn pictures_have_every_device_and_no_text_over_another() {
 #[test]
 fn a_picture_of_much_says_how_much_more_there_is() {
     let text = |count: u32, hosts: u32| {
-        format!(
+        String::from(
             "name = \"<b>&\\\"\"\n[[model]]\nname = \"a <long> name that goes on & on for more letters than a line has\"
-             kind = \"gpu\"\n[links]\nnetwork = {{ alpha_us = 1, gbps = 1 }}\n"
+             kind = \"gpu\"\n[links]\nnetwork = { alpha_us = 1, gbps = 1 }\n"
         ) + &(0..hosts)
             .map(|i| {
                 format!(

@@ -160,7 +160,8 @@ fn prompt(spec: &ModelSpec) -> Vec<u32> {
 }
 
 fn summary(steps: &[(Duration, Vec<Spent>)]) -> Option<Steps> {
-    let us = |of: &dyn Fn(&(Duration, Vec<Spent>)) -> Duration| {
+    type Step = (Duration, Vec<Spent>);
+    let us = |of: &dyn Fn(&Step) -> Duration| {
         let mut all: Vec<f64> = steps.iter().map(|step| of(step).as_secs_f64() * 1e6).collect();
         median(&mut all).map(|us| (us * 1e3).round() / 1e3)
     };
