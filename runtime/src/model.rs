@@ -78,7 +78,7 @@ impl Model {
         let activation = match spec.architecture {
             Architecture::Bert => "gelu",
             Architecture::Llama | Architecture::Qwen2 => "silu",
-            other => return Err(unsupported("model_type", other.model_type(), "bert, llama and qwen2")),
+            _ => return Err(unsupported("model_type", &spec.model_type, "bert, llama and qwen2")),
         };
         if let Some(q) = &spec.quantization {
             return Err(unsupported("quantization_config", q.format.name(), "unquantised weights"));

@@ -159,7 +159,7 @@ fn what_can_not_be_compared_is_refused() {
         ("plan verify --model /nonexistent", "/nonexistent"),
         ("plan verify --refit", "TENSORWIRE_TABLE is off"),
         ("plan verify --refit --tp 1", "give --tp 2 or more"),
-        ("plan", "plan needs --model and --tp"),
+        ("plan", "not provided: --model"),
     ] {
         let refusal = refused(&with(line), 2);
         assert!(refusal.contains(why), "{line}: {refusal}");

@@ -64,7 +64,7 @@ fn a_fabric_is_shown_drawn_and_written_as_other_tools_read_it() {
     for part in [
         "1 host, 8 devices",
         "8 x A100-SXM4-80GB (GPU), 80 GiB",
-        "nvlink   240.000 GB/s, 2.5 us, rated; 1 island",
+        "nvlink 240.000 GB/s, 2.5 us, rated; 1 island",
     ] {
         assert!(text.contains(part), "{text}");
     }

@@ -168,17 +168,19 @@ struct Through {
 }
 
 impl Through {
-    /// The relay to the rank at an address; the plan is for ranks 0 and 1.
-    fn relay(&self, peer: usize, address: &str) -> String {
-        if *self.own.lock().unwrap() == address {
-            return address.to_owned();
+    /// The place of the relay to the rank at a place, an address and processors; the plan is for ranks 0 and 1.
+    fn relay(&self, peer: usize, place: &str) -> String {
+        if *self.own.lock().unwrap() == place {
+            return place.to_owned();
         }
+        let (address, processors) = place.split_once('/').unwrap();
         let mut relays = self.relays.lock().unwrap();
         if !relays.iter().any(|(to, _)| to == address) {
             let plan = self.plan.filter(|_| self.rank + peer == 1);
             relays.push((address.to_owned(), Relay::start(address.parse().unwrap(), plan)));
         }
-        relays.iter().find(|(to, _)| to == address).unwrap().1.address.to_string()
+        let (_, relay) = relays.iter().find(|(to, _)| to == address).unwrap();
+        format!("{}/{processors}", relay.address)
     }
 }
 
@@ -190,8 +192,10 @@ impl Store for Through {
         } else if key.ends_with("/all") {
             // What rank 0 has from its store, as it is without the relays.
             let relays = self.relays.lock().unwrap();
-            let real = |a: &str| {
-                relays.iter().find(|r| r.1.address.to_string() == a).map_or(a.to_owned(), |r| r.0.clone())
+            let real = |place: &str| {
+                let (address, processors) = place.split_once('/').unwrap();
+                let relay = relays.iter().find(|r| r.1.address.to_string() == address);
+                relay.map_or(place.to_owned(), |r| format!("{}/{processors}", r.0))
             };
             let text = String::from_utf8(value).unwrap();
             value = text.split(' ').map(real).collect::<Vec<_>>().join(" ").into_bytes();

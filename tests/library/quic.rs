@@ -243,9 +243,10 @@ impl Store for Veiled<'_> {
 
     fn get(&self, key: &str, deadline: Deadline) -> Result<Vec<u8>> {
         let value = self.store.get(key, deadline)?;
-        let relay = |to: usize, address: &str| {
+        let relay = |to: usize, place: &str| {
+            let (address, processors) = place.split_once('/').unwrap();
             let relay = Relay::to(address.parse().unwrap());
-            let at = relay.address.to_string();
+            let at = format!("{}/{processors}", relay.address);
             self.relays.lock().unwrap().insert(to, relay);
             at
         };

@@ -320,6 +320,7 @@ impl Store for &Detour {
         }
         let text = String::from_utf8(value).unwrap();
         let (zero, others) = text.split_once(' ').unwrap();
+        let (zero, processors) = zero.split_once('/').unwrap();
         let zero: SocketAddr = zero.parse().unwrap();
         *self.zero.lock().unwrap() = Some(zero);
         let (listener, recording) = (self.listener.try_clone().unwrap(), self.recording.clone());
@@ -331,7 +332,8 @@ impl Store for &Detour {
                 pass_on(stream, onward, recording.clone());
             }
         });
-        Ok(format!("{} {others}", self.listener.local_addr().unwrap()).into_bytes())
+        let here = self.listener.local_addr().unwrap();
+        Ok(format!("{here}/{processors} {others}").into_bytes())
     }
 
     fn add(&self, key: &str, delta: i64, deadline: Deadline) -> tensorwire::Result<i64> {

@@ -29,7 +29,7 @@ pub(crate) struct Args {
     command: Option<Command>,
 
     #[command(flatten)]
-    one: Option<One>,
+    one: One,
 }
 
 #[derive(clap::Subcommand)]
@@ -71,11 +71,10 @@ struct One {
 }
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
-    match (&args.command, &args.one) {
-        (Some(Command::Diff(args)), _) => diff::main(args),
-        (Some(Command::Verify(args)), _) => crate::plan_verify::main(args),
-        (None, Some(args)) => one(args),
-        (None, None) => Err(Failure::usage("plan needs --model and --tp (see tensorwire plan --help)")),
+    match &args.command {
+        Some(Command::Diff(args)) => diff::main(args),
+        Some(Command::Verify(args)) => crate::plan_verify::main(args),
+        None => one(&args.one),
     }
 }
 

@@ -38,6 +38,10 @@ pub struct Cache {
     pub shared_by: Vec<usize>,
 }
 
+/// The environment variable in which a launcher tells the ranks that it binds which processors they have together, as
+/// `0-3,8`.
+const JOB_PROCESSORS_VAR: &str = "TENSORWIRE_JOB_PROCESSORS";
+
 /// What a measurement holds for: one kind of machine, used in one way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
@@ -51,7 +55,7 @@ pub struct Fingerprint {
 
 impl Processors {
     pub(super) fn read(root: Root<'_>) -> Processors {
-        let (allowed, quota, usable) = usable(root);
+        let (allowed, quota, usable) = usable(root, None);
         let core = |cpu: &usize| {
             let siblings =
                 root.read(format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
@@ -74,10 +78,12 @@ impl Processors {
 }
 
 impl Fingerprint {
-    /// The fingerprint of the machine whose procfs and sysfs are below `root`. It takes a few small files.
+    /// The fingerprint of the machine whose procfs and sysfs are below `root`. It takes a few small files. Of a rank that a
+    /// launcher has bound to its share of the processors, that of all ranks' together.
     pub fn read(root: &std::path::Path) -> Fingerprint {
         let root = Root(root);
-        let (allowed, _, processors) = usable(root);
+        let of_job = std::env::var(JOB_PROCESSORS_VAR).ok().and_then(|text| list(&text));
+        let (allowed, _, processors) = usable(root, of_job);
         let caches = Cache::of(root, allowed.first().copied().unwrap_or(0));
         let name = |c: &Cache| format!("L{} {} {} for {}", c.level, c.kind, c.size, c.shared_by.len());
         Fingerprint { processor: model(root), processors, caches: caches.iter().map(name).collect() }
@@ -101,10 +107,10 @@ impl Cache {
     }
 }
 
-/// The processors in the affinity mask, the quota, and how many processors that makes.
-fn usable(root: Root<'_>) -> (Vec<usize>, Option<f64>, usize) {
+/// The processors in the affinity mask, unless they are `given`, the quota, and how many processors that makes.
+fn usable(root: Root<'_>, given: Option<Vec<usize>>) -> (Vec<usize>, Option<f64>, usize) {
     let status = root.read("/proc/self/status").unwrap_or_default();
-    let allowed = field(&status, "Cpus_allowed_list").and_then(list).unwrap_or_default();
+    let allowed = given.or_else(|| field(&status, "Cpus_allowed_list").and_then(list)).unwrap_or_default();
     let quota = cgroup::processors(root);
     // Half a processor more is none for a rank that spins.
     let most = quota.map_or(usize::MAX, |quota| quota as usize);

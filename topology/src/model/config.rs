@@ -30,18 +30,21 @@ pub(super) fn parse(json: &str, file: &str, weights: Option<&Weights>) -> Result
     let Some(model_type) = f.text("model_type")?.or(f.text("_class_name")?) else {
         return Err(f.error("model_type", "is missing"));
     };
+    let unknown = || Error::UnknownArchitecture {
+        file: file.to_owned(),
+        model_type: model_type.to_owned(),
+        supported: FAMILIES.iter().flat_map(|x| x.architecture.model_types()).copied().collect(),
+    };
     let family = match FAMILIES.iter().find(|x| x.architecture.model_types().contains(&model_type)) {
         Some(family) => family,
         None if weights.is_some_and(|w| w.has_suffix(".0.self_attn.q_proj.weight")) => &UNKNOWN,
-        None => {
-            return Err(Error::UnknownArchitecture {
-                file: file.to_owned(),
-                model_type: model_type.to_owned(),
-                supported: FAMILIES.iter().flat_map(|x| x.architecture.model_types()).copied().collect(),
-            });
-        }
+        None => return Err(unknown()),
     };
-    let mut draft = (family.read)(&f)?;
+    let mut draft = match (family.read)(&f) {
+        // It hasn't the fields of the models that it resembles either.
+        Err(_) if family.architecture == Architecture::Unknown => return Err(unknown()),
+        draft => draft?,
+    };
     if let Some(weights) = weights.filter(|_| family.architecture == Architecture::Unknown) {
         let has = |suffix: &str| weights.has_suffix(suffix);
         let mlp = has("gate_proj.bias") || has("up_proj.bias") || has("down_proj.bias");
@@ -52,6 +55,7 @@ pub(super) fn parse(json: &str, file: &str, weights: Option<&Weights>) -> Result
         draft.flag("tied", tied);
         draft.spec.tie_word_embeddings = tied;
     }
+    draft.spec.model_type = model_type.to_owned();
     draft.spec.quantization = quantization(&f)?;
     Ok((family, draft))
 }

@@ -48,6 +48,8 @@ pub const MAX_BYTES: u64 = 1 << 50;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ModelSpec {
+    /// What config.json calls it.
+    pub model_type: String,
     /// Which rules apply.
     pub architecture: Architecture,
     /// Layers, of all stacks.
@@ -215,6 +217,7 @@ impl ModelSpec {
     /// A model of nothing, for a family to fill.
     fn empty(architecture: Architecture) -> ModelSpec {
         ModelSpec {
+            model_type: String::new(),
             architecture,
             num_layers: 0,
             hidden_size: 0,

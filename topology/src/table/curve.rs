@@ -59,7 +59,7 @@ impl Curve {
     /// let measured: Vec<(u64, f64)> = (10..25).map(|i| (1 << i, time(1 << i))).collect();
     /// let curve = Curve::fit(&measured).unwrap();
     /// assert!((curve.us(3 << 20) / time(3 << 20) - 1.0).abs() < 0.01);
-    /// assert_eq!(curve.pieces().count(), 2);
+    /// assert!((2..=3).contains(&curve.pieces().count()));
     /// ```
     pub fn fit(samples: &[(u64, f64)]) -> Option<Curve> {
         let sizes = by_size(samples)?;

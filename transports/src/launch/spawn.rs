@@ -122,6 +122,9 @@ fn exit_code(status: ExitStatus) -> i32 {
 /// `none`.
 pub const BIND_VAR: &str = "TENSORWIRE_BIND";
 
+/// In which ranks that are bound find all processors that their host's ranks have together.
+const JOB_PROCESSORS_VAR: &str = "TENSORWIRE_JOB_PROCESSORS";
+
 type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
 
 /// Starts the ranks of a job on this host or [on several](Launcher::on_hosts), and watches over them until all have
@@ -323,6 +326,9 @@ impl<'a> Launcher<'a> {
             .env("TENSORWIRE_LOCAL_WORLD", self.ranks.to_string())
             .env("TENSORWIRE_STORE", &self.store)
             .stdin(Stdio::null());
+        if on.is_some() {
+            command.env(JOB_PROCESSORS_VAR, Processors::allowed().to_string());
+        }
         for (of, name, value) in &self.rank_env {
             if *of == rank {
                 command.env(name, value);
