@@ -164,6 +164,7 @@ impl Words {
 mod tests {
     use super::*;
     use crate::liveness::Liveness;
+    use crate::processors::Processors;
     use crate::shm::memory::{About, Kind};
     use crate::shm::{Group, Incoming, Options, Outgoing};
     use loom::thread::spawn;
