@@ -56,7 +56,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "all_reduce")]
     collective: Collective,
 
-    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback
+    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback, or mpi, of ranks that mpirun starts
     #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
     transport: Transport,
 
@@ -85,7 +85,8 @@ pub(crate) struct Args {
     touch: bool,
 
     /// Force an algorithm of all_reduce and reduce: inline, one_shot, two_shot, or symmetric for such buffers; over tcp,
-    /// of all_reduce also chain, ring, recursive_doubling, halving_doubling or hierarchical
+    /// of all_reduce also chain, ring, recursive_doubling, halving_doubling or hierarchical; over mpi also mpi, of any
+    /// collective: MPI's own
     #[arg(long, default_value = "auto", value_parser = algorithm)]
     algorithm: Choice,
 
@@ -189,12 +190,16 @@ impl Args {
             ));
         }
         let chooses = matches!(collective, Collective::AllReduce | Collective::Reduce);
-        if let (Some(algorithm), false) = (self.algorithm.0, chooses) {
+        if self.algorithm.0 == Some(Algorithm::Mpi) && self.transport != Transport::Mpi {
+            return refuse("mpi is an algorithm of ranks over MPI: it takes --transport mpi".into());
+        }
+        let ours = self.algorithm.0.filter(|a| *a != Algorithm::Mpi);
+        if let (Some(algorithm), false) = (ours, chooses) {
             return refuse(format!(
                 "{algorithm} is an algorithm of all_reduce and reduce, not of {collective}"
             ));
         }
-        if let Some(algorithm) = self.algorithm.0.filter(|a| !a.is_shm()) {
+        if let Some(algorithm) = ours.filter(|a| !a.is_shm()) {
             if self.transport == Transport::Shm {
                 return refuse(format!("{algorithm} is an algorithm for networks: it takes --transport tcp"));
             }
@@ -258,6 +263,7 @@ impl Args {
 
 /// Starts the ranks and reports what they measure.
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    crate::mpi::prepare(args.transport)?;
     let launched = launched()?;
     let args = &match &launched {
         Some((env, transport)) => Args { ranks: env.world, transport: *transport, ..args.clone() },
@@ -368,6 +374,8 @@ mod tests {
             "--limit x --collective broadcast",
             "--algorithm ring",
             "--algorithm ring --transport tcp --collective reduce",
+            "--algorithm mpi",
+            "--algorithm mpi --transport tcp",
             "--wire q8",
             "--explain --collective all_gather",
             "--wire q8 --transport tcp --collective all_gather",
@@ -382,6 +390,7 @@ mod tests {
             "--algorithm symmetric --buffer symmetric",
             "--transport tcp",
             "--transport tcp --algorithm hierarchical",
+            "--transport mpi --algorithm mpi --collective all_gather",
             "--transport tcp --wire q8 --dtype bf16 --op average",
             "--collective all_gather --dtype i32 --op average",
             "--dtype u8 --op bit_xor --bytes 7",
