@@ -9,8 +9,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use tensorwire::collectives::network::NetworkOptions;
-use tensorwire::transports::mpi::rsmpi::ffi;
 use tensorwire::transports::mpi::MpiOptions;
+use tensorwire::transports::mpi::rsmpi::ffi;
 use tensorwire::{Algorithm, Communicator, ReduceOp};
 
 const RANK: &str = "TENSORWIRE_BENCH_RANK";
@@ -69,7 +69,8 @@ fn rank() {
                 assert_eq!(code, 0);
             };
             let theirs = time(&ours, calls, || raw(&input, &mut output));
-            let by_mpi = time(&ours, calls, || ours.all_reduce_into(&input, &mut output, ReduceOp::Sum).unwrap());
+            let by_mpi =
+                time(&ours, calls, || ours.all_reduce_into(&input, &mut output, ReduceOp::Sum).unwrap());
             let by_links =
                 time(&ours, calls, || links.all_reduce_into(&input, &mut output, ReduceOp::Sum).unwrap());
             // The first one makes what is made once.

@@ -72,12 +72,13 @@ pub(crate) fn run_ranks(
     if ranks > processors {
         mpirun.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
     }
-    let mut mpirun = mpirun.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(|e| match e.kind() {
-        ErrorKind::NotFound => Failure::usage(
-            "mpirun isn't on the PATH: ranks over MPI are started by it (apt-get install openmpi-bin)",
-        ),
-        _ => Failure::run(format!("starting mpirun: {e}")),
-    })?;
+    let mut mpirun =
+        mpirun.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(|e| match e.kind() {
+            ErrorKind::NotFound => Failure::usage(
+                "mpirun isn't on the PATH: ranks over MPI are started by it (apt-get install openmpi-bin)",
+            ),
+            _ => Failure::run(format!("starting mpirun: {e}")),
+        })?;
     let pid = Pid::from_child(&mpirun);
     let mut broken = None;
     if let Some(out) = mpirun.stdout.take() {

@@ -98,9 +98,10 @@ impl MpiGroup {
     /// Begins a call: what it sends and receives is compared with the peers' calls.
     ///
     /// # Errors
-    /// The error that has ended the group, if one has.
+    /// The error that has ended the group, if one has; [`Error::Config`] where MPI has ended, or this thread may not call it.
     #[inline]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
+        raw::check_usable()?;
         self.seq += 1;
         self.enter(call)?;
         self.mesh.begin(Some((self.seq, &call)));
@@ -218,6 +219,7 @@ impl MpiGroup {
         let received = into.as_ref().map(|i| call(Op::Recv, i.data.len(), i.from));
         let Some(doing) = received.or(sent) else { return Ok(()) };
         let (rank, world) = (self.rank(), self.world());
+        raw::check_usable()?;
         self.enter(doing)?;
         self.mesh.begin(None);
         let mut nowhere = [];
