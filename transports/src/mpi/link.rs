@@ -12,7 +12,8 @@ use super::raw::{Buffer, Outcome, Transfer};
 use super::world::{Tag, World};
 use crate::tcp::{HEADER, Header, Kind, Memory, Span};
 
-/// Bytes of a payload that travel with their header: with it fewer than most MPIs send without asking.
+/// Bytes of a payload that travel with their header: together fewer than the 4 KiB up to which Open MPI sends without asking
+/// the receiver, also in shared memory.
 pub(super) const INLINE: usize = 3 << 10;
 /// Bytes of a first message.
 const FIRST: usize = HEADER + INLINE;
