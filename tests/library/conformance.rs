@@ -4,11 +4,10 @@
 
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};
-use tensorwire::{Algorithm, Communicator, DType, Element, Options, ReduceOp};
+use tensorwire::{Algorithm, Communicator, DType, Options, ReduceOp};
 
 use crate::checks::*;
 use crate::common::{Over, threads};
-use crate::values::{assert_same, buffer, reduced};
 
 /// Slots so small that a few thousand elements take many chunks.
 fn small_slots() -> Options {
