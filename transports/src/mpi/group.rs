@@ -169,7 +169,11 @@ impl MpiGroup {
     /// [`Error::PeerLost`], [`Error::Timeout`], [`Error::Mismatch`] or [`Error::Aborted`]; the group has ended then.
     #[inline]
     pub fn wait(&mut self, received: usize, sent: usize, memory: &mut Memory<'_>) -> Result<(), Failure> {
-        let goal = Goal { received, sent };
+        self.drive(Goal { received, sent, there: false }, memory)
+    }
+
+    #[inline]
+    fn drive(&mut self, goal: Goal, memory: &mut Memory<'_>) -> Result<(), Failure> {
         let MpiGroup { mesh, shared, message, deadline, .. } = self;
         match mesh.drive(goal, shared, message, deadline, memory) {
             Ok(()) => Ok(()),
@@ -177,14 +181,14 @@ impl MpiGroup {
         }
     }
 
-    /// Waits until everything that this call has asked for is received, and MPI has what is sent.
+    /// Waits until everything that this call has asked for is received, and MPI needs this rank no more for what is sent.
     ///
     /// # Errors
     /// See [`wait`](MpiGroup::wait).
     #[inline]
     pub fn finish(&mut self, memory: &mut Memory<'_>) -> Result<(), Failure> {
         let (received, sent) = self.asked();
-        self.wait(received, sent, memory)
+        self.drive(Goal { received, sent, there: true }, memory)
     }
 
     /// Every rank's `mine`, in rank order, within a call.
