@@ -140,10 +140,8 @@ fn offload_late(name: &'static str, world: usize) {
 
 fn offload_killed(name: &'static str, world: usize) {
     let done = Job::new(name, world).option("--enable-recovery").run();
-    assert!(
-        !done.success() && done.stderr.contains("lost rank 2 in all_reduce(1048576 x f32, sum)"),
-        "{done}"
-    );
+    // With recovery, mpirun's own status is 0.
+    assert!(done.stderr.contains("lost rank 2 in all_reduce(1048576 x f32, sum)"), "{done}");
     assert!(done.took < Duration::from_secs(20), "{done}");
 }
 
