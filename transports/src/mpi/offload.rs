@@ -335,7 +335,7 @@ fn all_to_all(shared: &Arc<Shared>, seq: u64, input: &[u8], output: &mut [u8]) -
     let (Ok(n), Ok(_)) = (c_int::try_from(input.len() / world), c_int::try_from(input.len())) else {
         return Ok(false);
     };
-    assert!(input.len() == output.len() && input.len() % world == 0);
+    assert!(input.len() == output.len() && input.len().is_multiple_of(world));
     let (from, into) = (begin_of(input), begin_of_mut(output));
     // SAFETY: both have a block of `n` bytes for each rank, checked above; the call borrows both, apart.
     call(shared, seq, "MPI_Alltoall", |comm| unsafe {
