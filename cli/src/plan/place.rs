@@ -84,7 +84,8 @@ impl Where {
 /// the experts, as a plan is of one.
 pub(super) fn planner<'a>(spec: &'a ModelSpec, placement: &Placement) -> Option<(Planner<'a>, usize)> {
     let degrees = placement.chosen.degrees;
-    let experts = if degrees.ep > 1 { Experts::Parallel } else { Experts::Tensor };
+    let groups = if degrees.ep > 1 { degrees.expert_groups() } else { 1 };
+    let experts = Experts::in_groups(groups, degrees.tp);
     let planner = Planner::new(spec).experts(experts).sequence_parallel(degrees.sp);
     (degrees.sharing_experts() == 1).then_some((planner, degrees.tp))
 }
