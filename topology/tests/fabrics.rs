@@ -136,5 +136,5 @@ fn a_picture_of_much_says_how_much_more_there_is() {
 #[test]
 fn every_preset_is_tested_here() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/fabrics");
-    assert_eq!(std::fs::read_dir(folder).unwrap().count(), 7);
+    assert_eq!(std::fs::read_dir(folder).unwrap().count(), 8);
 }

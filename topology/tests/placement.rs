@@ -2,6 +2,8 @@
 
 use tensorwire_topology::fabric::Fabric;
 use tensorwire_topology::place::{Degrees, Goal, Placement, Request, Workload, alternative, place};
+use tensorwire_topology::plan::Span;
+use tensorwire_topology::shard::Experts;
 use tensorwire_topology::{ModelSpec, Planner};
 
 fn model(name: &str) -> ModelSpec {
@@ -39,7 +41,7 @@ fn distinct(spans: &[Span]) -> usize {
 fn experts_over_groups_weigh_and_exchange_what_their_plans_say() {
     let fabric = host(4000);
     for name in ["qwen3-235b-a22b-fp8", "mixtral-8x7b", "deepseek-v3"] {
-        let spec = ModelSpec::load(&fixture(name)).unwrap();
+        let spec = model(name);
         let workload = Workload::of(&spec);
         let mut compared = 0;
         for groups in [2, 4] {

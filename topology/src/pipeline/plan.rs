@@ -362,6 +362,18 @@ fn notes(
                 if n == 1 { "device" } else { "devices" }
             ));
         }
+        let ways = model.chosen.degrees.tp;
+        if let Some(height) = described.and_then(|m| m.height).filter(|_| ways > 1) {
+            notes.push(format!(
+                "{} is divided by height over {ways} devices, with whole weights on each: {} of halos from a neighbour in \
+                 {} exchanges, {} sums of statistics and {} gathered, for each item",
+                model.name,
+                size(height.halo_bytes),
+                height.exchanges,
+                height.sums,
+                size(height.gather_bytes)
+            ));
+        }
         if unit.stages.len() > 1 {
             let names: Vec<&str> = unit.stages.iter().map(|s| pipeline.stages[*s].name.as_str()).collect();
             notes.push(format!("{} is loaded once for {}", model.name, names.join(" and ")));

@@ -28,7 +28,7 @@ pub struct Degrees {
     /// `etp` is `tp`, or `tp` times a divisor of `dp`.
     pub ep: usize,
     /// Ranks of such a group, which share each expert's columns: 1 where experts are whole, and a divisor of `tp`. Without
-    /// meaning where `ep` is 1.
+    /// meaning where `ep` is 1. The search mixes at will within a tensor-parallel group; over several, `etp` is 1 or `tp`.
     #[serde(default = "one")]
     pub etp: usize,
     /// Sequence parallel: whether a tensor-parallel group divides the tokens between its sums.
@@ -205,8 +205,9 @@ fn expert_degrees(workload: &Workload, d: &Degrees) -> Vec<(usize, usize)> {
     if d.cp == 1 && d.cfg == 1 {
         sharing.extend(powers(d.dp).skip(1).filter(|s| d.dp.is_multiple_of(*s)));
     }
-    let within = |etp: &usize| d.tp.is_multiple_of(*etp);
-    let of = |s: usize| (1..=d.tp).filter(within).map(move |etp| (d.tp / etp * s, etp));
+    // Within a tensor-parallel group any mixture; over several, whole experts, or each cut over one of the groups.
+    let within = |s: usize, etp: usize| d.tp.is_multiple_of(etp) && (s == 1 || etp == 1 || etp == d.tp);
+    let of = |s: usize| (1..=d.tp).filter(move |etp| within(s, *etp)).map(move |etp| (d.tp / etp * s, etp));
     let spread = sharing.into_iter().flat_map(of).filter(|(ep, _)| (2..=count).contains(ep));
     std::iter::once((1, 1)).chain(spread).collect()
 }

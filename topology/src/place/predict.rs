@@ -277,6 +277,21 @@ impl Pricer<'_> {
             Exchange::Sum => {
                 tally.add(Cause::Tp, all_reduce_us(&group.tp, stream), all_reduce_wire(d.tp, stream));
             }
+            Exchange::Halo { exchanges, bytes, sums, sum_bytes, gather_bytes } => {
+                // A rank between two neighbours gets rows of both, at the same time.
+                let sides = (d.tp - 1).min(2) as f64;
+                let (bytes, sum, gather) = (bytes as f64 * sides, sum_bytes as f64, gather_bytes as f64);
+                let halo = group
+                    .tp
+                    .slowest()
+                    .map_or(0.0, |link| exchanges as f64 * link.alpha_us + bytes / link.bytes_per_us);
+                let mut us = halo + sums as f64 * all_reduce_us(&group.tp, sum);
+                if gather > 0.0 {
+                    us += all_gather_us(&group.tp, gather);
+                }
+                let sent = bytes + sums as f64 * all_reduce_wire(d.tp, sum) + gather_wire(d.tp, gather);
+                tally.add(Cause::Tp, pass.sequences * us, pass.sequences * sent);
+            }
             Exchange::Gather { row_bytes } => {
                 let rows = pass.sequences * row_bytes as f64;
                 tally.add(Cause::Tp, all_gather_us(&group.tp, rows), gather_wire(d.tp, rows));
@@ -353,7 +368,12 @@ impl Pricer<'_> {
                     needs.cache += (u128::from(kv) * u128::from(cached) / d.cp as u128) as u64;
                 }
                 let seen = if shares.spread_experts { tokens * d.sharing_experts() as f64 } else { tokens };
-                let items = part.item_bytes as f64 * pass.sequences;
+                let item = if matches!(part.split, Split::Height { .. }) {
+                    share.cut.bytes(part.item_bytes)
+                } else {
+                    part.item_bytes
+                };
+                let items = item as f64 * pass.sequences;
                 needs.wide = needs.wide.max((share.cut.bytes(part.wide_bytes) as f64 * seen + items) as u64);
                 let whole = part.largest[1];
                 // A tensor may be one expert's, of which a rank has the whole or its columns.

@@ -77,7 +77,7 @@ pub fn weighted(split: Split, weights: &[f64]) -> Option<Vec<Share>> {
             let padded = shard::vocab(rows, ranks).ok()?.padded;
             of(apportion(padded, weights), rows)
         }
-        Split::Rows { rows } => of(apportion(rows, weights), rows),
+        Split::Rows { rows } | Split::Height { rows } => of(apportion(rows, weights), rows),
     }
 }
 

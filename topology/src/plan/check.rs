@@ -8,6 +8,9 @@ use crate::model::{Cut, Dimension, MAX_HEADS, ModelSpec, TensorSpec};
 use crate::shard::{DimensionShares, Experts, Shares, kv_heads};
 use crate::{Error, Result};
 
+/// The most bytes that a plan may tell of in all: far above what there is, and no sum of some of them overflows.
+const MAX_SUM: u128 = 1 << 62;
+
 impl Plan {
     /// Checks that the plan doesn't contradict itself, as far as that can be seen without the model: dimensions
     /// are shared without gaps and where they may be cut, layers refer to them, and tensors are in order.
@@ -57,6 +60,14 @@ impl Plan {
         }
         if !self.ranks.iter().map(|r| r.rank).eq(0..world) {
             return Some(format!("ranks are not 0 to {}", world - 1));
+        }
+        // Readers add these up.
+        let exchanges = self.layers.iter().flat_map(|l| &l.collectives).chain(&self.vocab.collectives);
+        let of_ranks = self.ranks.iter().flat_map(|r| [r.weight_bytes, r.kv_bytes_per_token, r.peak_bytes]);
+        let bytes =
+            exchanges.map(|c| c.bytes_per_token).chain(of_ranks).chain(self.tensors.iter().map(|t| t.bytes));
+        if bytes.map(u128::from).sum::<u128>() > MAX_SUM {
+            return Some(format!("all its bytes are more than {MAX_SUM} together"));
         }
         self.tensors_out_of_order()
     }

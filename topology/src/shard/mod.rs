@@ -16,6 +16,8 @@
 //!   shares would be illegal or more uneven than 1.03 times the mean and whole experts are shared more evenly; groups
 //!   where there are neither columns nor experts for every rank.
 //!
+//! * [`by_height`]: rows of a picture, and the halos that convolutions need of neighbours' rows.
+//!
 //! Ranks that aren't alike have speeds and memory limits ([`Options`]): then each has a share such that the largest
 //! share over speed is least, of which a rank that couldn't hold it gives some to the others.
 //!
@@ -25,10 +27,12 @@
 //! columns and `Z = Y B` by B's rows, the two need one all-reduce, of `Z`.
 
 mod even;
+mod halo;
 mod heads;
 mod weighted;
 
 pub use even::{VocabShares, even, vocab};
+pub use halo::{Step, StepRows, by_height};
 pub use heads::{HeadShares, heads, kv_heads};
 
 use crate::model::{Cut, Dimension, ModelSpec, TensorSpec};

@@ -7,6 +7,7 @@
 //! `mutations` makes each wrong on purpose.
 
 mod attention;
+mod conv;
 mod decoders;
 mod diffusion;
 mod encoders;
