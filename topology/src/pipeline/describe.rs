@@ -109,10 +109,10 @@ pub struct Model {
     /// Bytes of activations at the widest place, of one item.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation_bytes: Option<u64>,
-    /// Why it is whole on each device.
+    /// Why it is whole on each device, also if it could be divided by height: a plan's notes then say what that would take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub whole_because: Option<String>,
-    /// How an item of it, a picture or a film, can be divided by height; if it can, it needn't be whole.
+    /// How an item of it, a picture or a film, can be divided by height.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub height: Option<Height>,
 }
@@ -313,9 +313,6 @@ impl Model {
             }
             (_, None) => {}
         }
-        if let (Some(_), Some(_)) = (self.height, &self.whole_because) {
-            return Err(refused(&what, "it is divided by height or whole_because of something, not both"));
-        }
         if let Some(height) = self.height {
             let (rows, counts) = (height.rows, height.exchanges.max(height.sums));
             let bytes = height.halo_bytes.max(height.sum_bytes).max(height.gather_bytes);
@@ -335,6 +332,12 @@ impl Model {
         Ok(())
     }
 
+    /// The workload of the same model divided by height, if it is whole and could be.
+    pub(super) fn by_height(&self) -> Option<Workload> {
+        self.whole_because.as_ref()?;
+        self.height.map(|_| Model { whole_because: None, ..self.clone() }.workload())
+    }
+
     /// The workload of a model without a configuration.
     fn workload(&self) -> Workload {
         let each = self.bytes_per_parameter.unwrap_or(2);
@@ -343,7 +346,8 @@ impl Model {
         let mut part = Part::new("model", Split::Whole);
         let weights = Work { bytes, reads: bytes, ..Work::default() };
         part.whole = Work { flops_per_sequence, ..weights };
-        if let Some(Height { rows, exchanges, halo_bytes, sums, sum_bytes, gather_bytes }) = self.height {
+        let height = self.height.filter(|_| self.whole_because.is_none());
+        if let Some(Height { rows, exchanges, halo_bytes, sums, sum_bytes, gather_bytes }) = height {
             part.split = Split::Height { rows };
             (part.cut, part.whole) = (Work { flops_per_sequence, ..Work::default() }, weights);
             part.after = Exchange::Halo { exchanges, bytes: halo_bytes, sums, sum_bytes, gather_bytes };
