@@ -136,12 +136,10 @@ fn one() -> usize {
     1
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref)] // Serde hands over references.
 fn is_one(n: &usize) -> bool {
     *n == 1
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref)] // As above.
 fn is_zero(n: &usize) -> bool {
     *n == 0
 }

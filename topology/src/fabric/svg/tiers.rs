@@ -25,7 +25,7 @@ impl<'a> Tiers<'a> {
     /// What the network joins, and whether it joins anything: several things that no pod or rack holds together.
     pub(super) fn shapes(&self) -> (Vec<Shape>, bool) {
         let all = self.nodes((0..self.views.len()).collect(), &[Class::Pod, Class::Rack]);
-        (self.alike(&all, "hosts"), all.len() > 1)
+        (self.alike(&all), all.len() > 1)
     }
 
     fn nodes(&self, hosts: Vec<usize>, tiers: &[Class]) -> Vec<Node> {
@@ -63,7 +63,7 @@ impl<'a> Tiers<'a> {
     }
 
     /// Those that are alike once, the first of them, unless there are few hosts; and no more than a frame shows.
-    fn alike(&self, nodes: &[Node], what: &str) -> Vec<Shape> {
+    fn alike(&self, nodes: &[Node]) -> Vec<Shape> {
         let mut alike: Vec<(&Node, usize)> = Vec::new();
         for node in nodes {
             match alike.last_mut() {
@@ -76,6 +76,7 @@ impl<'a> Tiers<'a> {
             alike[..shown].iter().map(|(node, count)| self.shape(node, *count)).collect();
         let more: usize = alike[shown..].iter().map(|(_, count)| count).sum();
         if more > 0 {
+            let what = if nodes.iter().all(|n| matches!(n, Node::Host(_))) { "hosts" } else { "of them" };
             shapes.push(note(format!("and {more} more {what}")));
         }
         shapes
@@ -92,7 +93,7 @@ impl<'a> Tiers<'a> {
                 let link = |host: &usize| self.views[*host].link(*class);
                 let slowest = hosts(nodes).iter().map(link).reduce(super::Link::slower);
                 title.extend(slowest.filter(|_| nodes.len() > 1).map(|link| speed(&link)));
-                let inside = self.alike(nodes, "of them");
+                let inside = self.alike(nodes);
                 Shape::Frame { title, class: *class, columns: fitting(&inside, inside.len().max(1)), inside }
             }
         }
