@@ -28,7 +28,7 @@ pub struct Degrees {
     /// `etp` is `tp`, or `tp` times a divisor of `dp`.
     pub ep: usize,
     /// Ranks of such a group, which share each expert's columns: 1 where experts are whole, and a divisor of `tp`. Without
-    /// meaning where `ep` is 1. The search mixes at will within a tensor-parallel group; over several, `etp` is 1 or `tp`.
+    /// meaning where `ep` is 1. The search mixes at will within a tensor-parallel group; over several, `etp` is 1, or over all `tp`.
     #[serde(default = "one")]
     pub etp: usize,
     /// Sequence parallel: whether a tensor-parallel group divides the tokens between its sums.
@@ -205,8 +205,10 @@ fn expert_degrees(workload: &Workload, d: &Degrees) -> Vec<(usize, usize)> {
     if d.cp == 1 && d.cfg == 1 {
         sharing.extend(powers(d.dp).skip(1).filter(|s| d.dp.is_multiple_of(*s)));
     }
-    // Within a tensor-parallel group any mixture; over several, whole experts, or each cut over one of the groups.
-    let within = |s: usize, etp: usize| d.tp.is_multiple_of(etp) && (s == 1 || etp == 1 || etp == d.tp);
+    // Within a tensor-parallel group any mixture; over several, whole experts, and over all each cut over one of the groups:
+    // all mixtures of large machines would take the search seconds.
+    let within =
+        |s: usize, etp: usize| d.tp.is_multiple_of(etp) && (s == 1 || etp == 1 || (etp == d.tp && s == d.dp));
     let of = |s: usize| (1..=d.tp).filter(move |etp| within(s, *etp)).map(move |etp| (d.tp / etp * s, etp));
     let spread = sharing.into_iter().flat_map(of).filter(|(ep, _)| (2..=count).contains(ep));
     std::iter::once((1, 1)).chain(spread).collect()

@@ -326,7 +326,7 @@ impl Picture {
         let Collective { op, after, bytes_per_token: bytes, predicted_us, among, stream } = exchange;
         let token = if stream.is_empty() { "a token" } else { "a token of the context" };
         self.side(self.y + 10.0, op, 12.0, INK);
-        let some = if *among > 0 { format!(", {among} ranks at a time") } else { String::new() };
+        let some = if *among > 0 { format!(", {among} at a time") } else { String::new() };
         self.side(self.y + 22.0, &format!("after {after}{some}"), 10.5, FAINT);
         let width = self.right() - LEFT - self.gap();
         let band = Rect { x: LEFT, y: self.y, width, height: 24.0 };
