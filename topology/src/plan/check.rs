@@ -245,7 +245,7 @@ fn wrong_ranges(d: &DimensionPlan, world: usize) -> Option<String> {
     let each = world / groups;
     let (mut start, mut end) = (0, 0);
     for (rank, r) in ranges.iter().enumerate() {
-        if rank % each == 0 && end == *size {
+        if rank.is_multiple_of(each) && end == *size {
             (start, end) = (0, 0);
         }
         let of_rank = format!("{name} of rank {rank} is {}..{}", r.start, r.end);

@@ -432,7 +432,7 @@ impl<'a> Group<'a> {
         let ranks = 0..messages.len();
         let next = self.peek(place).filter(|(_, next)| next.op == "all_to_all");
         // Ranks so far apart exchange with each other.
-        let apart = next.map(|(_, next)| if next.among == 0 { 1 } else { ranks.len() / next.among });
+        let apart = next.map(|(_, next)| ranks.len().checked_div(next.among).unwrap_or(1));
         self.next_exchange(place);
         let received = |to: usize| {
             let exchange = |from: usize| apart.is_some_and(|apart| from % apart == to % apart);

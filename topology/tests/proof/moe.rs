@@ -105,7 +105,7 @@ fn elsewhere(g: &Group, mlp: &str, place: &str, x: &Each, routes: &Each, owners:
             let out = expert(g, owner, mlp, e, local, &rows.select(0, &[i]));
             let bias = format!("{mlp}.experts.down_proj_bias");
             // Of an expert's owners the first adds it.
-            let adds = owner % each == 0 || g.fault == Some(Fault::BiasOnEveryRank);
+            let adds = owner.is_multiple_of(each) || g.fault == Some(Fault::BiasOnEveryRank);
             if adds && g.has(&bias) { out.add(&g.tensor(owner, &bias).index(local)) } else { out }
         });
         let outputs: Vec<Tensor> = outputs.collect();
