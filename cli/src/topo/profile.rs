@@ -38,7 +38,7 @@ const LINE: usize = 64;
 /// Bytes above which calls are measured in a stint of their own: they take as long as all below.
 const LONG: usize = 1 << 20;
 
-/// Sizes beside a neighbour.
+/// Sizes beside a neighbour, who takes turns with a rank where the ranks take all processors.
 const CONTENDED: [usize; 8] = [8, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
 
 /// What is measured, and how thoroughly.
