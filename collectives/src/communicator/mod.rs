@@ -6,6 +6,8 @@ mod fused;
 mod groups;
 #[cfg(feature = "tcp")]
 mod network;
+#[cfg(feature = "mpi")]
+mod over_mpi;
 mod placement;
 mod prepared;
 mod symmetric;
@@ -16,14 +18,16 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use tensorwire_core::{DType, Deadline, Error, ReduceOp, Result};
 use tensorwire_transports::launch::{Env, Transport};
+#[cfg(feature = "mpi")]
+use tensorwire_transports::mpi::{self, MpiOptions, World, rsmpi};
 use tensorwire_transports::shm::{self, Failure, Options};
 use tensorwire_transports::store::{self, Store};
 #[cfg(feature = "tcp")]
 use tensorwire_transports::tcp;
 
-#[cfg(feature = "tcp")]
-use crate::engine::NetEngine;
 use crate::engine::{Either, Engine, Reduction};
+#[cfg(feature = "tcp")]
+use crate::engine::{Lanes, NetEngine};
 #[cfg(feature = "tcp")]
 use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
@@ -87,6 +91,8 @@ enum Handle {
     Shm(shm::Handle),
     #[cfg(feature = "tcp")]
     Tcp(tcp::TcpHandle, Option<shm::Handle>),
+    #[cfg(feature = "mpi")]
+    Mpi(mpi::MpiHandle),
 }
 
 #[derive(Debug)]
@@ -107,15 +113,21 @@ impl Communicator {
     /// shows the certificate in `TENSORWIRE_TLS_CERT` (see `tcp::Tls`); with the feature `quic`, `quic`, with the same
     /// certificates over UDP; or `auto`: shared memory between ranks that have
     /// proved to be on one host, by reading there what another wrote, and TCP between the rest. Without a secret, `auto`
-    /// is `shm`. How collectives use that network is in the variables that
+    /// is `shm`. With the feature `mpi`, in processes that mpirun has started, `mpi` is whatever MPI drives; `tcp` needs no
+    /// secret then, which MPI carries; and `auto` without one is `mpi` where the ranks are on several hosts. How collectives use that network is in the variables that
     /// `network::NetworkOptions` reads.
     ///
     /// # Errors
     /// [`Error::Config`] if the variables are missing or make no sense; [`Error::Rendezvous`] if the other
     /// ranks don't come.
     pub fn from_env() -> Result<Communicator> {
+        let over = Transport::from_env()?;
+        #[cfg(feature = "mpi")]
+        if over == Transport::Mpi {
+            return Communicator::over_mpi();
+        }
         let env = Env::read()?;
-        match Transport::from_env()? {
+        match over {
             Transport::Shm => Communicator::over_shm(&env),
             Transport::Auto => Communicator::over_both(&env),
             over => Communicator::over_tcp(&env, over),
@@ -146,6 +158,14 @@ impl Communicator {
     fn over_both(env: &Env) -> Result<Communicator> {
         match tcp::Secret::is_given() {
             true => Communicator::over_network(env, Transport::Auto, Some(Options::from_env()?)),
+            // Ranks of several hosts, which have MPI between them and no secret for TCP.
+            #[cfg(feature = "mpi")]
+            false
+                if over_mpi::is_started_by_mpi(env)
+                    && env.local_world.is_some_and(|here| here < env.world) =>
+            {
+                Communicator::over_mpi()
+            }
             false => Communicator::over_shm(env),
         }
     }
@@ -157,10 +177,20 @@ impl Communicator {
 
     #[cfg(feature = "tcp")]
     fn over_network(env: &Env, over: Transport, sharing: Option<Options>) -> Result<Communicator> {
-        let (secret, options) = (tcp::Secret::for_transport(over)?, tcp::TcpOptions::from_env()?);
-        let network = NetworkOptions::from_env()?;
+        let (options, network) = (tcp::TcpOptions::from_env()?, NetworkOptions::from_env()?);
         let deadline = Deadline::after(options.timeout);
-        let (store, towards) = tcp::meet(env, &secret, deadline)?;
+        #[cfg(feature = "mpi")]
+        let met = over_mpi::meet(env, over, &options)?;
+        #[cfg(not(feature = "mpi"))]
+        let met = None;
+        let (secret, store, towards) = match met {
+            Some((secret, store, at)) => (secret, store, Some(at)),
+            None => {
+                let secret = tcp::Secret::for_transport(over)?;
+                let (store, towards) = tcp::meet(env, &secret, deadline)?;
+                (secret, store, towards)
+            }
+        };
         let group = tcp::join(env.rank, env.world, store.as_ref(), towards, &secret, &options)?;
         let engine = Communicator::joined(store.as_ref(), group, &network, deadline, sharing)?;
         Ok(Communicator::over(engine, Some(store)))
@@ -177,7 +207,7 @@ impl Communicator {
     ) -> Result<Either> {
         let network =
             network::agree(group.rank(), group.world(), store, network, group.transport(), deadline)?;
-        NetEngine::sharing(group, network, sharing).share().map_err(|failure| *failure)
+        NetEngine::sharing(Lanes::Tcp(group), network, sharing).share().map_err(|failure| *failure)
     }
 
     /// The group of `world` processes, on any hosts, that share `secret` and meet in `store`, as `rank`. Waits for all
@@ -274,12 +304,14 @@ impl Communicator {
         let (rank, world, handle) = match &engine {
             Either::Shm(e) => (e.group.rank(), e.group.world(), Handle::Shm(e.group.handle())),
             #[cfg(feature = "tcp")]
-            Either::Tcp(e) => {
-                (e.group.rank(), e.group.world(), Handle::Tcp(e.group.handle(), e.local_handle()))
-            }
+            Either::Tcp(e) => match &e.group {
+                Lanes::Tcp(g) => (g.rank(), g.world(), Handle::Tcp(g.handle(), e.local_handle())),
+                #[cfg(feature = "mpi")]
+                Lanes::Mpi(g) => (g.rank(), g.world(), Handle::Mpi(g.handle())),
+            },
         };
         #[cfg(feature = "tcp")]
-        let pipelines = world > 1 && matches!(&engine, Either::Tcp(e) if !e.is_mixed());
+        let pipelines = world > 1 && matches!(&engine, Either::Tcp(e) if !e.is_mixed() && !e.is_over_mpi());
         let state = Mutex::new(State { engine, algorithm: None, cause: None });
         let inner = Arc::new(Inner {
             state,
@@ -329,7 +361,7 @@ impl Communicator {
         state.algorithm = algorithm;
         #[cfg(feature = "tcp")]
         if let Either::Tcp(engine) = &mut state.engine {
-            engine.force(algorithm.is_some());
+            engine.force(algorithm);
         }
         Ok(())
     }
@@ -436,6 +468,10 @@ impl Communicator {
         if let Handle::Tcp(handle, _) = &self.inner.handle {
             handle.spin(spin);
         }
+        #[cfg(feature = "mpi")]
+        if let Handle::Mpi(handle) = &self.inner.handle {
+            handle.spin(spin);
+        }
     }
 }
 
@@ -454,6 +490,14 @@ impl State {
             }),
             Some(Algorithm::Symmetric) => {
                 Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"))
+            }
+            #[cfg(feature = "mpi")]
+            Some(Algorithm::Mpi) => {
+                let forced = self.forced(Algorithm::Mpi, bytes)?;
+                Ok(match &self.engine {
+                    Either::Tcp(engine) if !engine.offloads(r) => engine.choose(bytes, r),
+                    _ => forced,
+                })
             }
             Some(forced) => self.forced(forced, bytes),
         }
@@ -497,16 +541,35 @@ impl State {
     }
 
     fn forced(&self, forced: Algorithm, bytes: usize) -> Result<Algorithm> {
-        check(forced, matches!(self.engine, Either::Shm(_)), bytes)
+        let over = match &self.engine {
+            Either::Shm(_) => Carrier::Memory,
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) if engine.is_over_mpi() => Carrier::Mpi,
+            #[cfg(feature = "tcp")]
+            Either::Tcp(_) => Carrier::Network,
+        };
+        check(forced, over, bytes)
     }
 }
 
+/// What carries a group's data, as far as algorithms differ.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "there is no network"))]
+enum Carrier {
+    Memory,
+    Network,
+    Mpi,
+}
+
 /// Refuses an algorithm that was set and can't carry so many bytes, or is another transport's.
-fn check(forced: Algorithm, shm: bool, bytes: usize) -> Result<Algorithm> {
-    if shm && !forced.is_shm() {
+fn check(forced: Algorithm, over: Carrier, bytes: usize) -> Result<Algorithm> {
+    if forced == Algorithm::Mpi && over != Carrier::Mpi {
+        return Err(Error::invalid("mpi is an algorithm for groups over MPI (TENSORWIRE_TRANSPORT=mpi)"));
+    }
+    if over == Carrier::Memory && !forced.is_shm() {
         return Err(Error::invalid(format!("{forced} is an algorithm for networks, not for shared memory")));
     }
-    if !shm && forced == Algorithm::Symmetric {
+    if over != Carrier::Memory && forced == Algorithm::Symmetric {
         return Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"));
     }
     let limit = forced.limit();
