@@ -212,27 +212,20 @@ impl Line {
     }
 }
 
-/// The nearest times that never fall: where some do, the middle of as many neighbours as it takes.
+/// The nearest times that never fall: where some do, the median of as many neighbours as it takes, which a single one that
+/// something came between can't move far.
 fn never_falling(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
     let mut pools: Vec<Vec<f64>> = Vec::new();
     for (_, us) in points {
         let mut pool = vec![*us];
-        while let Some(before) = pools.pop_if(|before| middle(before) > middle(&pool)) {
+        while let Some(before) = pools.pop_if(|before| lower_median(before) > lower_median(&pool)) {
             pool.extend(before);
             pool.sort_by(f64::total_cmp);
         }
         pools.push(pool);
     }
-    let times = pools.iter().flat_map(|pool| std::iter::repeat_n(middle(pool), pool.len()));
+    let times = pools.iter().flat_map(|pool| std::iter::repeat_n(lower_median(pool), pool.len()));
     points.iter().zip(times).map(|((bytes, _), us)| (*bytes, us)).collect()
-}
-
-/// What some sizes' times in ascending order are replaced by, which a single one that something came between can't move
-/// far: the middle one; of two in the middle what is as near to both, as where larger messages are faster because they go
-/// past the caches, or the lower one where the other is no such case.
-fn middle(sorted: &[f64]) -> f64 {
-    let (low, high) = (lower_median(sorted), sorted[sorted.len() / 2]);
-    if high < 2.0 * low { (low * high).sqrt() } else { low }
 }
 
 /// The middle of some numbers in ascending order; of an even count the lower one, as what comes between makes times longer.
