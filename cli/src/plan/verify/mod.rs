@@ -287,9 +287,8 @@ mod tests {
         let machine = Fingerprint { processor: "x".into(), processors: 2, caches: vec![] };
         let subject = Subject::model(None, 1);
         let model = subject.open().unwrap();
-        let plan = |costs: CostModel| {
-            Planner::new(model.spec()).with_costs(costs).plan(2).map_err(|e| Failure::usage(e))
-        };
+        let plan =
+            |costs: CostModel| Planner::new(model.spec()).with_costs(costs).plan(2).map_err(Failure::usage);
         let unmeasured = plan(CostModel::default()).unwrap();
         let mut wanted = vec![plan_calls(&unmeasured).unwrap()];
         wanted.push(calls(&COLLECTIVES, &held_out(), 2));
