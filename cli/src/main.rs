@@ -14,7 +14,6 @@ mod launch;
 mod measure;
 mod output;
 mod plan;
-mod plan_verify;
 mod simulate;
 mod topo;
 

@@ -82,7 +82,7 @@ fn measure<T: Element>(
     let mut means = batches.collect::<tensorwire::Result<Vec<_>>>()?;
     means.sort_by(f64::total_cmp);
     let median = means[means.len() / 2];
-    let [p50, p99] = percentiles(&mut case, comm, args.touch, SINGLE_CALLS.min(calls as usize), [50, 99])?;
+    let [p50, p99] = percentiles(&mut case, comm, args.touch, 1, SINGLE_CALLS.min(calls as usize), [50, 99])?;
 
     let (moved, bus) = args.collective.traffic(bytes, comm.world());
     let rounded = |x: f64| (x * 1e6).round() / 1e6;
@@ -149,26 +149,29 @@ pub(crate) fn batch<T: Element>(
     slowest(comm, start.elapsed().as_secs_f64() / f64::from(calls))
 }
 
-/// Percentiles, in seconds, of single calls, each the slowest rank's.
+/// Percentiles of what a call takes, in seconds, over `batches` of `calls` that are timed together, each the slowest rank's.
 pub(crate) fn percentiles<T: Element, const N: usize>(
     case: &mut Case<'_, T>,
     comm: &Communicator,
     touch: bool,
     calls: usize,
+    batches: usize,
     wanted: [usize; N],
 ) -> tensorwire::Result<[f64; N]> {
-    let mut times = Vec::with_capacity(calls);
+    let mut times = Vec::with_capacity(batches);
     comm.barrier()?;
-    for _ in 0..calls {
+    for _ in 0..batches {
         let start = Instant::now();
-        if touch {
-            case.touch();
+        for _ in 0..calls {
+            if touch {
+                case.touch();
+            }
+            case.call()?;
         }
-        case.call()?;
-        times.push(start.elapsed().as_secs_f64());
+        times.push(start.elapsed().as_secs_f64() / calls as f64);
     }
     times.sort_by(f64::total_cmp);
-    let mut found = wanted.map(|percent| times[(calls * percent).div_ceil(100) - 1]);
+    let mut found = wanted.map(|percent| times[(batches * percent).div_ceil(100) - 1]);
     for time in &mut found {
         *time = slowest(comm, *time)?;
     }
