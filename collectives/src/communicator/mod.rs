@@ -28,6 +28,8 @@ use crate::engine::{Either, Engine, Reduction};
 use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
 
+#[cfg(feature = "nccl")]
+pub(crate) use collectives::Blocks;
 pub use prepared::AllReducePlan;
 pub use symmetric::Symmetric;
 pub use work::Work;
