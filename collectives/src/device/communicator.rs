@@ -665,16 +665,9 @@ impl Shared {
             state.kept.push_back(Kept { seq, call, began: Instant::now(), took: None });
             seq
         };
-        let left = self.state().left;
         match self.lost(call, seq) {
             Some(error) => Err(self.fail(error)),
-            None => match left {
-                Some(peer) => {
-                    let how = "it has left the group".to_owned();
-                    Err(self.fail(Error::PeerLost { rank: self.rank, peer, call, seq, how }))
-                }
-                None => Ok(seq),
-            },
+            None => Ok(seq),
         }
     }
 
@@ -785,6 +778,12 @@ impl Shared {
     /// What has become of the group on other ranks, if it can't go on, as an error of this call.
     fn lost(&self, call: Call, seq: u64) -> Option<Error> {
         let state = self.state();
+        if let Some(peer) = state.left
+            && state.beats.get(peer).is_some_and(|beat| beat.launched < seq)
+        {
+            let how = "it has left the group, and did not launch this call".to_owned();
+            return Some(Error::PeerLost { rank: self.rank, peer, call, seq, how });
+        }
         let (when, error) = state.lost.as_ref()?;
         let certain = matches!(error, Error::Mismatch { .. } | Error::Aborted { .. });
         (certain || when.elapsed() >= GRACE)

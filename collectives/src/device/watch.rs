@@ -212,10 +212,10 @@ fn watch(shared: &Shared, ending: &Ending) {
         }
         shared.heard(all.chunks(WORDS).map(Beat::from_words).collect());
         // Who has left comes to no further exchange.
-        if leaves || shared.has_left() {
+        if leaves {
             return;
         }
-        if shared.end_if_lost() {
+        if shared.has_left() || shared.end_if_lost() {
             break;
         }
         let end = ending.lock();

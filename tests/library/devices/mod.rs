@@ -4,13 +4,12 @@
 //! The test library is no NCCL: what is tested with it is how NCCL is found, called, composed and given up, not NCCL.
 
 mod conformance;
+#[path = "../../support/fake_nccl.rs"]
+mod fake_nccl;
 mod faults;
 mod gpu;
 mod loading;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tensorwire::collectives::device::{
@@ -21,41 +20,8 @@ use tensorwire::{Communicator, Options};
 
 use crate::common::{Over, threads};
 
+use fake_nccl::test_library;
 pub(crate) use faults::device;
-
-/// The test library, compiled with these flags.
-fn test_library(flags: &[&str]) -> PathBuf {
-    static COMPILING: Mutex<()> = Mutex::new(());
-    let _alone = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let name: String = flags.concat().chars().filter(char::is_ascii_alphanumeric).collect();
-    let built = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    // Other processes compile their own; it stays as long as the process.
-    let file = built.join(format!("fake-nccl-{name}-{}.so", std::process::id()));
-    if !file.exists() {
-        let status = Command::new("cc")
-            .args([
-                "-std=gnu11",
-                "-O2",
-                "-ffp-contract=off",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                "-shared",
-                "-fPIC",
-                "-pthread",
-            ])
-            .args(flags)
-            .arg(here.join("tests/nccl/fake_nccl.c"))
-            .arg("-o")
-            .arg(&file)
-            .arg("-lm")
-            .status()
-            .expect("a C compiler, which linking takes anyway");
-        assert!(status.success(), "the test library doesn't compile");
-    }
-    file
-}
 
 /// What carries the data of a test's devices.
 #[derive(Clone, Copy, Debug, PartialEq)]
