@@ -48,7 +48,10 @@ pub(crate) fn device() {
                 std::thread::sleep(Duration::from_secs(4));
                 return;
             }
-            "mismatch" if other => group.broadcast(&mut x, 0),
+            "mismatch" if other => {
+                let (given, mut taken) = (stream.zeros::<f32>(999).unwrap(), stream.zeros(999).unwrap());
+                group.all_to_all(&given, &mut taken)
+            }
             _ => group.all_reduce(&mut x, ReduceOp::Sum),
         };
         if case == "presses stop" && comm.rank() == 0 && call == AT {
@@ -181,7 +184,7 @@ fn a_rank_that_makes_another_call_is_told_so_with_all_others() {
         contains(
             &said,
             &[
-                "call 3 differs between ranks: rank 0 called all_reduce(1000 x f32, sum), rank 1 called broadcast(1000 x f32, root 0)",
+                "call 3 differs between ranks: rank 0 called all_reduce(1000 x f32, sum), rank 1 called all_to_all(999 x f32)",
             ],
         );
     }
