@@ -43,10 +43,14 @@ pub enum Algorithm {
     /// Reduce-scatter on each host, all-reduce of each part between hosts, all-gather on each host. 4 steps; with `l`
     /// ranks on each of `h` hosts, a rank sends `2 (l - 1) / l S` on its host and `2 (h - 1) / h S / l` to others.
     Hierarchical,
+    /// Over MPI, its own collectives, for types and operations that it has; the others as without. What they cost, and in
+    /// which order they reduce, is MPI's affair: nothing is promised about the order, nor that every rank has the same bits.
+    /// Not one of [`ALL`](Algorithm::ALL).
+    Mpi,
 }
 
 impl Algorithm {
-    /// Every algorithm.
+    /// Every algorithm of this library's own.
     pub const ALL: [Algorithm; 9] = [
         Algorithm::Inline,
         Algorithm::OneShot,
@@ -71,6 +75,7 @@ impl Algorithm {
             Algorithm::RecursiveDoubling => "recursive_doubling",
             Algorithm::HalvingDoubling => "halving_doubling",
             Algorithm::Hierarchical => "hierarchical",
+            Algorithm::Mpi => "mpi",
         }
     }
 
@@ -88,7 +93,9 @@ impl Algorithm {
     /// narrower types are rounded at each rank. The others' differs from it as sums in another order do: an element is
     /// rounded up to `n + 1` times, by half a unit in the last place of the type each.
     pub fn keeps_order(self, dtype: DType, op: ReduceOp) -> bool {
-        let associative = dtype.is_integer() || matches!(op, ReduceOp::Min | ReduceOp::Max);
+        // Which of several NaNs comes out is not for us to say over MPI.
+        let extreme = matches!(op, ReduceOp::Min | ReduceOp::Max) && self != Algorithm::Mpi;
+        let associative = dtype.is_integer() || extreme;
         let wide = matches!(dtype, DType::F32 | DType::F64);
         self.is_shm() || associative || (self == Algorithm::Chain && wide)
     }
@@ -172,9 +179,9 @@ impl FromStr for Algorithm {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Algorithm, Error> {
-        Algorithm::ALL.into_iter().find(|a| a.name() == s).ok_or_else(|| {
+        Algorithm::ALL.into_iter().chain([Algorithm::Mpi]).find(|a| a.name() == s).ok_or_else(|| {
             let names = Algorithm::ALL.map(Algorithm::name).join(", ");
-            Error::invalid(format!("unknown algorithm '{s}': use one of {names}"))
+            Error::invalid(format!("unknown algorithm '{s}': use one of {names}, mpi"))
         })
     }
 }
@@ -224,7 +231,7 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        for a in Algorithm::ALL {
+        for a in Algorithm::ALL.into_iter().chain([Algorithm::Mpi]) {
             assert_eq!(a.name().parse::<Algorithm>().unwrap(), a);
         }
         assert!("rings".parse::<Algorithm>().unwrap_err().to_string().contains("one_shot"));

@@ -309,7 +309,8 @@ fn what_comes_late_or_in_pieces_is_right() {
     }
 }
 
-/// Its 80 KB take as long as they take; the timeout is for a peer from whom nothing comes.
+/// Its 80 KB, twice, take as long as they take: the timeout is for a peer from whom nothing comes and whom nothing
+/// reaches. One side has all it needs while what it sent is still under way for about the timeout.
 #[test]
 fn a_call_may_take_longer_than_the_timeout_while_something_moves() {
     for outward in [true, false] {

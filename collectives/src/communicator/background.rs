@@ -10,7 +10,7 @@ use tensorwire_core::{Deadline, Error, Result};
 
 use super::Communicator;
 #[cfg(feature = "tcp")]
-use super::{State, check};
+use super::{Carrier, State, check};
 #[cfg(feature = "tcp")]
 use crate::engine::{Either, NetEngine, Owned, Progress, Request};
 
@@ -135,8 +135,13 @@ type Held<'a> = MutexGuard<'a, Queue>;
 
 impl Background {
     fn new(comm: &Communicator) -> Background {
-        let comm =
-            Communicator { rank: comm.rank, world: comm.world, inner: comm.inner.clone(), started: None };
+        let comm = Communicator {
+            rank: comm.rank,
+            world: comm.world,
+            inner: comm.inner.clone(),
+            why: comm.why.clone(),
+            started: None,
+        };
         Background {
             comm,
             pending: AtomicUsize::new(0),
@@ -283,7 +288,7 @@ impl Background {
                 let bytes = request.buffer.bytes().len();
                 let chosen = match (&*cause, *algorithm) {
                     (Some(cause), _) => poisoned(cause),
-                    (_, Some(forced)) => check(forced, false, bytes),
+                    (_, Some(forced)) => check(forced, Carrier::Network, bytes),
                     (_, None) => Ok(engine.choose(bytes, &request.reduction)),
                 };
                 // In its turn, like a result.

@@ -40,7 +40,7 @@ impl Communicator {
                 #[cfg(feature = "tcp")]
                 Either::Tcp(engine) => engine.split(color, key)?.map(NetEngine::share).transpose()?,
             };
-            Ok(engine.map(|engine| Communicator::over(engine, None)))
+            Ok(engine.map(|engine| Communicator::over(engine, None).since(self.why.clone())))
         })
     }
 
@@ -75,17 +75,21 @@ impl Communicator {
                     local.abort(why);
                 }
             }
+            #[cfg(feature = "mpi")]
+            Handle::Mpi(handle) => handle.abort(why),
         }
     }
 
     /// What every rank of the group is doing, and its last calls: from any thread, also while another is inside a
     /// call, and after the group has failed. Printed, it says how the ranks differ. Calls of a group of one rank
-    /// aren't recorded. Over TCP a rank knows of itself alone: the record has one entry.
+    /// aren't recorded. Over TCP and MPI a rank knows of itself alone: the record has one entry.
     pub fn flight_record(&self) -> FlightRecord {
         match &self.inner.handle {
             Handle::Shm(handle) => handle.flight_record(),
             #[cfg(feature = "tcp")]
             Handle::Tcp(handle, _) => handle.flight_record(),
+            #[cfg(feature = "mpi")]
+            Handle::Mpi(handle) => handle.flight_record(),
         }
     }
 
@@ -97,8 +101,10 @@ impl Communicator {
     /// Over TCP, a rank that a timeout named takes part if it answers within `TENSORWIRE_PEER_TIMEOUT`: it may only have
     /// waited for another. Where a network falls apart, the ranks on either side go on as a group of their own.
     ///
+    /// Over MPI no group goes on without one of its ranks, and this says so: MPI's standard promises nothing after a failure.
+    ///
     /// # Errors
-    /// [`Error::Rendezvous`] if the others went on without this rank; [`Error::Os`] if the memory can't be had;
+    /// [`Error::Rendezvous`] if the others went on without this rank, or the group is over MPI; [`Error::Os`] if the memory can't be had;
     /// [`Error::ConcurrentUse`] while another thread is inside a call: [`abort`](Communicator::abort) ends that;
     /// [`Error::InvalidArgument`] if the group was shrunk before.
     pub fn shrink(&self) -> Result<Communicator> {
@@ -109,6 +115,6 @@ impl Communicator {
             Either::Tcp(engine) => engine.shrink()?.share().map_err(|failure| *failure)?,
         };
         state.cause.get_or_insert_with(|| "the group was shrunk".to_owned());
-        Ok(Communicator::over(engine, None))
+        Ok(Communicator::over(engine, None).since(self.why.clone()))
     }
 }

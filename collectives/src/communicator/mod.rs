@@ -1,11 +1,15 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
 mod background;
+#[cfg(feature = "tcp")]
+mod choose;
 mod collectives;
 mod fused;
 mod groups;
 #[cfg(feature = "tcp")]
 mod network;
+#[cfg(feature = "mpi")]
+mod over_mpi;
 mod placement;
 mod prepared;
 mod symmetric;
@@ -16,18 +20,22 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use tensorwire_core::{DType, Deadline, Error, ReduceOp, Result};
 use tensorwire_transports::launch::{Env, Transport};
+#[cfg(feature = "mpi")]
+use tensorwire_transports::mpi::{self, MpiOptions, World, rsmpi};
 use tensorwire_transports::shm::{self, Failure, Options};
 use tensorwire_transports::store::{self, Store};
 #[cfg(feature = "tcp")]
 use tensorwire_transports::tcp;
 
-#[cfg(feature = "tcp")]
-use crate::engine::NetEngine;
 use crate::engine::{Either, Engine, Reduction};
+#[cfg(feature = "tcp")]
+use crate::engine::{Lanes, NetEngine};
 #[cfg(feature = "tcp")]
 use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
 
+#[cfg(feature = "tcp")]
+use choose::Present;
 #[cfg(feature = "nccl")]
 pub(crate) use collectives::Blocks;
 pub use prepared::AllReducePlan;
@@ -68,6 +76,8 @@ pub struct Communicator {
     rank: usize,
     world: usize,
     inner: Arc<Inner>,
+    /// Why that transport carries its data.
+    why: Arc<str>,
     /// Calls that were started; `None` in the communicator that runs them.
     started: Option<background::Started>,
 }
@@ -83,12 +93,59 @@ struct Inner {
     _store: Option<Box<dyn Store + Sync>>,
 }
 
+/// The ranks of a job that talk over a network have met.
+#[cfg(feature = "tcp")]
+struct Met {
+    secret: tcp::Secret,
+    store: Box<dyn Store + Sync>,
+    towards: Option<std::net::SocketAddr>,
+    deadline: Deadline,
+}
+
+#[cfg(feature = "tcp")]
+impl Met {
+    fn new(env: &Env, over: Transport) -> Result<Met> {
+        let options = tcp::TcpOptions::for_transport(over)?;
+        let deadline = Deadline::after(options.timeout);
+        #[cfg(feature = "mpi")]
+        if let Some((secret, store, at)) = over_mpi::meet(env, over, &options)? {
+            return Ok(Met { secret, store, towards: Some(at), deadline });
+        }
+        let secret = tcp::Secret::for_transport(over)?;
+        let (store, towards) = tcp::meet(env, &secret, deadline)?;
+        Ok(Met { secret, store, towards, deadline })
+    }
+
+    /// Rank 0's bytes, on every rank.
+    fn spread(&self, rank: usize, bytes: &[u8]) -> Result<Vec<u8>> {
+        // A program may make several groups over one store: its nth meets the others' nth.
+        let nth = self.store.add(&format!("transport/made/{rank}"), 1, self.deadline)?;
+        let key = format!("transport/{nth}");
+        if rank == 0 {
+            self.store.set(&key, bytes, self.deadline)?;
+        }
+        self.store.get(&key, self.deadline)
+    }
+
+    /// The group over `over`; ranks of one host share memory where there are options for that.
+    fn join(self, env: &Env, over: Transport, sharing: Option<Options>) -> Result<Communicator> {
+        let options = tcp::TcpOptions::for_transport(over)?;
+        let Met { secret, store, towards, deadline } = self;
+        let network = NetworkOptions::from_env()?;
+        let group = tcp::join(env.rank, env.world, store.as_ref(), towards, &secret, &options)?;
+        let engine = Communicator::joined(store.as_ref(), group, &network, deadline, sharing)?;
+        Ok(Communicator::over(engine, Some(store)))
+    }
+}
+
 /// What any thread may do with the group.
 #[derive(Debug)]
 enum Handle {
     Shm(shm::Handle),
     #[cfg(feature = "tcp")]
     Tcp(tcp::TcpHandle, Option<shm::Handle>),
+    #[cfg(feature = "mpi")]
+    Mpi(mpi::MpiHandle),
 }
 
 #[derive(Debug)]
@@ -107,19 +164,27 @@ impl Communicator {
     /// with the feature `tcp`, `tcp` between ranks on any hosts, who share the secret in `TENSORWIRE_SECRET` or in the
     /// file that `TENSORWIRE_SECRET_FILE` names; with the feature `tls`, `tls`, the same encrypted, where each rank also
     /// shows the certificate in `TENSORWIRE_TLS_CERT` (see `tcp::Tls`); with the feature `quic`, `quic`, with the same
-    /// certificates over UDP; or `auto`: shared memory between ranks that have
-    /// proved to be on one host, by reading there what another wrote, and TCP between the rest. Without a secret, `auto`
-    /// is `shm`. How collectives use that network is in the variables that
+    /// certificates over UDP; with the feature `mpi`, in processes that mpirun has started, `mpi`, whatever MPI drives, and
+    /// `tcp` needs no secret then, which MPI carries; or `auto`: shared memory between ranks that have proved to be on one
+    /// host, by reading there what another wrote, and between the rest what all have and, of several, what was measured to be
+    /// faster ([`transport_reason`](Communicator::transport_reason) says why): TLS or QUIC with certificates, MPI or TCP where
+    /// mpirun has started ranks on several hosts, TCP with a secret. With none of these, `auto` is `shm`. How collectives
+    /// use a network is in the variables that
     /// `network::NetworkOptions` reads.
     ///
     /// # Errors
     /// [`Error::Config`] if the variables are missing or make no sense; [`Error::Rendezvous`] if the other
     /// ranks don't come.
     pub fn from_env() -> Result<Communicator> {
+        let over = Transport::from_env()?;
+        #[cfg(feature = "mpi")]
+        if over == Transport::Mpi {
+            return Communicator::over_mpi();
+        }
         let env = Env::read()?;
-        match Transport::from_env()? {
+        match over {
             Transport::Shm => Communicator::over_shm(&env),
-            Transport::Auto => Communicator::over_both(&env),
+            Transport::Auto => Communicator::over_any(&env),
             over => Communicator::over_tcp(&env, over),
         }
     }
@@ -140,32 +205,42 @@ impl Communicator {
     }
 
     #[cfg(not(feature = "tcp"))]
-    fn over_both(env: &Env) -> Result<Communicator> {
+    fn over_any(env: &Env) -> Result<Communicator> {
         Communicator::over_shm(env)
     }
 
     #[cfg(feature = "tcp")]
-    fn over_both(env: &Env) -> Result<Communicator> {
-        match tcp::Secret::is_given() {
-            true => Communicator::over_network(env, Transport::Auto, Some(Options::from_env()?)),
-            false => Communicator::over_shm(env),
+    fn over_any(env: &Env) -> Result<Communicator> {
+        let present = Present {
+            secret: tcp::Secret::is_given(),
+            #[cfg(feature = "tls")]
+            certificates: std::env::var_os(tcp::TLS_CERT_VAR).is_some_and(|v| !v.is_empty()),
+            #[cfg(feature = "mpi")]
+            mpi: matches!(env.source, "Open MPI" | "PMI")
+                && env.local_world.is_some_and(|here| here < env.world),
+            ..Present::default()
+        };
+        let (mut over, mut why) = present.choose(|_| None);
+        #[cfg(feature = "mpi")]
+        if over == Transport::Mpi {
+            (over, why) = over_mpi::choose(present)?;
+            if over == Transport::Mpi {
+                return Ok(Communicator::over_mpi()?.since(why));
+            }
         }
+        if over == Transport::Shm {
+            return Communicator::over_shm(env);
+        }
+        let met = Met::new(env, over)?;
+        if present.is_encrypted() {
+            (over, why) = present.agree(env.rank, |said| met.spread(env.rank, said))?;
+        }
+        Ok(met.join(env, over, Some(Options::from_env()?))?.since(why))
     }
 
     #[cfg(feature = "tcp")]
     fn over_tcp(env: &Env, over: Transport) -> Result<Communicator> {
-        Communicator::over_network(env, over, None)
-    }
-
-    #[cfg(feature = "tcp")]
-    fn over_network(env: &Env, over: Transport, sharing: Option<Options>) -> Result<Communicator> {
-        let (secret, options) = (tcp::Secret::for_transport(over)?, tcp::TcpOptions::from_env()?);
-        let network = NetworkOptions::from_env()?;
-        let deadline = Deadline::after(options.timeout);
-        let (store, towards) = tcp::meet(env, &secret, deadline)?;
-        let group = tcp::join(env.rank, env.world, store.as_ref(), towards, &secret, &options)?;
-        let engine = Communicator::joined(store.as_ref(), group, &network, deadline, sharing)?;
-        Ok(Communicator::over(engine, Some(store)))
+        Met::new(env, over)?.join(env, over, None)
     }
 
     /// The engine of a group over a network, whose ranks agree on how they use it.
@@ -179,7 +254,7 @@ impl Communicator {
     ) -> Result<Either> {
         let network =
             network::agree(group.rank(), group.world(), store, network, group.transport(), deadline)?;
-        NetEngine::sharing(group, network, sharing).share().map_err(|failure| *failure)
+        NetEngine::sharing(Lanes::Tcp(group), network, sharing).share().map_err(|failure| *failure)
     }
 
     /// The group of `world` processes, on any hosts, that share `secret` and meet in `store`, as `rank`. Waits for all
@@ -276,12 +351,15 @@ impl Communicator {
         let (rank, world, handle) = match &engine {
             Either::Shm(e) => (e.group.rank(), e.group.world(), Handle::Shm(e.group.handle())),
             #[cfg(feature = "tcp")]
-            Either::Tcp(e) => {
-                (e.group.rank(), e.group.world(), Handle::Tcp(e.group.handle(), e.local_handle()))
-            }
+            Either::Tcp(e) => match &e.group {
+                Lanes::Tcp(g) => (g.rank(), g.world(), Handle::Tcp(g.handle(), e.local_handle())),
+                #[cfg(feature = "mpi")]
+                Lanes::Mpi(g) => (g.rank(), g.world(), Handle::Mpi(g.handle())),
+            },
         };
+        let is_shm = matches!(engine, Either::Shm(_));
         #[cfg(feature = "tcp")]
-        let pipelines = world > 1 && matches!(&engine, Either::Tcp(e) if !e.is_mixed());
+        let pipelines = world > 1 && matches!(&engine, Either::Tcp(e) if !e.is_mixed() && !e.is_over_mpi());
         let state = Mutex::new(State { engine, algorithm: None, cause: None });
         let inner = Arc::new(Inner {
             state,
@@ -290,7 +368,17 @@ impl Communicator {
             pipelines,
             _store: store,
         });
-        Communicator { rank, world, inner, started: Some(background::Started::default()) }
+        let why = if is_shm { "its ranks share memory" } else { "it was asked for" };
+        Communicator { rank, world, inner, why: why.into(), started: Some(background::Started::default()) }
+    }
+
+    /// The same, between hosts for this reason.
+    fn since(self, why: impl Into<Arc<str>>) -> Communicator {
+        match &self.inner.handle {
+            Handle::Shm(_) => self,
+            #[cfg(feature = "tcp")]
+            _ => Communicator { why: why.into(), ..self },
+        }
     }
 
     /// What carries this group's data, for a log: `shm`, or `tcp` and the address at which this rank listens, with the
@@ -305,6 +393,12 @@ impl Communicator {
             #[cfg(feature = "tcp")]
             Either::Tcp(engine) => engine.describe(),
         })
+    }
+
+    /// Why that carries it, for a log: that it was asked for, that all ranks share memory, or what led to it where
+    /// `TENSORWIRE_TRANSPORT` is `auto`.
+    pub fn transport_reason(&self) -> &str {
+        &self.why
     }
 
     /// This rank, from 0.
@@ -331,7 +425,7 @@ impl Communicator {
         state.algorithm = algorithm;
         #[cfg(feature = "tcp")]
         if let Either::Tcp(engine) = &mut state.engine {
-            engine.force(algorithm.is_some());
+            engine.force(algorithm);
         }
         Ok(())
     }
@@ -438,6 +532,10 @@ impl Communicator {
         if let Handle::Tcp(handle, _) = &self.inner.handle {
             handle.spin(spin);
         }
+        #[cfg(feature = "mpi")]
+        if let Handle::Mpi(handle) = &self.inner.handle {
+            handle.spin(spin);
+        }
     }
 }
 
@@ -456,6 +554,14 @@ impl State {
             }),
             Some(Algorithm::Symmetric) => {
                 Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"))
+            }
+            #[cfg(feature = "mpi")]
+            Some(Algorithm::Mpi) => {
+                let forced = self.forced(Algorithm::Mpi, bytes)?;
+                Ok(match &self.engine {
+                    Either::Tcp(engine) if !engine.offloads(r) => engine.choose(bytes, r),
+                    _ => forced,
+                })
             }
             Some(forced) => self.forced(forced, bytes),
         }
@@ -499,16 +605,35 @@ impl State {
     }
 
     fn forced(&self, forced: Algorithm, bytes: usize) -> Result<Algorithm> {
-        check(forced, matches!(self.engine, Either::Shm(_)), bytes)
+        let over = match &self.engine {
+            Either::Shm(_) => Carrier::Memory,
+            #[cfg(feature = "tcp")]
+            Either::Tcp(engine) if engine.is_over_mpi() => Carrier::Mpi,
+            #[cfg(feature = "tcp")]
+            Either::Tcp(_) => Carrier::Network,
+        };
+        check(forced, over, bytes)
     }
 }
 
+/// What carries a group's data, as far as algorithms differ.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "there is no network"))]
+enum Carrier {
+    Memory,
+    Network,
+    Mpi,
+}
+
 /// Refuses an algorithm that was set and can't carry so many bytes, or is another transport's.
-fn check(forced: Algorithm, shm: bool, bytes: usize) -> Result<Algorithm> {
-    if shm && !forced.is_shm() {
+fn check(forced: Algorithm, over: Carrier, bytes: usize) -> Result<Algorithm> {
+    if forced == Algorithm::Mpi && over != Carrier::Mpi {
+        return Err(Error::invalid("mpi is an algorithm for groups over MPI (TENSORWIRE_TRANSPORT=mpi)"));
+    }
+    if over == Carrier::Memory && !forced.is_shm() {
         return Err(Error::invalid(format!("{forced} is an algorithm for networks, not for shared memory")));
     }
-    if !shm && forced == Algorithm::Symmetric {
+    if over != Carrier::Memory && forced == Algorithm::Symmetric {
         return Err(Error::invalid("symmetric is an algorithm for symmetric buffers, not for other memory"));
     }
     let limit = forced.limit();

@@ -72,12 +72,8 @@ pub(super) fn agree(
             let host = store.get(&key(&format!("host/{peer}")), deadline);
             hosts.push(host.map_err(|e| failed(format!("rank {peer} did not say where it is: {e}")))?);
         }
-        // By number, in the order of each one's first rank.
-        let numbers: Vec<usize> =
-            hosts.iter().map(|host| hosts.iter().position(|h| h == host).unwrap_or_default()).collect();
-        let NetworkOptions { any_order, adapt_percent, .. } = *options;
-        let rules = Rules { any_order, adapt_percent };
-        let network = Network::new(&numbers, LinksInForce::new(options, transport), rules);
+        let hosts: Vec<_> = hosts.iter().map(|host| String::from_utf8_lossy(host)).collect();
+        let network = known_to_rank_0(&hosts, options, transport);
         store.set(&key("agreed"), network.to_text().as_bytes(), deadline)?;
     }
     let text = store.get(&key("agreed"), deadline);
@@ -85,6 +81,20 @@ pub(super) fn agree(
     Network::from_text(&String::from_utf8_lossy(&text))
         .filter(|network| network.world() == world)
         .ok_or_else(|| failed("the store holds no network: is rank 0 of another version?".into()))
+}
+
+/// What rank 0 knows of the network of ranks on these hosts.
+pub(super) fn known_to_rank_0(
+    hosts: &[impl AsRef<str>],
+    options: &NetworkOptions,
+    transport: &str,
+) -> Network {
+    // By number, in the order of each one's first rank.
+    let first = |host: &str| hosts.iter().position(|h| h.as_ref() == host).unwrap_or_default();
+    let numbers: Vec<usize> = hosts.iter().map(|host| first(host.as_ref())).collect();
+    let NetworkOptions { any_order, adapt_percent, .. } = *options;
+    let rules = Rules { any_order, adapt_percent };
+    Network::new(&numbers, LinksInForce::new(options, transport), rules)
 }
 
 /// What is the same for all processes of a host, in containers too, and for no other host's.

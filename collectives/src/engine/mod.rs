@@ -1,13 +1,17 @@
-//! Moves and reduces the data of each collective: through shared memory, step by step, or (`net`) over TCP.
+//! Moves and reduces the data of each collective: through shared memory, step by step, or (`net`) over TCP or MPI.
 //!
 //! What is for shared memory works on bytes and on the step protocol of [`Group`]. Nothing allocates, locks or makes a
 //! system call unless a peer is late.
 
 mod all_reduce;
 mod blocks;
+#[cfg(feature = "mpi")]
+mod by_mpi;
 mod copy;
 mod either;
 mod fused;
+#[cfg(feature = "tcp")]
+mod lanes;
 #[cfg(feature = "tcp")]
 mod links;
 #[cfg(feature = "tcp")]
@@ -37,6 +41,8 @@ use writer::Writer;
 
 pub(crate) use either::{Either, with_engine};
 pub(crate) use fused::Epilogue;
+#[cfg(feature = "tcp")]
+pub(crate) use lanes::Lanes;
 #[cfg(feature = "tcp")]
 pub(crate) use net::NetEngine;
 #[cfg(feature = "tcp")]

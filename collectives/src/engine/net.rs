@@ -1,4 +1,4 @@
-//! Runs the schedules of collectives over the connections of a [`TcpGroup`].
+//! Runs the schedules of collectives over the connections of a group over TCP, or over MPI.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -6,8 +6,9 @@ use std::ops::Range;
 use tensorwire_core::DType;
 use tensorwire_core::{Call, Error};
 use tensorwire_transports::shm::{self, Failure, Incoming, Outgoing};
-use tensorwire_transports::tcp::{Memory, Place, Span, TcpGroup};
+use tensorwire_transports::tcp::{Memory, Place, Span};
 
+use super::lanes::Lanes;
 use super::mixed::Local;
 use super::pipeline::Pipeline;
 use super::{Buffers, Encoded, Epilogue, Network, Reduction, Sources};
@@ -23,10 +24,10 @@ pub(super) const BROADCAST_PIECE: usize = 256 << 10;
 /// Ranks up to which a barrier tells everybody: beyond, it takes more than one step, of few messages each.
 const DIRECT_BARRIER: usize = 16;
 
-/// A group's engine over TCP. Its collectives are those of the engine over shared memory.
+/// A group's engine over a network. Its collectives are those of the engine over shared memory.
 #[derive(Debug)]
 pub(crate) struct NetEngine {
-    pub(crate) group: TcpGroup,
+    pub(crate) group: Lanes,
     pub(super) network: Network,
     /// Where ranks share memory, if some do.
     pub(super) local: Option<Box<Local>>,
@@ -41,11 +42,14 @@ pub(crate) struct NetEngine {
     pub(super) sources: Sources,
     /// Started calls that are under way.
     pub(super) pipeline: Pipeline,
+    /// Whether MPI is asked first for its own collectives.
+    #[cfg(feature = "mpi")]
+    pub(super) offloads: bool,
 }
 
 impl NetEngine {
     /// With options for the memory that ranks of one host are to [share](NetEngine::share).
-    pub(crate) fn sharing(group: TcpGroup, network: Network, sharing: Option<shm::Options>) -> NetEngine {
+    pub(crate) fn sharing(group: Lanes, network: Network, sharing: Option<shm::Options>) -> NetEngine {
         let sources = Sources(vec![std::ptr::null(); group.world()]);
         let adaptation = Adaptation::new(network.adapt_percent());
         NetEngine {
@@ -59,6 +63,8 @@ impl NetEngine {
             encoded: Vec::new(),
             sources,
             pipeline: Pipeline::default(),
+            #[cfg(feature = "mpi")]
+            offloads: false,
         }
     }
 
@@ -108,9 +114,16 @@ impl NetEngine {
         Ok(part.map(engine))
     }
 
+    /// Whether MPI's own collectives can be asked for.
+    pub(crate) fn is_over_mpi(&self) -> bool {
+        self.group.transport() == "mpi"
+    }
+
     /// Begins or ends to choose by what was set, of which links are no matter.
-    pub(crate) fn force(&mut self, forced: bool) {
-        let percent = if forced { 0.0 } else { self.network.adapt_percent() };
+    pub(crate) fn force(&mut self, forced: Option<Algorithm>) {
+        #[cfg(feature = "mpi")]
+        self.ask_mpi(forced);
+        let percent = if forced.is_some() { 0.0 } else { self.network.adapt_percent() };
         self.adaptation = Adaptation::new(percent);
     }
 
@@ -141,7 +154,7 @@ impl NetEngine {
         if self.local.is_some() { self.begin_locally(call) } else { Ok(()) }
     }
 
-    /// See [`TcpGroup::send_recv`].
+    /// As over TCP or MPI.
     pub(crate) fn send_recv(
         &mut self,
         dtype: DType,
@@ -214,11 +227,16 @@ impl NetEngine {
     /// Reduces every rank's input into every rank's output, or into `root`'s alone.
     pub(crate) fn all_reduce(
         &mut self,
-        data: Buffers<'_>,
+        #[cfg_attr(not(feature = "mpi"), expect(unused_mut, reason = "MPI may be asked first"))]
+        mut data: Buffers<'_>,
         r: &Reduction,
         algorithm: Algorithm,
         root: Option<usize>,
     ) -> Result<(), Failure> {
+        #[cfg(feature = "mpi")]
+        if self.all_reduce_by_mpi(&mut data, r, root)? {
+            return Ok(());
+        }
         if root.is_none() {
             self.note(data.len(), r, algorithm);
         }
@@ -333,6 +351,10 @@ impl NetEngine {
         }
         let me = self.me();
         let input = input.map_or_else(|| Cow::Owned(output[block(me.rank)].to_vec()), Cow::Borrowed);
+        #[cfg(feature = "mpi")]
+        if root.is_none() && self.all_gather_by_mpi(&input, output, &block)? {
+            return Ok(());
+        }
         direct::all_gather(&mut self.steps, me, block, direct_piece(me.world), root);
         self.execute(Buffers { input: Some(&input), output }, None)
     }
@@ -396,6 +418,10 @@ impl NetEngine {
         if self.local.is_some() {
             return self.all_to_all_mixed(&input, output, sends, receives);
         }
+        #[cfg(feature = "mpi")]
+        if self.all_to_all_by_mpi(&input, output)? {
+            return Ok(());
+        }
         direct::all_to_all(&mut self.steps, me, |_| true, sends, receives);
         self.execute(Buffers { input: Some(&input), output }, None)
     }
@@ -431,17 +457,23 @@ impl NetEngine {
         if self.reduces_by_host(r) {
             return self.reduce_scatter_by_host(input, output, block, r);
         }
-        direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), direct_piece(me.world));
-        match input {
-            Some(_) => self.execute(Buffers { input, output }, Some(r)),
+        // In words, so that it is aligned for any type.
+        let mut words = Vec::new();
+        let (input, output) = match input {
+            Some(input) => (input, output),
             None => {
-                // In words, so that it is aligned for any type.
-                let mut words = vec![0u64; output.len().div_ceil(8)];
+                words.resize(output.len().div_ceil(8), 0u64);
                 let input = &mut bytemuck::cast_slice_mut(&mut words)[..output.len()];
                 input.copy_from_slice(output);
-                self.execute(Buffers { input: Some(input), output: &mut output[own] }, Some(r))
+                (&*input, &mut output[own])
             }
+        };
+        #[cfg(feature = "mpi")]
+        if self.reduce_scatter_by_mpi(input, output, &block, r)? {
+            return Ok(());
         }
+        direct::reduce_scatter(&mut self.steps, me, block, r.dtype.size(), direct_piece(me.world));
+        self.execute(Buffers { input: Some(input), output }, Some(r))
     }
 
     /// Copies `root`'s input, or without one its `output`, into every rank's `output`.
@@ -458,6 +490,10 @@ impl NetEngine {
         if self.local.is_some() {
             return self.broadcast_mixed(output, root);
         }
+        #[cfg(feature = "mpi")]
+        if self.broadcast_by_mpi(output, root)? {
+            return Ok(());
+        }
         // Between two ranks nothing is passed on.
         let piece = if me.world == 2 { output.len().max(1) } else { BROADCAST_PIECE };
         tree::broadcast(&mut self.steps, me, output.len(), piece, root);
@@ -467,6 +503,10 @@ impl NetEngine {
     pub(crate) fn barrier(&mut self) -> Result<(), Failure> {
         if self.local.is_some() {
             return self.barrier_mixed();
+        }
+        #[cfg(feature = "mpi")]
+        if self.barrier_by_mpi()? {
+            return Ok(());
         }
         let me = self.me();
         if me.world <= DIRECT_BARRIER {

@@ -115,7 +115,7 @@ fn cost(algorithm: Algorithm, hosts: &Hosts, links: &Links) -> Cost {
             let (fixed, byte) = all_pairs(1.0);
             Cost::line(fixed, byte + n * REDUCE_US)
         }
-        Algorithm::TwoShot | Algorithm::Symmetric => {
+        Algorithm::TwoShot | Algorithm::Symmetric | Algorithm::Mpi => {
             let (fixed, byte) = all_pairs(1.0 / n);
             Cost::line(2.0 * fixed, 2.0 * byte + REDUCE_US)
         }
@@ -234,7 +234,7 @@ impl Costs {
         // What shared memory knows by another name is the same over a network.
         let known = match algorithm {
             Algorithm::Inline => Algorithm::OneShot,
-            Algorithm::Symmetric => Algorithm::TwoShot,
+            Algorithm::Symmetric | Algorithm::Mpi => Algorithm::TwoShot,
             other => other,
         };
         self.predicted(bytes).find(|(a, _)| *a == known).map_or(0.0, |(_, us)| us)

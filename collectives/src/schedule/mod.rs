@@ -57,7 +57,10 @@ pub(crate) fn all_reduce(
     match algorithm {
         // A small message travels in one segment with its header whatever it is called.
         Algorithm::Inline | Algorithm::OneShot => direct::one_shot(steps, me, len, size, piece, None),
-        Algorithm::TwoShot | Algorithm::Symmetric => direct::two_shot(steps, me, len, size, piece, None),
+        // Where MPI has no collective of its own, it is chosen anew.
+        Algorithm::TwoShot | Algorithm::Symmetric | Algorithm::Mpi => {
+            direct::two_shot(steps, me, len, size, piece, None)
+        }
         Algorithm::Chain => ring::chain(steps, me, len, size, piece),
         Algorithm::Ring => ring::ring(steps, me, len, size, piece),
         Algorithm::RecursiveDoubling => doubling::recursive_doubling(steps, me, len, size),

@@ -19,21 +19,23 @@ pub enum Transport {
     Tls,
     /// QUIC, between ranks on any hosts: encrypted too, over UDP.
     Quic,
+    /// MPI, between ranks that it has started, over whatever it drives.
+    Mpi,
     /// Shared memory between the ranks that share a host, TCP between hosts. In a job without a secret, which can't use
     /// TCP, shared memory.
     Auto,
 }
 
 impl Transport {
-    const ALL: [Transport; 5] =
-        [Transport::Shm, Transport::Tcp, Transport::Tls, Transport::Quic, Transport::Auto];
+    const ALL: [Transport; 6] =
+        [Transport::Shm, Transport::Tcp, Transport::Tls, Transport::Quic, Transport::Mpi, Transport::Auto];
 
     /// Whether each rank shows a certificate.
     pub const fn has_certificates(self) -> bool {
         matches!(self, Transport::Tls | Transport::Quic)
     }
 
-    /// What `TENSORWIRE_TRANSPORT` says: `shm`, `tcp`, `tls`, `quic` or `auto`; shared memory if it isn't set.
+    /// What `TENSORWIRE_TRANSPORT` says: `shm`, `tcp`, `tls`, `quic`, `mpi` or `auto`; shared memory if it isn't set.
     ///
     /// # Errors
     /// [`Error::Config`] if it says something else.
@@ -53,6 +55,7 @@ impl Transport {
             Transport::Tcp => "tcp",
             Transport::Tls => "tls",
             Transport::Quic => "quic",
+            Transport::Mpi => "mpi",
             Transport::Auto => "auto",
         }
     }
@@ -69,7 +72,7 @@ impl FromStr for Transport {
 
     fn from_str(text: &str) -> Result<Transport> {
         Transport::ALL.into_iter().find(|t| t.name() == text).ok_or_else(|| {
-            Error::invalid(format!("unknown transport '{text}': use shm, tcp, tls, quic or auto"))
+            Error::invalid(format!("unknown transport '{text}': use shm, tcp, tls, quic, mpi or auto"))
         })
     }
 }
@@ -84,6 +87,6 @@ mod tests {
             assert_eq!(t.to_string().parse::<Transport>().unwrap(), t);
         }
         let error = "udp".parse::<Transport>().unwrap_err().to_string();
-        assert!(error.contains("shm, tcp, tls, quic or auto"), "{error}");
+        assert!(error.contains("shm, tcp, tls, quic, mpi or auto"), "{error}");
     }
 }

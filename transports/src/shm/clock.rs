@@ -12,14 +12,14 @@ const COMPARED: Duration = Duration::from_millis(5);
 
 /// The clock of this machine: all its processes read the same one.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Clock {
+pub(crate) struct Clock {
     counter: bool,
 }
 
 impl Clock {
     /// Uses the time-stamp counter if it runs at one speed, whatever the processor does, and the system's
     /// monotonic clock otherwise.
-    pub(super) fn of_this_machine() -> Clock {
+    pub(crate) fn of_this_machine() -> Clock {
         let clock = Clock { counter: counter_is_steady() };
         ANCHOR.get_or_init(|| clock.moment());
         clock
@@ -27,7 +27,7 @@ impl Clock {
 
     /// The moment, in units of its own, never 0.
     #[inline]
-    pub(super) fn now(self) -> u64 {
+    pub(crate) fn now(self) -> u64 {
         #[cfg(target_arch = "x86_64")]
         if self.counter {
             // SAFETY: every x86-64 processor has the instruction.
@@ -45,7 +45,7 @@ impl Clock {
     }
 
     /// What moments of this clock mean now.
-    pub(super) fn reading(self) -> Reading {
+    pub(crate) fn reading(self) -> Reading {
         let (ticks, at) = *ANCHOR.get_or_init(|| self.moment());
         std::thread::sleep(COMPARED.saturating_sub(at.elapsed()));
         let (now, here) = self.moment();
@@ -57,19 +57,19 @@ impl Clock {
 
 /// The clock read at one moment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Reading {
+pub(crate) struct Reading {
     now: u64,
     seconds_a_tick: f64,
 }
 
 impl Reading {
     /// How long ago a moment was; zero for one that is still to come.
-    pub(super) fn since(&self, moment: u64) -> Duration {
+    pub(crate) fn since(&self, moment: u64) -> Duration {
         self.between(moment, self.now)
     }
 
     /// The time from one moment to another.
-    pub(super) fn between(&self, from: u64, to: u64) -> Duration {
+    pub(crate) fn between(&self, from: u64, to: u64) -> Duration {
         let seconds = to.saturating_sub(from) as f64 * self.seconds_a_tick;
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }

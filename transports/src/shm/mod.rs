@@ -10,7 +10,7 @@
 mod available;
 mod bell;
 mod cache;
-mod clock;
+pub(crate) mod clock;
 mod control;
 mod flight;
 mod form;
@@ -24,7 +24,7 @@ mod layout;
 #[cfg(loom)]
 mod loom;
 mod memory;
-mod record;
+pub(crate) mod record;
 mod region;
 mod shared;
 mod sync;

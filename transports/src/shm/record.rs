@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use tensorwire_core::{Call, Op};
 
 /// Calls a rank keeps on record.
-pub(super) const RECORDS: usize = 32;
+pub(crate) const RECORDS: usize = 32;
 
 /// Up to 16 characters in two words; zero is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label([u64; 2]);
 
 impl Label {
-    pub(super) const NONE: Label = Label([0; 2]);
+    pub(crate) const NONE: Label = Label([0; 2]);
 
     /// The label that reads `name`, cut to 16 bytes.
     pub const fn new(name: &str) -> Label {
@@ -37,10 +37,12 @@ impl std::fmt::Display for Label {
 }
 
 /// The last calls of one rank, which alone writes them.
+#[derive(Debug)]
 #[repr(C)]
-pub(super) struct Records([Record; RECORDS]);
+pub(crate) struct Records([Record; RECORDS]);
 
 /// One call. `number` is 0 while the others change.
+#[derive(Debug)]
 #[repr(C)]
 struct Record {
     number: AtomicU64,
@@ -53,19 +55,33 @@ struct Record {
 
 /// A call as it was recorded. The moments are those of [`Clock`](super::clock::Clock).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Recorded {
+pub(crate) struct Recorded {
     /// Counts this rank's calls of every kind.
-    pub(super) number: u64,
+    pub(crate) number: u64,
     /// The collectives that the rank had begun, this one included.
-    pub(super) seq: u64,
-    pub(super) call: Call,
-    pub(super) label: Label,
-    pub(super) started: u64,
+    pub(crate) seq: u64,
+    pub(crate) call: Call,
+    pub(crate) label: Label,
+    pub(crate) started: u64,
     /// 0 while the call isn't done.
-    pub(super) finished: u64,
+    pub(crate) finished: u64,
 }
 
 impl Records {
+    /// Of no calls, in memory that no other process sees.
+    #[cfg(any(feature = "mpi", test))]
+    pub(crate) fn new() -> Records {
+        let word = || AtomicU64::new(0);
+        Records(std::array::from_fn(|_| Record {
+            number: word(),
+            seq: word(),
+            call: std::array::from_fn(|_| word()),
+            started: word(),
+            finished: word(),
+            label: std::array::from_fn(|_| word()),
+        }))
+    }
+
     #[inline]
     fn place(&self, number: u64) -> &Record {
         &self.0[number as usize % RECORDS]
@@ -73,7 +89,7 @@ impl Records {
 
     /// Records that call number `number`, from 1, begins, and how it is carried out.
     #[inline]
-    pub(super) fn begin(&self, number: u64, seq: u64, call: &Call, label: Label, now: u64) {
+    pub(crate) fn begin(&self, number: u64, seq: u64, call: &Call, label: Label, now: u64) {
         let r = self.place(number);
         r.number.store(0, Ordering::Relaxed);
         // The record is marked as changing before it changes.
@@ -90,7 +106,7 @@ impl Records {
 
     /// Records how the call is carried out.
     #[inline]
-    pub(super) fn label(&self, number: u64, label: Label) {
+    pub(crate) fn label(&self, number: u64, label: Label) {
         for (word, value) in self.place(number).label.iter().zip(label.0) {
             word.store(value, Ordering::Relaxed);
         }
@@ -98,19 +114,19 @@ impl Records {
 
     /// Records that the call is done.
     #[inline]
-    pub(super) fn finish(&self, number: u64, now: u64) {
+    pub(crate) fn finish(&self, number: u64, now: u64) {
         self.place(number).finished.store(now, Ordering::Relaxed);
     }
 
     /// The calls on record, oldest first. Any bytes will do: what makes no sense is left out.
-    pub(super) fn read(&self) -> Vec<Recorded> {
+    pub(crate) fn read(&self) -> Vec<Recorded> {
         let mut calls: Vec<Recorded> = self.0.iter().filter_map(Record::read).collect();
         calls.sort_unstable_by_key(|c| c.number);
         calls
     }
 
     /// The collective with this number, if it is still on record.
-    pub(super) fn collective(&self, seq: u64) -> Option<Call> {
+    pub(crate) fn collective(&self, seq: u64) -> Option<Call> {
         let is_it = |c: &Recorded| c.seq == seq && !matches!(c.call.op, Op::Send | Op::Recv);
         self.0.iter().filter_map(Record::read).find(is_it).map(|c| c.call)
     }
@@ -138,15 +154,7 @@ mod tests {
     use super::*;
 
     pub(crate) fn empty() -> Box<Records> {
-        let word = || AtomicU64::new(0);
-        Box::new(Records(std::array::from_fn(|_| Record {
-            number: word(),
-            seq: word(),
-            call: std::array::from_fn(|_| word()),
-            started: word(),
-            finished: word(),
-            label: std::array::from_fn(|_| word()),
-        })))
+        Box::new(Records::new())
     }
 
     fn call(op: Op, count: u64) -> Call {

@@ -16,7 +16,7 @@ use tensorwire_core::Call;
 use crate::shm::verdict::Verdict;
 
 /// Bytes of a header.
-pub(super) const HEADER: usize = 64;
+pub(crate) const HEADER: usize = 64;
 
 const MAGIC: [u8; 4] = *b"TWF1";
 
@@ -26,7 +26,7 @@ const SUMS: std::ops::Range<usize> = 24..32;
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// A piece of a collective.
     Data = 1,
     /// A message from one rank to another.
@@ -88,17 +88,17 @@ pub(super) fn unseal(bytes: &[u8]) -> Option<(Header, u32)> {
 
 /// A frame's header.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Header {
-    pub(super) kind: Kind,
-    pub(super) seq: u64,
-    pub(super) len: u64,
+pub(crate) struct Header {
+    pub(crate) kind: Kind,
+    pub(crate) seq: u64,
+    pub(crate) len: u64,
     /// [`Call::to_words`], compared as they are.
-    pub(super) call: [u64; 4],
+    pub(crate) call: [u64; 4],
 }
 
 impl Header {
     #[inline]
-    pub(super) fn bytes(&self) -> [u8; HEADER] {
+    pub(crate) fn bytes(&self) -> [u8; HEADER] {
         let mut b = [0; HEADER];
         b[..4].copy_from_slice(&MAGIC);
         b[4] = self.kind as u8;
@@ -112,7 +112,7 @@ impl Header {
 
     /// The header that `bytes` begin with; `None` where they are none.
     #[inline]
-    pub(super) fn parse(bytes: &[u8]) -> Option<Header> {
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Header> {
         let b: &[u8; HEADER] = bytes.first_chunk()?;
         if b[..4] != MAGIC || b[5..8] != [0; 3] || b[SUMS] != [0; 8] {
             return None;
@@ -129,7 +129,7 @@ impl Header {
     }
 
     /// The sender's call, if it is one.
-    pub(super) fn call(&self) -> Option<Call> {
+    pub(crate) fn call(&self) -> Option<Call> {
         Call::from_words(self.call)
     }
 }

@@ -362,15 +362,18 @@ impl Mesh {
                 continue;
             }
             let known = std::mem::replace(&mut slept, true) && deadline.is_some();
-            let deadline = *deadline.get_or_insert_with(|| Deadline::after(timeout));
+            let until = *deadline.get_or_insert_with(|| Deadline::after(timeout));
             if !known {
-                around.shared.set_waits(Some(deadline));
+                around.shared.set_waits(Some(until));
             }
-            self.sleep(goal, around, message, deadline, memory)?;
+            if let Some(left) = self.sleep(goal, around, message, until, memory)? {
+                let until = *deadline.insert(Deadline::after(left));
+                around.shared.set_waits(Some(until));
+            }
         }
     }
 
-    /// Polls until something may have happened.
+    /// Polls until something may have happened. For how much longer to wait than the deadline, if that has changed.
     #[cold]
     #[inline(never)]
     fn sleep(
@@ -380,7 +383,7 @@ impl Mesh {
         message: &Expected,
         deadline: Deadline,
         memory: &mut Memory<'_>,
-    ) -> Result<(), Stop> {
+    ) -> Result<Option<Duration>, Stop> {
         for i in 0..self.live.len() {
             let place = self.live[i];
             // A peer that is gone is noticed by a connection alone.
@@ -391,8 +394,10 @@ impl Mesh {
                 self.open(place, around)?;
             }
         }
-        if deadline.passed() {
-            self.ask_who_is_late(goal, around)?;
+        if deadline.passed()
+            && let Some(left) = self.ask_who_is_late(goal, around)?
+        {
+            return Ok(Some(left));
         }
         for i in 0..self.live.len() {
             let place = self.live[i];
@@ -401,7 +406,7 @@ impl Mesh {
             }
         }
         if self.live.iter().any(|place| self.links[*place].as_ref().is_some_and(|l| l.may_go_on())) {
-            return Ok(());
+            return Ok(None);
         }
         let mut wait = match self.asked_at {
             Some(_) => Duration::from_millis(20),
@@ -448,7 +453,7 @@ impl Mesh {
         for (place, _) in asked.into_iter().zip(readable).filter(|(_, ready)| *ready) {
             self.listen(place, message, memory)?;
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Reads what a link that nothing is awaited from may say.
@@ -485,25 +490,36 @@ impl Mesh {
         Ok(())
     }
 
-    /// Ends a call whose time is up, once it knows whom to name: not those that wait as well, for another.
-    fn ask_who_is_late(&mut self, goal: Goal, around: &Around<'_>) -> Result<(), Stop> {
+    /// Ends a call whose time is up, once it knows whom to name: not those that wait as well, for another. Where all do,
+    /// for how much longer the last of them: something has reached that one since anything reached this rank, such as what
+    /// this rank has sent and the kernel passes on slowly. What a rank waits longer for that reason is no reason for others,
+    /// so that this ends.
+    fn ask_who_is_late(&mut self, goal: Goal, around: &Around<'_>) -> Result<Option<Duration>, Stop> {
         let late = self.late(goal);
         let Some(since) = self.asked_at else {
             self.asked_at = Some(Instant::now());
             around.endpoint.ask(around.shared, &late);
-            return Ok(());
+            return Ok(None);
         };
         let answers = around.shared.answers();
         let of =
             |peer: &usize| answers.iter().find(|(who, _)| who == peer).map_or(Answer::Awaited, |(_, a)| *a);
-        let waits = |peer: &usize| matches!(of(peer), Answer::Waits(_));
-        let guilty: Vec<usize> = late.iter().copied().filter(|p| !waits(p)).collect();
+        let left = |peer: &usize| if let Answer::Waits(left) = of(peer) { Some(left) } else { None };
+        let guilty: Vec<usize> = late.iter().copied().filter(|p| left(p).is_none()).collect();
         let open = guilty.iter().any(|p| of(p) == Answer::Awaited);
         match since.elapsed() {
-            // Where all wait, one of them will say for whom.
-            t if t < ANSWERS && (open || guilty.is_empty()) => Ok(()),
-            t if t < 2 * ANSWERS && guilty.is_empty() => Ok(()),
-            _ => Err(Stop::Late(if guilty.is_empty() { late } else { guilty })),
+            t if guilty.is_empty() => {
+                // The answers are as old as the question at most.
+                let left = late.iter().filter_map(left).max().unwrap_or_default().saturating_sub(t);
+                if left > ANSWERS {
+                    self.asked_at = None;
+                    return Ok(Some(left));
+                }
+                // One of them will say for whom.
+                if t < 2 * ANSWERS { Ok(None) } else { Err(Stop::Late(late)) }
+            }
+            t if t < ANSWERS && open => Ok(None),
+            _ => Err(Stop::Late(guilty)),
         }
     }
 

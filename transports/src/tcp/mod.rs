@@ -47,6 +47,8 @@ use crate::launch::{Env, Master, Rendezvous};
 use crate::store::{Store, TcpStore, UnixStore};
 
 pub use form::join;
+#[cfg(feature = "mpi")]
+pub(crate) use frame::{HEADER, Header, Kind};
 pub use group::{TcpGroup, TcpHandle, UNDER_WAY};
 pub use interface::{Interface, address_towards};
 pub use memory::{Calls, Memory, Place, Span};
@@ -54,6 +56,12 @@ pub use options::{Congestion, TcpOptions};
 pub use secret::{SECRET_FILE_VAR, SECRET_VAR, Secret};
 #[cfg(feature = "tls")]
 pub use tls::{Authority, Certificate, TLS_CA_VAR, TLS_CERT_VAR, TLS_KEY_VAR, Tls};
+
+/// The address at which to serve other hosts, of which nothing is known.
+#[cfg(feature = "mpi")]
+pub(crate) fn address_outward(wanted: Option<&Interface>) -> Result<std::net::IpAddr> {
+    interface::choose(wanted, interface::outward()).map(|chosen| chosen.ip)
+}
 
 /// What the store over TCP is made of.
 pub(crate) mod store {

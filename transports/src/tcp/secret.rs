@@ -79,7 +79,7 @@ impl Secret {
             Transport::Tls | Transport::Quic => Err(Error::Config(format!(
                 "TENSORWIRE_TRANSPORT is '{transport}', but this program was built without the feature {transport}"
             ))),
-            Transport::Tcp | Transport::Shm | Transport::Auto => Ok(secret),
+            Transport::Tcp | Transport::Shm | Transport::Mpi | Transport::Auto => Ok(secret),
         }
     }
 
@@ -114,7 +114,8 @@ impl Secret {
             .ok_or_else(|| not_a_secret(&format!("the file {path}, which {SECRET_FILE_VAR} names,")))
     }
 
-    fn parse(text: &str) -> Option<Secret> {
+    /// The secret that 64 hexadecimal digits are.
+    pub(crate) fn parse(text: &str) -> Option<Secret> {
         let text = text.trim().as_bytes();
         let mut bytes = [0; 32];
         if text.len() != 64 {
