@@ -1,12 +1,13 @@
-/* A TEST LIBRARY, NOT NCCL. It has the functions of NCCL's that tensorwire calls, with NCCL's signatures, over host memory:
- * so that finding the library, its errors, aborting, deadlines and what is composed of its operations can be tested without a GPU.
- * It was written for that from the documentation of NCCL's API, and says nothing about NCCL's speed or rounding: it reduces in rank order,
- * in binary32 (binary64 for that type), and rounds once.
+/* A TEST LIBRARY, NOT NCCL. It has the functions of NCCL's that tensorwire calls, with NCCL's signatures, over host
+ * memory: so that finding the library, its errors, aborting, deadlines and what is composed of its operations can be
+ * tested without a GPU. It was written for that from the documentation of NCCL's API, and says nothing about NCCL's
+ * speed or rounding: it reduces in rank order, in binary32 (binary64 for that type), and rounds once.
  *
- * Ranks are threads or processes that map one anonymous file, which the id names (/proc/PID/fd/N): nothing stays behind. A stream is
- * what tensorwire's host streams give: an object whose first member enqueues a function.
+ * Ranks are threads or processes that map one anonymous file, which the id names (/proc/PID/fd/N): nothing stays
+ * behind. A stream is what tensorwire's host streams give: an object whose first member enqueues a function.
  *
- * It is stricter than NCCL: on a nonblocking communicator a call before the last one has been seen to be done is an error.
+ * It is stricter than NCCL: on a nonblocking communicator a call before the last one has been seen to be done is an
+ * error.
  *
  * TENSORWIRE_FAKE_NCCL="KIND@RANK:CALL" makes rank RANK fail at its CALLth launch on a communicator, from 1:
  *   async_error   the call never ends, and the communicator has an error

@@ -121,7 +121,8 @@ fn slack(dtype: DType, world: usize) -> f64 {
     2.0 * world as f64 * 0.5f64.powi(unit)
 }
 
-/// Measures one size, or says why its result is wrong. A batch is calls that are launched one behind the other and waited for together.
+/// Measures one size, or says why its result is wrong. A batch is calls that are launched one behind the other and waited
+/// for together.
 pub(super) fn measure<T: Element>(
     comm: &Communicator,
     stream: &Stream,

@@ -303,8 +303,8 @@ impl<'a, T: Element> DeviceSlice<'a, T> {
     /// Elements of memory that is somebody else's, such as a framework's tensor.
     ///
     /// # Safety
-    /// 1. They are on the stream's device, or of pinned memory, and aligned for the type. 2. What else uses them is ordered with
-    ///    the stream, until it has done the calls that they are given to. 3. They stay allocated until then.
+    /// 1. They are on the stream's device, or of pinned memory, and aligned for the type. 2. What else uses them is
+    ///    ordered with the stream, until it has done the calls that they are given to. 3. They stay allocated until then.
     pub unsafe fn from_raw(stream: &'a Stream, at: *const c_void, len: usize) -> DeviceSlice<'a, T> {
         DeviceSlice { stream, at, len, elements: PhantomData }
     }

@@ -193,8 +193,8 @@ impl DeviceCommunicator {
         Ok(self.gathered::<T>(output.stream, ends))
     }
 
-    /// As [`all_gather`](Self::all_gather), where rank `r`'s input is block `r` of its `buf`, of `world` equal blocks: the other
-    /// blocks are filled in.
+    /// As [`all_gather`](Self::all_gather), where rank `r`'s input is block `r` of its `buf`, of `world` equal blocks:
+    /// the other blocks are filled in.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the length isn't a multiple of the world; else see [`DeviceCommunicator`].
@@ -429,11 +429,12 @@ impl DeviceCommunicator {
         }))
     }
 
-    /// Sends block `r` of `input`'s `world` equal blocks to rank `r`, and receives rank `r`'s block for this rank as block `r` of
-    /// `output`. Over NCCL each sends to each.
+    /// Sends block `r` of `input`'s `world` equal blocks to rank `r`, and receives rank `r`'s block for this rank as
+    /// block `r` of `output`. Over NCCL each sends to each.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the lengths differ or aren't a multiple of the world; else see [`DeviceCommunicator`].
+    /// [`Error::InvalidArgument`] if the lengths differ or aren't a multiple of the world; else see
+    /// [`DeviceCommunicator`].
     pub fn all_to_all<'a, 'b, T: Element>(
         &self,
         input: impl Into<DeviceSlice<'a, T>>,
@@ -494,8 +495,8 @@ impl DeviceCommunicator {
         }))
     }
 
-    /// Sends `buf` to rank `to`, which must [`recv`](Self::recv) as many bytes. The stream goes on when the receiver has come. What
-    /// goes both ways, or around a ring, is sent and received at once ([`send_recv`](Self::send_recv),
+    /// Sends `buf` to rank `to`, which must [`recv`](Self::recv) as many bytes. The stream goes on when the receiver has
+    /// come. What goes both ways, or around a ring, is sent and received at once ([`send_recv`](Self::send_recv),
     /// [`group`](Self::group)).
     ///
     /// # Errors

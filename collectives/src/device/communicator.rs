@@ -85,21 +85,22 @@ impl fmt::Display for Engine {
 
 /// One rank's membership in a group of devices, and the collectives between them.
 ///
-/// It is formed from a [`Communicator`] ([`on_device`](Communicator::on_device)), over whatever that runs: NCCL carries the
-/// data where each rank has the library and a GPU of its own, and the host where not ([`engine`](DeviceCommunicator::engine)
-/// says which and why).
+/// It is formed from a [`Communicator`] ([`on_device`](Communicator::on_device)), over whatever that runs: NCCL carries
+/// the data where each rank has the library and a GPU of its own, and the host where not
+/// ([`engine`](DeviceCommunicator::engine) says which and why).
 ///
 /// **Calls** return once they are on their buffers' stream; the device does them in its order. [`wait`](Self::wait) waits
-/// until those of this communicator are done. As over a [`Communicator`], every rank makes the same calls in the same order.
+/// until those of this communicator are done. As over a [`Communicator`], every rank makes the same calls in the same
+/// order.
 ///
-/// **Errors.** NCCL tells a rank neither that another has died nor that it makes another call. The ranks' processors do, 20 times
-/// a second: a rank that dies, leaves or makes another call is named on every other one. Whatever goes wrong on one rank, or isn't done by
-/// the deadline of a `wait`, ends the group: NCCL's communicator is aborted on every rank, so that no kernel and no stream is left
-/// hanging, and each call is [`Poisoned`](Error::Poisoned) from then on. [`Communicator::shrink`] of the communicator that it was formed from, and
-/// `on_device` again, go on with the survivors.
+/// **Errors.** NCCL tells a rank neither that another has died nor that it makes another call. The ranks' processors do,
+/// 20 times a second: a rank that dies, leaves or makes another call is named on every other one. Whatever goes wrong on
+/// one rank, or isn't done by the deadline of a `wait`, ends the group: NCCL's communicator is aborted on every rank, so
+/// that no kernel and no stream is left hanging, and each call is [`Poisoned`](Error::Poisoned) from then on.
+/// [`Communicator::shrink`] of the communicator that it was formed from, and `on_device` again, go on with the survivors.
 ///
-/// **Bits.** NCCL reduces in an order of its own, and rounds f16, bf16 and fp8 between steps: results are close to, but not
-/// those of [`Communicator`], and differ by algorithm. All ranks get the same.
+/// **Bits.** NCCL reduces in an order of its own, and rounds f16, bf16 and fp8 between steps: results are close to, but
+/// not those of [`Communicator`], and differ by algorithm. All ranks get the same.
 ///
 /// ```
 /// use tensorwire_collectives::Communicator;
@@ -486,15 +487,15 @@ impl DeviceCommunicator {
         self.shared.error(fault, Call::bare(Op::Symmetric), self.shared.state().seq)
     }
 
-    /// Waits until the device has done all calls of this communicator, or the deadline. Meanwhile it looks for errors of NCCL's and
-    /// of other ranks.
+    /// Waits until the device has done all calls of this communicator, or the deadline. Meanwhile it looks for errors of
+    /// NCCL's and of other ranks.
     ///
     /// A call that was captured in a graph counts only when the graph is launched: see [`follow`](Self::follow).
     ///
     /// # Errors
-    /// [`Error::Timeout`] at the deadline, [`Error::PeerLost`], [`Error::Mismatch`], [`Error::Aborted`] for what becomes of
-    /// others, [`Error::Engine`] for NCCL's own errors, [`Error::Device`] for the device's, each with the first call that isn't
-    /// done: the group has ended then, here and on the other ranks.
+    /// [`Error::Timeout`] at the deadline, [`Error::PeerLost`], [`Error::Mismatch`], [`Error::Aborted`] for what becomes
+    /// of others, [`Error::Engine`] for NCCL's own errors, [`Error::Device`] for the device's, each with the first call
+    /// that isn't done: the group has ended then, here and on the other ranks.
     pub fn wait(&self, deadline: Deadline) -> Result<()> {
         self.shared.wait(deadline, 0)
     }

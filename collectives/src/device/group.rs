@@ -84,9 +84,9 @@ impl fmt::Debug for Group<'_, '_> {
 }
 
 impl DeviceCommunicator {
-    /// Launches together what `calls` adds to the group, as one operation of NCCL's: messages to and from several ranks at once, or
-    /// many small collectives. Nothing is launched if it fails. Collectives come in the same order on every rank; messages
-    /// come behind them.
+    /// Launches together what `calls` adds to the group, as one operation of NCCL's: messages to and from several ranks
+    /// at once, or many small collectives. Nothing is launched if it fails. Collectives come in the same order on every
+    /// rank; messages come behind them.
     ///
     /// ```
     /// # use tensorwire_collectives::Communicator;
@@ -112,7 +112,8 @@ impl DeviceCommunicator {
     /// ```
     ///
     /// # Errors
-    /// What `calls` returns; [`Error::InvalidArgument`] for buffers of different streams; else see [`DeviceCommunicator`].
+    /// What `calls` returns; [`Error::InvalidArgument`] for buffers of different streams; else see
+    /// [`DeviceCommunicator`].
     pub fn group<'b>(&self, calls: impl FnOnce(&mut Group<'_, 'b>) -> Result<()>) -> Result<()> {
         let mut group = Group { comm: self, calls: Vec::new() };
         calls(&mut group)?;
@@ -149,8 +150,8 @@ impl DeviceCommunicator {
     }
 }
 
-/// Makes the messages by way of the host, at each moment those that go a certain number of ranks on: all ranks go through the same
-/// numbers, and send and receive at once, so that none waits for one that waits for it.
+/// Makes the messages by way of the host, at each moment those that go a certain number of ranks on: all ranks go through
+/// the same numbers, and send and receive at once, so that none waits for one that waits for it.
 fn exchange(
     host: &Staged,
     stream: &Stream,

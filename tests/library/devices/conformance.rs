@@ -1,6 +1,6 @@
-//! Every collective, checked element by element against its definition, for every type and operation, with worlds of 1 to 5
-//! ranks. The test library reduces as the definition says, in rank order with one rounding, so that results can be compared bit by bit;
-//! NCCL itself promises neither.
+//! Every collective, checked element by element against its definition, for every type and operation, with worlds of 1 to
+//! 5 ranks. The test library reduces as the definition says, in rank order with one rounding, so that results can be
+//! compared bit by bit; NCCL itself promises neither.
 
 use float8::{F8E4M3, F8E5M2};
 use half::{bf16, f16};

@@ -20,8 +20,8 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// In a rank's process: five all-reduces, each waited for; what comes of them is printed. `CASE` says what rank 1 does instead of
-/// the third.
+/// In a rank's process: five all-reduces, each waited for; what comes of them is printed. `CASE` says what rank 1 does
+/// instead of the third.
 pub(crate) fn device() {
     let comm = Communicator::from_env().unwrap();
     let case = variable("CASE").unwrap_or_default();
