@@ -31,6 +31,8 @@ fn rank_process() {
         ("unproven", crate::mixed::unproven),
         #[cfg(feature = "tcp")]
         ("scattered", crate::mixed::scattered),
+        #[cfg(feature = "nccl")]
+        ("device", crate::devices::device),
         ("endless", endless),
         ("leave", leave),
         ("mismatch", mismatch),

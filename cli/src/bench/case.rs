@@ -268,7 +268,7 @@ impl<'a, T: Element> Case<'a, T> {
 }
 
 /// An element's value; 0 of integers, which are compared by their bits.
-fn float<T: Element>(x: &T) -> f64 {
+pub(super) fn float<T: Element>(x: &T) -> f64 {
     let bytes = bytemuck::bytes_of(x);
     match T::DTYPE {
         DType::F64 => bytemuck::pod_read_unaligned(bytes),
@@ -287,17 +287,17 @@ fn digest(bytes: &[u8]) -> u64 {
 }
 
 /// The rank that this one sends to.
-fn next(comm: &Communicator) -> usize {
+pub(super) fn next(comm: &Communicator) -> usize {
     (comm.rank() + 1) % comm.world()
 }
 
 /// The rank that this one receives from.
-fn previous(comm: &Communicator) -> usize {
+pub(super) fn previous(comm: &Communicator) -> usize {
     (comm.rank() + comm.world() - 1) % comm.world()
 }
 
 /// Rank `rank`'s element `i`: an integer, or a number from 1 up to 2.
-fn sample<T: Element>(round: u64, rank: usize, i: usize) -> T {
+pub(super) fn sample<T: Element>(round: u64, rank: usize, i: usize) -> T {
     let h = (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
         ^ (rank as u64 + 1).wrapping_mul(0x85EB_CA6B)
         ^ round.wrapping_mul(0xC2B2_AE3D_27D4_EB4F);

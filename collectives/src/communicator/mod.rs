@@ -36,6 +36,8 @@ use crate::select::{Algorithm, tuned};
 
 #[cfg(feature = "tcp")]
 use choose::Present;
+#[cfg(feature = "nccl")]
+pub(crate) use collectives::Blocks;
 pub use prepared::AllReducePlan;
 pub use symmetric::Symmetric;
 pub use work::Work;
