@@ -13,6 +13,7 @@ use tensorwire::transports::tcp::{
 use tensorwire::{Error, Options};
 
 use crate::failure::Failure;
+use crate::mpi;
 
 /// A store that is served for as long as the job runs, and what the ranks' environment says of it.
 pub(crate) struct Job {
@@ -48,6 +49,7 @@ impl Job {
                 let server = StoreServer::start().map_err(Failure::run)?;
                 Ok(Job { ranks, transport, address: server.address(), keys, _server: Server::Unix(server) })
             }
+            Transport::Mpi => Err(mpi::not_ours()),
             Transport::Tcp | Transport::Tls | Transport::Quic | Transport::Auto => {
                 Job::served_at(LOOPBACK, ranks, transport, keys)
             }
@@ -62,6 +64,9 @@ impl Job {
         transport: Transport,
         store: Option<&str>,
     ) -> Result<Job, Failure> {
+        if transport == Transport::Mpi {
+            return Err(mpi::not_ours());
+        }
         check_environment(transport)?;
         let keys = Keys::new(ranks, transport)?;
         if let Some(store) = store {
@@ -141,11 +146,12 @@ impl Keys {
     }
 }
 
-/// This process's place in the job of a `tensorwire launch` that has started it, if one has: it is a rank then, and
-/// starts none.
+/// This process's place in the job of a `tensorwire launch` that has started it, or of an mpirun for ranks over MPI, if one
+/// has: it is a rank then, and starts none.
 pub(crate) fn launched() -> Result<Option<(Env, Transport)>, Failure> {
     if std::env::var_os("TENSORWIRE_RANK").is_none() {
-        return Ok(None);
+        let over_mpi = Transport::from_env().is_ok_and(|transport| transport == Transport::Mpi);
+        return Ok(mpi::place().filter(|_| over_mpi).map(|env| (env, Transport::Mpi)));
     }
     let env = Env::read().map_err(Failure::usage)?;
     Ok(Some((env, Transport::from_env().map_err(Failure::usage)?)))

@@ -48,7 +48,7 @@ pub(crate) struct Args {
     #[arg(long, short = 'n', value_name = "N", value_parser = ranks)]
     ranks: usize,
 
-    /// What carries the bytes between the ranks: shm, tcp, tls, quic or auto [default: what TENSORWIRE_TRANSPORT says, or shm]
+    /// What carries the bytes between the ranks: shm, tcp, tls, quic or auto, or, of ranks that mpirun starts, mpi [default: what TENSORWIRE_TRANSPORT says, or shm]
     #[arg(long, value_parser = str::parse::<Transport>)]
     transport: Option<Transport>,
 
@@ -148,6 +148,9 @@ pub(crate) fn run_self(
     transport: Transport,
     mut take: impl FnMut(&[u8]) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
+    if transport == Transport::Mpi {
+        return crate::mpi::run_ranks(command, args, ranks, take);
+    }
     let job = Job::new(ranks, transport)?;
     let program = std::env::current_exe().map_err(|e| Failure::run(format!("finding this program: {e}")))?;
     // Ranks that compute share the processors out.

@@ -12,6 +12,7 @@ mod infer;
 mod job;
 mod launch;
 mod measure;
+mod mpi;
 mod output;
 mod plan;
 mod simulate;

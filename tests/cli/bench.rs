@@ -280,3 +280,35 @@ fn nccl_is_refused_in_a_line_where_there_is_none() {
         assert!(stderr(&output).contains("is not for --transport nccl"), "{}", stderr(&output));
     }
 }
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn mpi_is_refused_where_it_was_not_built_in() {
+    for line in ["--transport mpi", "--transport mpi --algorithm mpi --json"] {
+        assert!(refused(&bench(line), 2).contains("--features mpi"), "{line}");
+    }
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn mpi_is_measured_by_ranks_of_mpirun() {
+    for collective in COLLECTIVES {
+        let rows = rows(&format!("--transport mpi --collective {collective} --bytes 4K,256K"));
+        assert!(rows.iter().all(|row| row["transport"] == "mpi" && row["correct"] == true), "{rows:?}");
+    }
+    for collective in ["all_reduce", "reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"] {
+        let rows = rows(&format!("--transport mpi --algorithm mpi --collective {collective} --bytes 4K"));
+        assert!(rows.iter().all(|row| row["algorithm"] == "mpi" && row["correct"] == true), "{rows:?}");
+    }
+    // What MPI has no type for goes by our schedules, and says so.
+    let rows = rows("--transport mpi --algorithm mpi --dtype bf16 --ranks 3 --bytes 6K");
+    assert!(rows[0]["algorithm"] != "mpi" && rows[0]["correct"] == true, "{rows:?}");
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn mpi_without_mpirun_says_what_to_install() {
+    let output = tensorwire(["bench", "--transport", "mpi"]).env("PATH", "").output().unwrap();
+    let line = refused(&output, 2);
+    assert!(line.contains("mpirun isn't on the PATH"), "{line}");
+}

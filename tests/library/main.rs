@@ -1,5 +1,7 @@
 //! The library as its users see it: one binary, so that it links once.
 
+#[path = "../support/checks.rs"]
+mod checks;
 mod common;
 mod conformance;
 #[cfg(feature = "tcp")]
@@ -37,3 +39,5 @@ mod tcp;
 #[cfg(feature = "tls")]
 mod tls;
 mod tuning;
+#[path = "../support/values.rs"]
+mod values;

@@ -60,7 +60,8 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "all_reduce")]
     collective: Collective,
 
-    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback, or nccl between its GPUs
+    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback, or mpi, of ranks that mpirun starts, or nccl
+    /// between this host's GPUs
     #[arg(long, value_parser = str::parse::<Over>, default_value = "shm")]
     transport: Over,
 
@@ -89,7 +90,8 @@ pub(crate) struct Args {
     touch: bool,
 
     /// Force an algorithm of all_reduce and reduce: inline, one_shot, two_shot, or symmetric for such buffers; over tcp,
-    /// of all_reduce also chain, ring, recursive_doubling, halving_doubling or hierarchical
+    /// of all_reduce also chain, ring, recursive_doubling, halving_doubling or hierarchical; over mpi also mpi, of any
+    /// collective: MPI's own
     #[arg(long, default_value = "auto", value_parser = algorithm)]
     algorithm: Choice,
 
@@ -205,12 +207,16 @@ impl Args {
             ));
         }
         let chooses = matches!(collective, Collective::AllReduce | Collective::Reduce);
-        if let (Some(algorithm), false) = (self.algorithm.0, chooses) {
+        if self.algorithm.0 == Some(Algorithm::Mpi) && self.transport != Over::Host(Transport::Mpi) {
+            return refuse("mpi is an algorithm of ranks over MPI: it takes --transport mpi".into());
+        }
+        let ours = self.algorithm.0.filter(|a| *a != Algorithm::Mpi);
+        if let (Some(algorithm), false) = (ours, chooses) {
             return refuse(format!(
                 "{algorithm} is an algorithm of all_reduce and reduce, not of {collective}"
             ));
         }
-        if let Some(algorithm) = self.algorithm.0.filter(|a| !a.is_shm()) {
+        if let Some(algorithm) = ours.filter(|a| !a.is_shm()) {
             if self.transport == Over::Host(Transport::Shm) {
                 return refuse(format!("{algorithm} is an algorithm for networks: it takes --transport tcp"));
             }
@@ -293,6 +299,7 @@ impl Args {
 
 /// Starts the ranks and reports what they measure.
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    crate::mpi::prepare(args.transport.host())?;
     let launched = launched()?;
     let args = &match &launched {
         Some((env, transport)) => {
@@ -407,6 +414,8 @@ mod tests {
             "--limit x --collective broadcast",
             "--algorithm ring",
             "--algorithm ring --transport tcp --collective reduce",
+            "--algorithm mpi",
+            "--algorithm mpi --transport tcp",
             "--wire q8",
             "--explain --collective all_gather",
             "--wire q8 --transport tcp --collective all_gather",
@@ -421,6 +430,7 @@ mod tests {
             "--algorithm symmetric --buffer symmetric",
             "--transport tcp",
             "--transport tcp --algorithm hierarchical",
+            "--transport mpi --algorithm mpi --collective all_gather",
             "--transport tcp --wire q8 --dtype bf16 --op average",
             "--collective all_gather --dtype i32 --op average",
             "--dtype u8 --op bit_xor --bytes 7",

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tensorwire::{Communicator, DType, Element, Error};
+use tensorwire::{Algorithm, Communicator, DType, Element, Error};
 
 use super::case::Case;
 use super::collective::Collective;
@@ -145,6 +145,13 @@ fn algorithm(comm: &Communicator, args: &Args, bytes: usize) -> tensorwire::Resu
     Ok(match args.collective {
         _ if comm.world() == 1 => "none",
         Collective::AllReduce if args.buffer == Buffer::Symmetric => comm.algorithm_symmetric(bytes)?.name(),
+        Collective::AllReduce | Collective::Reduce
+            if args.algorithm.0 == Some(Algorithm::Mpi) && args.wire.0.is_none() =>
+        {
+            comm.algorithm_for(bytes, args.dtype, args.op)?.name()
+        }
+        Collective::SendRecv | Collective::Gather | Collective::Scatter => "direct",
+        _ if args.algorithm.0 == Some(Algorithm::Mpi) => "mpi",
         // What is sent in fewer bits, or to one rank, is a direct exchange.
         Collective::AllReduce | Collective::Reduce => match comm.algorithm_for(bytes, args.dtype, args.op)? {
             a if !a.is_shm() && (args.wire.0.is_some() || args.collective == Collective::Reduce) => "direct",

@@ -89,6 +89,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
+    crate::mpi::prepare(args.transport)?;
     let launched = launched()?;
     let place = launched.as_ref().map(|(env, _)| env);
     let ranks = place.map_or(args.ranks, |place| place.world);

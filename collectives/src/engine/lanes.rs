@@ -55,6 +55,11 @@ impl Lanes {
         over_tcp!(self, group => group.transport(), else "mpi")
     }
 
+    #[inline]
+    pub(crate) fn is_over_mpi(&self) -> bool {
+        over_tcp!(self, _group => false, else true)
+    }
+
     pub(crate) fn describe(&self) -> String {
         each!(self, group => group.describe())
     }

@@ -116,7 +116,7 @@ impl NetEngine {
 
     /// Whether MPI's own collectives can be asked for.
     pub(crate) fn is_over_mpi(&self) -> bool {
-        self.group.transport() == "mpi"
+        self.group.is_over_mpi()
     }
 
     /// Begins or ends to choose by what was set, of which links are no matter.

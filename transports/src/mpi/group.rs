@@ -98,9 +98,10 @@ impl MpiGroup {
     /// Begins a call: what it sends and receives is compared with the peers' calls.
     ///
     /// # Errors
-    /// The error that has ended the group, if one has.
+    /// The error that has ended the group, if one has; [`Error::Config`] where MPI has ended, or this thread may not call it.
     #[inline]
     pub fn begin(&mut self, call: Call) -> Result<(), Failure> {
+        raw::check_usable()?;
         self.seq += 1;
         self.enter(call)?;
         self.mesh.begin(Some((self.seq, &call)));
@@ -168,7 +169,11 @@ impl MpiGroup {
     /// [`Error::PeerLost`], [`Error::Timeout`], [`Error::Mismatch`] or [`Error::Aborted`]; the group has ended then.
     #[inline]
     pub fn wait(&mut self, received: usize, sent: usize, memory: &mut Memory<'_>) -> Result<(), Failure> {
-        let goal = Goal { received, sent };
+        self.drive(Goal { received, sent, there: false }, memory)
+    }
+
+    #[inline]
+    fn drive(&mut self, goal: Goal, memory: &mut Memory<'_>) -> Result<(), Failure> {
         let MpiGroup { mesh, shared, message, deadline, .. } = self;
         match mesh.drive(goal, shared, message, deadline, memory) {
             Ok(()) => Ok(()),
@@ -176,14 +181,14 @@ impl MpiGroup {
         }
     }
 
-    /// Waits until everything that this call has asked for is received, and MPI has what is sent.
+    /// Waits until everything that this call has asked for is received, and MPI needs this rank no more for what is sent.
     ///
     /// # Errors
     /// See [`wait`](MpiGroup::wait).
     #[inline]
     pub fn finish(&mut self, memory: &mut Memory<'_>) -> Result<(), Failure> {
         let (received, sent) = self.asked();
-        self.wait(received, sent, memory)
+        self.drive(Goal { received, sent, there: true }, memory)
     }
 
     /// Every rank's `mine`, in rank order, within a call.
@@ -218,6 +223,7 @@ impl MpiGroup {
         let received = into.as_ref().map(|i| call(Op::Recv, i.data.len(), i.from));
         let Some(doing) = received.or(sent) else { return Ok(()) };
         let (rank, world) = (self.rank(), self.world());
+        raw::check_usable()?;
         self.enter(doing)?;
         self.mesh.begin(None);
         let mut nowhere = [];

@@ -12,7 +12,8 @@ use super::raw::{Buffer, Outcome, Transfer};
 use super::world::{Tag, World};
 use crate::tcp::{HEADER, Header, Kind, Memory, Span};
 
-/// Bytes of a payload that travel with their header: with it fewer than most MPIs send without asking.
+/// Bytes of a payload that travel with their header: together fewer than the 4 KiB up to which Open MPI sends without asking
+/// the receiver, also in shared memory.
 pub(super) const INLINE: usize = 3 << 10;
 /// Bytes of a first message.
 const FIRST: usize = HEADER + INLINE;
@@ -102,7 +103,10 @@ pub(super) struct Link {
     sends: VecDeque<Outgoing>,
     /// Bytes of the first of `sends`, its header among them, that were given to MPI.
     given: usize,
-    on_way: VecDeque<Transfer>,
+    /// Each with whether it is one of those that are asked for, and may need this rank until they are there.
+    on_way: VecDeque<(Transfer, bool)>,
+    /// How many of them are.
+    asked_for: usize,
     /// Messages since a synchronous one.
     since: usize,
     pub(super) receives: VecDeque<Incoming>,
@@ -126,6 +130,7 @@ impl Link {
             sends: VecDeque::new(),
             given: 0,
             on_way: VecDeque::new(),
+            asked_for: 0,
             since: 0,
             receives: VecDeque::new(),
             open: None,
@@ -137,6 +142,12 @@ impl Link {
 
     pub(super) fn is_sending(&self) -> bool {
         !self.sends.is_empty()
+    }
+
+    /// Whether MPI may need this rank to go on with what it has sent.
+    #[inline]
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked_for > 0
     }
 
     pub(super) fn is_receiving(&self) -> bool {
@@ -205,7 +216,9 @@ impl Link {
         if synchronous {
             self.since = 0;
         }
-        self.on_way.push_back(world.comm.send(buffer, len, self.peer, tag, synchronous)?);
+        let asked_for = tag == self.body;
+        self.asked_for += usize::from(asked_for);
+        self.on_way.push_back((world.comm.send(buffer, len, self.peer, tag, synchronous)?, asked_for));
         Ok(())
     }
 
@@ -213,8 +226,9 @@ impl Link {
     #[inline]
     fn reap(&mut self, pool: &mut Pool) -> Result<bool, Trouble> {
         let mut some = false;
-        while let Some(first) = self.on_way.front_mut() {
+        while let Some((first, asked_for)) = self.on_way.front_mut() {
             let Some((buffer, _)) = first.complete().map_err(Trouble::Lost)? else { break };
+            self.asked_for -= usize::from(*asked_for);
             pool.give(buffer);
             self.on_way.pop_front();
             some = true;
@@ -351,6 +365,6 @@ impl Link {
 
     /// What MPI still has of this rank's, at the end of the group.
     pub(super) fn leave(&mut self) -> impl Iterator<Item = Transfer> + use<'_> {
-        self.on_way.drain(..)
+        self.on_way.drain(..).map(|(sent, _)| sent)
     }
 }

@@ -30,6 +30,9 @@ pub(super) struct Goal {
     pub(super) received: usize,
     /// The sends with numbers below this.
     pub(super) sent: usize,
+    /// Whether what was sent in collectives must be where it is asked for: between its calls, a rank gives MPI no chance to
+    /// go on with it.
+    pub(super) there: bool,
 }
 
 /// Why a call can't go on.
@@ -135,15 +138,20 @@ impl Mesh {
     #[inline]
     fn reached(&self, goal: Goal) -> bool {
         let all = self.received == self.asked && self.sent == self.sends;
-        all || (self.received >= goal.received
-            && self.sent >= goal.sent
-            && self.live.iter().all(|place| !self.awaits(*place, goal) && !self.owes(*place, goal)))
+        (all && !goal.there)
+            || (self.received >= goal.received
+                && self.sent >= goal.sent
+                && self.live.iter().all(|place| !self.awaits(*place, goal) && !self.owes(*place, goal)))
     }
 
     /// Whether a link has sends to do that the goal needs.
     #[inline]
     fn owes(&self, place: usize, goal: Goal) -> bool {
-        self.links[place].as_ref().is_some_and(|l| l.next_send().is_some_and(|n| n < goal.sent))
+        let owes = |l: &Link| {
+            l.next_send().is_some_and(|n| n < goal.sent)
+                || (goal.there && l.is_asked() && place < self.links.len() / 2)
+        };
+        self.links[place].as_deref().is_some_and(owes)
     }
 
     /// Whether a link has receives to come that the goal needs.
@@ -168,7 +176,7 @@ impl Mesh {
         let Some(link) = &mut self.links[place] else { return Ok(false) };
         let mut moved = false;
         let trouble = 'trouble: {
-            if link.is_sending() {
+            if link.is_sending() || link.is_asked() {
                 match link.write(&shared.over, &mut self.pool, memory) {
                     Ok((done, some)) => {
                         self.sent += done;

@@ -4,6 +4,7 @@
 //! peer's process has ended, it says so on standard error, and ends the process, and through MPI its job.
 
 use std::ffi::{c_int, c_void};
+use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -228,14 +229,27 @@ fn own(shared: &Arc<Shared>, seq: u64) -> Outcome<ffi::MPI_Comm> {
     Ok(comm)
 }
 
+/// Where an input begins. An empty one is nowhere, and its address may be what MPI takes for something else.
+fn begin_of(input: &[u8]) -> *const c_void {
+    if input.is_empty() { std::ptr::without_provenance(ELSEWHERE) } else { input.as_ptr().cast() }
+}
+
+/// Where an output begins.
+fn begin_of_mut(output: &mut [u8]) -> *mut c_void {
+    if output.is_empty() { std::ptr::without_provenance_mut(ELSEWHERE) } else { output.as_mut_ptr().cast() }
+}
+
+/// An address at which nothing is, and which means nothing to any MPI.
+const ELSEWHERE: usize = 64;
+
 /// What MPI is to take for an input that is the output; a copy of it where that isn't known.
 fn input_of<'a>(input: Option<&'a [u8]>, output: &[u8], copy: &'a mut Vec<u8>) -> *const c_void {
     match (input, raw::in_place_input()) {
-        (Some(input), _) => input.as_ptr().cast(),
+        (Some(input), _) => begin_of(input),
         (None, Some(in_place)) => in_place,
         (None, None) => {
             copy.extend_from_slice(output);
-            copy.as_ptr().cast()
+            begin_of(copy)
         }
     }
 }
@@ -256,9 +270,8 @@ fn reduce(
     assert!(!gets || output.len() == len);
     let mut copy = Vec::new();
     // A rank that gets no result gives its contribution as it is.
-    let from =
-        if gets { input_of(input, output, &mut copy) } else { input.unwrap_or(output).as_ptr().cast() };
-    let into = output.as_mut_ptr().cast();
+    let from = if gets { input_of(input, output, &mut copy) } else { begin_of(input.unwrap_or(output)) };
+    let into = begin_of_mut(output);
     match root {
         // SAFETY: (1) input and output have `count` elements of the type, checked above, and the call borrows both; (2) they
         // are apart, or the input is what MPI takes for the output's.
@@ -283,7 +296,7 @@ fn reduce_scatter(
     let Some((datatype, op, size)) = known(how) else { return Ok(false) };
     let Some((counts, _)) = blocks.for_mpi(size) else { return Ok(false) };
     assert!(input.len() == blocks.0.iter().sum::<usize>() && output.len() == blocks.0[shared.rank]);
-    let (from, into) = (input.as_ptr().cast(), output.as_mut_ptr().cast());
+    let (from, into) = (begin_of(input), begin_of_mut(output));
     // SAFETY: the input has all blocks and the output this rank's, checked above; the call borrows both, apart.
     call(shared, seq, "MPI_Reduce_scatter", |comm| unsafe {
         match blocks.equal() {
@@ -302,7 +315,7 @@ fn all_gather(
 ) -> Outcome<bool> {
     let Some((counts, begins)) = blocks.for_mpi(1) else { return Ok(false) };
     assert!(output.len() == blocks.0.iter().sum::<usize>() && input.len() == blocks.0[shared.rank]);
-    let (from, into, n) = (input.as_ptr().cast(), output.as_mut_ptr().cast(), counts[shared.rank]);
+    let (from, into, n) = (begin_of(input), begin_of_mut(output), counts[shared.rank]);
     // SAFETY: the output has all blocks and the input this rank's, checked above; the call borrows both, apart.
     call(shared, seq, "MPI_Allgather", |comm| unsafe {
         let byte = ffi::RSMPI_UINT8_T;
@@ -319,7 +332,7 @@ fn all_to_all(shared: &Arc<Shared>, seq: u64, input: &[u8], output: &mut [u8]) -
         return Ok(false);
     };
     assert!(input.len() == output.len() && input.len() % world == 0);
-    let (from, into) = (input.as_ptr().cast(), output.as_mut_ptr().cast());
+    let (from, into) = (begin_of(input), begin_of_mut(output));
     // SAFETY: both have a block of `n` bytes for each rank, checked above; the call borrows both, apart.
     call(shared, seq, "MPI_Alltoall", |comm| unsafe {
         let byte = ffi::RSMPI_UINT8_T;
@@ -329,7 +342,7 @@ fn all_to_all(shared: &Arc<Shared>, seq: u64, input: &[u8], output: &mut [u8]) -
 
 fn broadcast(shared: &Arc<Shared>, seq: u64, data: &mut [u8], root: usize) -> Outcome<bool> {
     let Ok(n) = c_int::try_from(data.len()) else { return Ok(false) };
-    let at = data.as_mut_ptr().cast();
+    let at = begin_of_mut(data);
     // SAFETY: the data has `n` bytes, and the call borrows it.
     call(shared, seq, "MPI_Bcast", |comm| unsafe {
         ffi::MPI_Bcast(at, n, ffi::RSMPI_UINT8_T, root as c_int, comm)
@@ -394,10 +407,12 @@ fn judge(shared: &Shared, seq: u64, since: Instant) {
         return;
     }
     let call = shared.records.collective(seq).unwrap_or(NOTHING);
-    eprintln!(
-        "tensorwire: rank {}: {why} {call} (call {seq}): MPI's own collective can't be called off, so this ends the job",
+    // At once, so that nothing comes in between.
+    let line = format!(
+        "tensorwire: rank {}: {why} {call} (call {seq}): MPI's own collective can't be called off, so this ends the job\n",
         shared.rank
     );
+    let _ = std::io::stderr().write_all(line.as_bytes());
     raw::break_off();
     raw::end_job(&shared.over.comm)
 }

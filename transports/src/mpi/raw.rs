@@ -155,6 +155,15 @@ fn enter_slowly(threads: Option<Threads>) -> Outcome<Entry> {
     }
 }
 
+/// Fails where MPI has ended, or this thread may not call it.
+#[inline]
+pub(super) fn check_usable() -> Result<()> {
+    if is_over() {
+        return Err(Error::Config("MPI was finalised, and this group with it".into()));
+    }
+    enter().map(drop).map_err(Error::Config)
+}
+
 /// Whether any thread may call MPI, even while another is in it.
 pub(super) fn any_thread() -> bool {
     STARTED.get().is_some_and(|started| started.threads == Threads::Any)
