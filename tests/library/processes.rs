@@ -51,6 +51,8 @@ fn rank_process() {
         ("tuned threads", tuning::tuned_threads),
         #[cfg(feature = "tcp")]
         ("strangers", crate::strangers::strangers),
+        #[cfg(feature = "tls")]
+        ("reason", crate::tls::reason),
         ("join", || {
             if let Ok(point) = std::env::var("TENSORWIRE_TEST_AWAIT") {
                 await_point(&point);
