@@ -23,6 +23,7 @@ fn run() -> tensorwire::Result<()> {
     comm.all_reduce(&mut sum, ReduceOp::Sum)?;
     let expected = (world * (world + 1)) as f32 / 2.0;
     assert!(sum.iter().all(|x| *x == expected), "the sum is wrong");
-    println!("rank {rank} of {world}: the sum is {expected}, over {}", comm.transport()?);
+    let (over, why) = (comm.transport()?, comm.transport_reason());
+    println!("rank {rank} of {world}: the sum is {expected}, over {over}, since {why}");
     comm.barrier()
 }

@@ -37,6 +37,8 @@
 //! The crates behind it: `tensorwire-core` (types, errors), [`topology`], [`transports`], [`collectives`].
 
 pub use tensorwire_collectives as collectives;
+#[cfg(feature = "nccl")]
+pub use tensorwire_collectives::device;
 pub use tensorwire_topology as topology;
 pub use tensorwire_transports as transports;
 

@@ -15,7 +15,6 @@ mod measure;
 mod mpi;
 mod output;
 mod plan;
-mod plan_verify;
 mod simulate;
 mod topo;
 

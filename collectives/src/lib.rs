@@ -7,7 +7,11 @@
 #[cfg(feature = "tcp")]
 mod adapt;
 mod communicator;
+#[cfg(feature = "nccl")]
+pub mod device;
 mod engine;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 #[cfg(feature = "tcp")]
 pub mod network;
 pub mod reduce;

@@ -11,8 +11,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// What went wrong, on which rank, with whom, in which call, and what to do about it.
 ///
 /// After [`PeerLost`](Error::PeerLost), [`Timeout`](Error::Timeout), [`Mismatch`](Error::Mismatch),
-/// [`Corrupted`](Error::Corrupted) or [`Aborted`](Error::Aborted) the communicator is poisoned: the ranks no longer agree on what was done, so
-/// each further call returns [`Poisoned`](Error::Poisoned) and no result can be mistaken for data.
+/// [`Corrupted`](Error::Corrupted), [`Engine`](Error::Engine) or [`Aborted`](Error::Aborted) the communicator is poisoned: the
+/// ranks no longer agree on what was done, so each further call returns [`Poisoned`](Error::Poisoned) and no result can be mistaken for data.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -132,6 +132,41 @@ pub enum Error {
     #[error("{0}")]
     Config(String),
 
+    /// What carries out the calls (NCCL) met an error of its own. The communicator can't be used further.
+    #[error("rank {rank}: {engine} failed in {call} (call {seq}): {what}")]
+    Engine {
+        /// The rank that reports.
+        rank: usize,
+        /// Whose error it is, such as `NCCL 2.27.3`.
+        engine: String,
+        /// The call that could not finish.
+        call: Call,
+        /// Its number on this communicator, from 1.
+        seq: u64,
+        /// The error in its own words, and what to do.
+        what: String,
+    },
+
+    /// A library or a driver that is loaded at run time can't be had, or not for what was asked.
+    #[error("{what} can't be used: {why}")]
+    Unavailable {
+        /// Such as `NCCL`.
+        what: &'static str,
+        /// What was looked for, where, and what came of it.
+        why: String,
+    },
+
+    /// A device's driver refused.
+    #[error("{device}: {what}: {why}")]
+    Device {
+        /// Which device.
+        device: String,
+        /// What was tried.
+        what: &'static str,
+        /// What the driver answered.
+        why: String,
+    },
+
     /// The ranks could not find each other.
     #[error("rank {rank} of {world}: {what}")]
     Rendezvous {
@@ -156,13 +191,14 @@ pub enum Error {
 impl Error {
     /// Whether the communicator that it came from can't be used any more.
     pub fn ends_group(&self) -> bool {
-        use Error::{Aborted, Corrupted, Mismatch, PeerLost, Poisoned, Timeout};
+        use Error::{Aborted, Corrupted, Engine, Mismatch, PeerLost, Poisoned, Timeout};
         matches!(
             self,
             PeerLost { .. }
                 | Timeout { .. }
                 | Mismatch { .. }
                 | Corrupted { .. }
+                | Engine { .. }
                 | Aborted { .. }
                 | Poisoned { .. }
         )

@@ -16,3 +16,7 @@ pub use error::{Error, Result};
 pub use link::Link;
 pub use tuning::Tuning;
 pub use wire::Wire;
+
+/// The environment variable in which a launcher tells the ranks that it binds which processors those of their host have
+/// together, as `0-3,8`.
+pub const JOB_PROCESSORS_VAR: &str = "TENSORWIRE_JOB_PROCESSORS";

@@ -21,6 +21,11 @@ pub struct Link {
 }
 
 impl Link {
+    /// Microseconds that a message of `bytes` takes.
+    pub fn us(&self, bytes: usize) -> f64 {
+        self.alpha_us + bytes as f64 * self.us_a_byte()
+    }
+
     /// Microseconds for each byte.
     pub fn us_a_byte(&self) -> f64 {
         1e-3 / self.gbps

@@ -1,5 +1,7 @@
 //! `tensorwire bench` as a person and as a script use it.
 
+#[path = "../support/fake_nccl.rs"]
+mod fake_nccl;
 mod support;
 
 use std::io::{BufRead, BufReader};
@@ -254,6 +256,29 @@ fn a_reader_that_leaves_ends_the_run_quietly() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(141), "{}", stderr(&output));
     assert_eq!(stderr(&output), "");
+}
+
+#[test]
+fn nccl_is_refused_in_a_line_where_there_is_none() {
+    let refused = |library: &std::path::Path| {
+        let mut command = tensorwire(["bench", "--transport", "nccl"]);
+        let output = command.env("TENSORWIRE_NCCL_LIB", library).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert_eq!(stdout(&output), "");
+        let said = stderr(&output);
+        assert_eq!(said.lines().count(), 1, "{said}");
+        said
+    };
+    let said = refused("/nowhere/libnccl.so.2".as_ref());
+    assert!(said.contains("NCCL can't be used: /nowhere/libnccl.so.2 can't be loaded"), "{said}");
+    assert!(said.contains("(TENSORWIRE_NCCL_LIB names it)"), "{said}");
+    let said = refused(&fake_nccl::test_library(&[]));
+    assert!(said.contains("is a test library, which runs on no GPU"), "{said}");
+    for line in ["--touch", "--wire q8", "--algorithm ring", "--buffer symmetric", "--explain"] {
+        let output = bench(&format!("--transport nccl {line}"));
+        assert_eq!(output.status.code(), Some(2), "{line}");
+        assert!(stderr(&output).contains("is not for --transport nccl"), "{}", stderr(&output));
+    }
 }
 
 #[cfg(not(feature = "mpi"))]

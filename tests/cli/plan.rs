@@ -146,6 +146,67 @@ fn predictions_are_compared_with_this_machine() {
     let text = with("plan verify --passes 1");
     assert!(text.contains("predicted    measured   ratio    band"), "{text}");
     assert!(text.contains("note: the curves were measured "), "{text}");
+
+    // What was measured of this machine is what a fabric that is this machine has.
+    let here: Value = serde_json::from_str(&with("topo --json")).unwrap();
+    let file = folder.path().join("here.json");
+    std::fs::write(&file, here["fabric"].to_string()).unwrap();
+    let (_dir, path) = model(&llama());
+    let on = |fabric: &str| -> Value {
+        let line = format!("plan --model {} --fabric {fabric} --json", path.display());
+        serde_json::from_str(&with(&line)).unwrap()
+    };
+    let last = |notes: &Value| notes.as_array().unwrap().last().unwrap().as_str().unwrap().to_owned();
+    let found = on(file.to_str().unwrap());
+    assert!(last(&found["notes"]).contains("curves measured on this machine over shm"), "{found}");
+    assert!(last(&found["placement"]["notes"]).contains("memory's bandwidth was measured"), "{found}");
+    let found = on(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/fabrics/8-gpus-nvlink.toml"));
+    assert!(
+        last(&found["notes"]).ends_with("are from the links and devices of 8 x 80 GB, NVLink"),
+        "{found}"
+    );
+}
+
+#[test]
+fn a_plan_on_a_fabric_is_predicted_as_its_placement() {
+    let (dir, path) = model(&llama());
+    let file = dir.path().join("fabric.toml");
+    let toml = r#"
+        name = "two cards"
+        [[model]]
+        name = "gpu"
+        kind = "gpu"
+        memory = "2 GiB"
+        memory_gbps = 10
+        [[host]]
+        name = "host"
+        device = [{ model = "gpu", count = 2 }]
+        [links]
+        host = { alpha_us = 7, gbps = 20 }
+    "#;
+    std::fs::write(&file, toml).unwrap();
+    let planned = |more: &[&str]| -> Value {
+        let args = [&["--fabric", file.to_str().unwrap(), "--json"], more].concat();
+        let output = plan(&path, &args);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let found = planned(&[]);
+    assert_eq!((&found["world"], &found["placement"]["chosen"]["degrees"]["tp"]), (&json!(2), &json!(2)));
+    let of = |value: &Value| value.as_f64().unwrap();
+    let exchanges: f64 = found["placement"]["chosen"]["predicted"]["step"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|cost| cost["of"] == "tp")
+        .map(|cost| of(&cost["us"]))
+        .sum();
+    let planned_us = of(&found["predicted"]["comm_us_per_token"]);
+    assert!((planned_us / exchanges - 1.0).abs() < 0.05, "{planned_us} and {exchanges}");
+    // The same without a search.
+    assert_eq!(planned(&["--tp", "2"])["predicted"], found["predicted"]);
+    let constants: Value = serde_json::from_slice(&plan(&path, &["--tp", "2", "--json"]).stdout).unwrap();
+    assert!(of(&constants["predicted"]["comm_us_per_token"]) < planned_us);
 }
 
 #[test]

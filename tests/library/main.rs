@@ -6,6 +6,8 @@ mod common;
 mod conformance;
 #[cfg(feature = "tcp")]
 mod cut;
+#[cfg(feature = "nccl")]
+mod devices;
 mod faults;
 mod fused;
 mod groups;

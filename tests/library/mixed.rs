@@ -25,7 +25,7 @@ pub(crate) fn start(body: &str, hosts: &str, more: &[(&str, &str)]) -> (Job, Sto
 }
 
 /// As [`start`], with variables for each rank.
-fn start_each<'a>(
+pub(crate) fn start_each<'a>(
     body: &str,
     hosts: &str,
     more: impl Fn(usize) -> &'a [(&'a str, &'a str)],

@@ -31,6 +31,8 @@ fn rank_process() {
         ("unproven", crate::mixed::unproven),
         #[cfg(feature = "tcp")]
         ("scattered", crate::mixed::scattered),
+        #[cfg(feature = "nccl")]
+        ("device", crate::devices::device),
         ("endless", endless),
         ("leave", leave),
         ("mismatch", mismatch),
@@ -51,6 +53,8 @@ fn rank_process() {
         ("tuned threads", tuning::tuned_threads),
         #[cfg(feature = "tcp")]
         ("strangers", crate::strangers::strangers),
+        #[cfg(feature = "tls")]
+        ("reason", crate::tls::reason),
         ("join", || {
             if let Ok(point) = std::env::var("TENSORWIRE_TEST_AWAIT") {
                 await_point(&point);

@@ -3,11 +3,14 @@
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use tensorwire::topology::discover::Fingerprint;
+use tensorwire::topology::table::{Measured, Network, Table};
 use tensorwire::transports::store::{LOOPBACK, Store, StoreServer, TcpStore, TcpStoreServer, UnixStore};
 use tensorwire::transports::tcp::{Authority, Certificate, Secret, TcpOptions, Tls};
 use tensorwire::{Communicator, Deadline, Error, Result};
 
 use crate::job::Job;
+use crate::mixed::{self, start_each};
 use crate::processes::{assert_killed_is_named, assert_others_are_named};
 use crate::tcp::{hello, random_bytes, say, start, unharmed_with};
 
@@ -264,6 +267,70 @@ fn strangers_cost_bounded_memory_and_harm_nobody() {
             std::thread::sleep(Duration::from_millis(10));
         }
     });
+}
+
+/// In a process: what carries the data between hosts, and why.
+pub(crate) fn reason() {
+    let comm = Communicator::from_env().unwrap();
+    println!("over {}, since {}", comm.transport().unwrap(), comm.transport_reason());
+    let alone = comm.split(Some(comm.rank() as u32), 0).unwrap().unwrap();
+    assert_eq!(alone.transport_reason(), comm.transport_reason());
+}
+
+/// Ranks with certificates, on two hosts, that leave open what carries their data.
+#[test]
+fn what_carries_encrypted_data_follows_from_the_links_that_rank_0_knows() {
+    let (authority, folder) = (Authority::generate().unwrap(), tempfile::tempdir().unwrap());
+    let (ca, any) = (authority.ca(), authority.any_rank().unwrap());
+    let table = |name: &str, links: &[(&str, &str)]| {
+        let network = |(transport, link): &(&str, &str)| Network {
+            transport: (*transport).into(),
+            intra: None,
+            inter: Some(Measured { link: link.parse().unwrap(), measured_at: 0 }),
+        };
+        let networks = links.iter().map(network).collect();
+        let path = folder.path().join(name);
+        Table { networks, ..Table::empty(Fingerprint::read("/".as_ref())) }.save(&path).unwrap();
+        path.display().to_string()
+    };
+    let quic = table("quic", &[("tls", "90,1"), ("quic", "40,1"), ("tcp", "1,1")]);
+    let tls = table("tls", &[("tls", "40,1"), ("quic", "90,1")]);
+    let half = table("half", &[("quic", "40,1")]);
+    let unknown = "since the ranks have a secret and certificates";
+    let cases: &[(&str, &str, &str)] = match cfg!(feature = "quic") {
+        true => &[
+            (&quic, "quic", "56.4 us over quic, as measured"),
+            (&tls, "tls", "56.4 us over tls, 106.4 us over quic, as measured"),
+            (&half, "tls", "tls was not measured"),
+            ("off", "tls", unknown),
+        ],
+        false => &[(&quic, "tls", unknown)],
+    };
+    for (table, over, why) in cases {
+        // What the other rank knows doesn't count.
+        let each = [*table, &*half].map(|table| {
+            [
+                ("TENSORWIRE_TRANSPORT", "auto"),
+                ("TENSORWIRE_TLS_CA", &*ca),
+                ("TENSORWIRE_TLS_CERT", &any.cert),
+                ("TENSORWIRE_TLS_KEY", &any.key),
+                ("TENSORWIRE_TABLE", table),
+            ]
+        });
+        let (mut job, _store) = start_each("reason", "ab", |rank| &each[rank]);
+        for rank in 0..2 {
+            let (status, text) = job.join(rank);
+            let said = text.contains(&format!("over {over} ")) && text.contains(why);
+            assert!(status.success() && said, "{over}, {why}: {text}");
+        }
+    }
+    let (mut job, _store) = mixed::start("reason", "ab", &[]);
+    let (status, text) = job.join(0);
+    assert!(
+        status.success() && text.contains("over tcp ") && text.contains("since the ranks have a secret"),
+        "{text}"
+    );
+    assert!(job.join(1).0.success());
 }
 
 #[test]

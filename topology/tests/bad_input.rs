@@ -363,12 +363,12 @@ fn a_plan_that_leaves_elements_out_or_doubles_them_fails_its_check() {
     assert!(changed(flag(of_q)).contains("on no other rank, but the plan says replicated"));
     assert!(changed(flag("layers.3.self_attn.k_proj.weight")).contains("says not replicated"));
     assert!(changed(flag("layers.3.input_layernorm.weight")).contains("says not replicated"));
-    assert!(changed(|p| shard(p, of_q, 1).slices[0].dim = 1).contains("one and the same dimension"));
-    assert!(changed(|p| shard(p, of_q, 1).slices.clear()).contains("one and the same dimension"));
+    assert!(changed(|p| shard(p, of_q, 1).slices[0].dim = 1).contains("the same dimensions"));
+    assert!(changed(|p| shard(p, of_q, 1).slices.clear()).contains("the same dimensions"));
     let push = |dim: usize, start: usize, end: usize| {
         move |p: &mut Plan| shard(p, of_q, 0).slices.push(Slice { dim, range: Span::new(start, end) })
     };
-    assert!(changed(push(1, 0, 1)).contains("one and the same dimension"));
+    assert!(changed(push(1, 0, 1)).contains("the same dimensions"));
     // A second range of the same dimension follows the first: before it, or over it, makes no sense.
     assert!(changed(push(0, 0, 1)).contains("0..1 is not within 320..576"));
     assert!(changed(push(0, 570, 576)).contains("on other ranks too"));

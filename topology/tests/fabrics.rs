@@ -25,6 +25,11 @@ fn each_preset_is_what_its_name_says() {
         ("dual-socket.toml", 2, vec![(Host, 20.0, 1)]),
         ("8-gpus-nvlink.toml", 8, vec![(NvLink, 240.0, 1)]),
         ("128-nodes.toml", 1024, vec![(NvLink, 370.0, 128), (Network, 48.0, 1)]),
+        (
+            "leaf-spine.toml",
+            1024,
+            vec![(NvLink, 370.0, 128), (Rack, 48.0, 16), (Pod, 24.0, 4), (Network, 12.0, 1)],
+        ),
         ("four-pcs.toml", 4, vec![(Network, 0.117, 1)]),
         ("8-accelerators.toml", 8, vec![(Card, 24.0, 2), (Numa, 12.0, 1)]),
         ("32-accelerators.toml", 32, vec![(Card, 24.0, 8), (Numa, 12.0, 2), (Host, 8.0, 1)]),
@@ -131,5 +136,5 @@ fn a_picture_of_much_says_how_much_more_there_is() {
 #[test]
 fn every_preset_is_tested_here() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/fabrics");
-    assert_eq!(std::fs::read_dir(folder).unwrap().count(), 7);
+    assert_eq!(std::fs::read_dir(folder).unwrap().count(), 8);
 }

@@ -85,6 +85,39 @@ fn cosmos_fits_on_eight_small_devices() {
 }
 
 #[test]
+fn a_decoder_of_films_is_divided_by_height() {
+    let (mut pipeline, fabric) = (cosmos(), preset("8-accelerators"));
+    let whole = pipeline::place(&pipeline, &fabric).unwrap();
+    let note = whole.notes.iter().find(|n| n.starts_with("vae-decoder is whole on 1 device: ")).unwrap();
+    assert!(note.contains("; by height over 8 devices a call is predicted to take "), "{note}");
+    assert!(note.ends_with(" instead of 1915.6 ms"), "{note}");
+    pipeline.models.get_mut("vae-decoder").unwrap().whole_because = None;
+    let plan = pipeline::place(&pipeline, &fabric).unwrap();
+    check(&plan, &pipeline, &fabric);
+    let vae = plan.models.iter().find(|m| m.name == "vae-decoder").unwrap();
+    let all: Vec<_> =
+        std::iter::once(&vae.chosen).chain(vae.rejected.iter().map(|r| &r.alternative)).collect();
+    let of = |tp| *all.iter().find(|a| a.degrees == Degrees { tp, ..Degrees::ONE }).unwrap();
+    // Between two neighbours, rows of both; 25 sums of 248 bytes; of all keys and values, those that others have.
+    let (halo, gather) = (92_815_360.0, 461_373_440.0);
+    let sent = |n: f64, sides: f64| sides * halo + (n - 1.0) / n * (gather + 25.0 * 2.0 * 248.0);
+    assert_eq!(of(8).predicted.wire_bytes_per_rank_step, sent(8.0, 2.0) as u64);
+    assert_eq!(of(2).predicted.wire_bytes_per_rank_step, sent(2.0, 1.0) as u64);
+    // 6.13e13 operations at 32e12 a second; whole weights, and a part of the activations.
+    assert!((of(1).predicted.step_us / 1_915_625.0 - 1.0).abs() < 1e-6);
+    assert!(of(8).predicted.step_us < 0.2 * of(1).predicted.step_us, "{}", of(8).predicted.step_us);
+    assert_eq!(of(8).tightest.of.weights, 2 * 62_738_832);
+    assert_eq!(of(8).tightest.of.activations, 3_575_644_160 / 8);
+    // It pays.
+    assert!(vae.chosen.degrees.tp > 1, "{}", vae.chosen.name);
+    assert!(
+        plan.notes.iter().any(|n| n.contains("vae-decoder is divided by height over")),
+        "{:#?}",
+        plan.notes
+    );
+}
+
+#[test]
 fn on_thirty_two_devices_sums_stay_on_a_card_and_guidance_goes_across() {
     let (pipeline, fabric) = (cosmos(), preset("32-accelerators"));
     let plan = pipeline::place(&pipeline, &fabric).unwrap();
@@ -151,6 +184,15 @@ fn what_is_no_pipeline_is_refused() {
     };
     let why = "bytes_per_parameter = 2\nflops_per_item = 1.0\nwhole_because = \"small\"\n";
     assert_eq!(model("parameters = 1"), "model \"m\": it has no config, so it needs bytes_per_parameter");
+    let height = "height = { rows = 8, exchanges = 1, halo_bytes = 1 }";
+    let with =
+        |height: &str| format!("parameters = 1\nbytes_per_parameter = 2\nflops_per_item = 1.0\n{height}\n");
+    assert!(model(&with("")).contains("it needs whole_because or height"));
+    assert!(model(&with(&height.replace("rows = 8", "rows = 0"))).contains("its height makes no sense"));
+    assert!(
+        model(&with(&height.replace("halo_bytes = 1", "halo_bytes = 9_000_000_000_000_000_000")))
+            .contains("no sense")
+    );
     assert_eq!(model("parameters = 1\nconfig = {}"), "model \"m\": parameters follows from its config");
     assert!(model(&format!("parameters = 9_000_000_000_000_000_000\n{why}")).contains("make no sense"));
     assert!(model(&why.replace("1.0", "nan")).contains("needs parameters"));

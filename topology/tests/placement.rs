@@ -2,6 +2,8 @@
 
 use tensorwire_topology::fabric::Fabric;
 use tensorwire_topology::place::{Degrees, Goal, Placement, Request, Workload, alternative, place};
+use tensorwire_topology::plan::Span;
+use tensorwire_topology::shard::Experts;
 use tensorwire_topology::{ModelSpec, Planner};
 
 fn model(name: &str) -> ModelSpec {
@@ -30,6 +32,91 @@ fn host(gib: u32) -> Fabric {
     .unwrap()
 }
 
+/// How many different spans there are.
+fn distinct(spans: &[Span]) -> usize {
+    spans.chunk_by(|a, b| a == b).count()
+}
+
+#[test]
+fn experts_over_groups_weigh_and_exchange_what_their_plans_say() {
+    let fabric = host(4000);
+    for name in ["qwen3-235b-a22b-fp8", "mixtral-8x7b", "deepseek-v3"] {
+        let spec = model(name);
+        let workload = Workload::of(&spec);
+        let mut compared = 0;
+        for groups in [2, 4] {
+            let Ok(plan) = Planner::new(&spec).experts(Experts::in_groups(groups, 8)).outline(8) else {
+                continue;
+            };
+            let degrees = Degrees { tp: 8, ep: groups, etp: 8 / groups, ..Degrees::ONE };
+            let placed =
+                alternative(&workload, &fabric, &Request { context: 1000, ..Request::default() }, &degrees);
+            let placed = placed.unwrap_or_else(|e| panic!("{name} over {groups}: {e}"));
+            let most = plan.ranks.iter().map(|r| r.weight_bytes).max().unwrap() as f64;
+            let weights = placed.tightest.of.weights as f64;
+            assert!((weights / most - 1.0).abs() < 0.01, "{name} over {groups}: {weights} for {most}");
+            // A token's bytes that a rank sends in all-to-alls: of its own, what goes to other groups.
+            let all_to_alls =
+                plan.layers.iter().flat_map(|l| &l.collectives).filter(|c| c.op == "all_to_all");
+            let sent: f64 = all_to_alls
+                .map(|c| c.bytes_per_token as f64 / 8.0 * (c.among - 1) as f64 / c.among as f64)
+                .sum();
+            let ep = placed.predicted.step.iter().find(|p| p.of == "ep").unwrap();
+            assert!((ep.wire_bytes as f64 / sent - 1.0).abs() < 1e-6, "{name}: {} for {sent}", ep.wire_bytes);
+            compared += 1;
+        }
+        assert!(compared > 0, "{name}");
+    }
+}
+
+#[test]
+fn experts_are_spread_over_groups_where_neither_alone_is_enough() {
+    // Eight experts of eight blocks of columns each, for 16 ranks: two or four groups, of eight or four.
+    let spec = ModelSpec::from_config(
+        r#"{"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
+            "num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 1024,
+            "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "vocab_size": 32000,
+            "torch_dtype": "bfloat16", "tie_word_embeddings": false,
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}"#,
+    )
+    .unwrap();
+    let plan = Planner::new(&spec).plan(16).unwrap();
+    plan.check(&spec).unwrap();
+    let mlp = &plan.layers[0].mlp;
+    assert_eq!((distinct(&mlp.experts), mlp.ffn[0].len(), mlp.ffn[1].len()), (8, 512, 512));
+    assert!(
+        plan.notes.iter().any(|n| n.contains("8 groups of 2 ranks") && n.contains("neither 8 experts nor"))
+    );
+    for groups in [2, 4] {
+        let planner = Planner::new(&spec).experts(Experts::in_groups(groups, 16));
+        planner.plan(16).unwrap().check(&spec).unwrap();
+    }
+    // The search finds such a way too.
+    let request = Request { context: 1000, ..Request::default() };
+    let degrees = Degrees { tp: 16, ep: 4, etp: 4, ..Degrees::ONE };
+    assert_eq!(degrees.to_string(), "tp 16 x ep 4 x etp 4");
+    let fabric = Fabric::from_toml(
+        r#"
+        name = "16 cards"
+        [[model]]
+        name = "gpu"
+        kind = "gpu"
+        memory = "80 GiB"
+        [[host]]
+        name = "host"
+        device = [{ model = "gpu", count = 16 }]
+        [links]
+        host = { alpha_us = 1, gbps = 400 }
+        "#,
+    )
+    .unwrap();
+    let placed = place(&Workload::of(&spec), &fabric, &request).unwrap();
+    let all = placed.rejected.iter().map(|r| &r.alternative).chain([&placed.chosen]);
+    let mixed: Vec<&str> = all.filter(|a| a.degrees.etp > 1).map(|a| &*a.name).collect();
+    assert!(!mixed.is_empty());
+    alternative(&Workload::of(&spec), &fabric, &request, &degrees).unwrap();
+}
+
 #[test]
 fn ranks_weigh_what_their_plans_say() {
     let fabric = host(4000);
@@ -45,8 +132,9 @@ fn ranks_weigh_what_their_plans_say() {
         assert!(off < 1000, "{name}: {off} bytes of {}", spec.weight_bytes());
         for world in [1, 2, 3, 4, 8] {
             let Ok(plan) = Planner::new(&spec).outline(world) else { continue };
-            let whole_experts = plan.layers.iter().any(|l| !l.mlp.experts.is_empty());
-            let degrees = Degrees { tp: world, ep: if whole_experts { world } else { 1 }, ..Degrees::ONE };
+            let groups = plan.layers.iter().map(|l| distinct(&l.mlp.experts)).max().unwrap_or(1).max(1);
+            let etp = if groups > 1 { world / groups } else { 1 };
+            let degrees = Degrees { tp: world, ep: groups, etp, ..Degrees::ONE };
             let request = Request { context: 1000, ..Request::default() };
             let Ok(alternative) = alternative(&workload, &fabric, &request, &degrees) else { continue };
             let most = plan.ranks.iter().map(|r| r.weight_bytes).max().unwrap() as f64;

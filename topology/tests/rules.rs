@@ -6,7 +6,7 @@ use std::fs;
 
 use common::{fixture, lengths, model, model_dir, plan, tensors_of};
 use tensorwire_topology::model::Architecture;
-use tensorwire_topology::plan::Plan;
+use tensorwire_topology::plan::{Plan, Span};
 use tensorwire_topology::shard::Experts;
 use tensorwire_topology::{Error, ModelSpec, Planner};
 
@@ -93,6 +93,38 @@ fn qwen3_235b_in_fp8_at_8_shares_experts_whole() {
             ("all_gather", "mlp", row),
         ]
     );
+
+    // Over four groups of two, each rank has half of 32 experts: 768 columns are six blocks.
+    let mixed = Planner::new(&spec).experts(Experts::Grouped { groups: 4 }).plan(8).unwrap();
+    mixed.check(&spec).unwrap();
+    assert_eq!((shares(&mixed, "experts"), shares(&mixed, "expert_ffn")), (vec![32; 8], vec![768; 8]));
+    let experts = mixed.dimension("experts").unwrap();
+    assert_eq!((experts.ranges[2], experts.ranges[3]), (Span::new(32, 64), Span::new(32, 64)));
+    assert_eq!(mixed.dimension("expert_ffn").unwrap().groups, 4);
+    let down = "model.layers.5.mlp.experts.40.down_proj.weight";
+    let of = |rank| held(&mixed, down, rank);
+    assert_eq!(
+        [of(1), of(2), of(3), of(4)],
+        [None, Some(vec![(1, 0, 768)]), Some(vec![(1, 768, 1536)]), None]
+    );
+    assert!(!mixed.tensor(down, 2).unwrap().replicated);
+    // Groups divide the tokens; each of a group's two ranks sends its half of each sum, and all add them up.
+    assert_eq!(
+        exchanges(&mixed, 5),
+        [
+            ("all_reduce", "self_attn.o_proj", row),
+            ("all_to_all", "mlp: dispatch", 2 * 8 * row),
+            ("all_to_all", "mlp: combine", 2 * 8 * row),
+            ("all_reduce", "mlp", row),
+        ]
+    );
+    assert_eq!(mixed.layers[5].collectives[1].among, 4);
+    assert_eq!(mixed.ranks[0].weight_bytes, eight.ranks[0].weight_bytes);
+    assert!(has_note(&mixed, &["128 experts are spread over 4 groups of 2 ranks", "as asked for"]));
+    let refused =
+        |groups| Planner::new(&spec).experts(Experts::Grouped { groups }).plan(8).unwrap_err().to_string();
+    assert!(refused(3).contains("8 ranks don't make 3 equal groups"), "{}", refused(3));
+    assert!(refused(0).contains("8 ranks don't make 0 equal groups"), "{}", refused(0));
 
     // Asked for, columns are shared as evenly as blocks allow; beyond 12 ranks there is no block for each.
     let columns = Planner::new(&spec).experts(Experts::Tensor);

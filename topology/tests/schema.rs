@@ -4,6 +4,7 @@ mod common;
 
 use common::{model, plan};
 use serde_json::Value;
+use tensorwire_topology::shard::Experts;
 use tensorwire_topology::{Fabric, ModelSpec, Planner};
 
 /// A published schema, made strict: what it doesn't name is refused, so that no field is left undescribed.
@@ -49,6 +50,10 @@ fn plans_are_what_their_schema_says() {
         }
     }
     assert!(checked > 20, "{checked}");
+    let grouped = ModelSpec::load(&common::fixture("mixtral-8x7b")).unwrap();
+    let grouped = Planner::new(&grouped).experts(Experts::Grouped { groups: 2 }).plan(4).unwrap();
+    assert_eq!(tensorwire_topology::Plan::from_json(&grouped.to_json()).unwrap(), grouped);
+    check(&plans, &grouped.to_json());
     for (name, world) in [("smollm2-135m", 2), ("smollm2-135m", 9), ("all-minilm-l6-v2", 5)] {
         let spec = model(name);
         let plan = plan(&spec, world);

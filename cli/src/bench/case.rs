@@ -19,6 +19,9 @@ pub(crate) struct Case<'a, T> {
     reduce: ReduceOp,
     /// In how few bits the elements are sent.
     wire: Option<Wire>,
+    /// Whether the root of a broadcast goes round, and which rank is next.
+    roots_in_turn: bool,
+    root: usize,
     input: Input<T>,
     /// Empty for a collective in place.
     output: Aligned<T>,
@@ -97,12 +100,18 @@ impl<'a, T: Element> Case<'a, T> {
             Buffer::Symmetric => Input::Symmetric(comm.symmetric(input)?),
         };
         let output = Aligned::new(output);
-        Ok(Case { comm, collective, reduce, wire: None, input, output })
+        Ok(Case { comm, collective, reduce, wire: None, roots_in_turn: false, root: 0, input, output })
     }
 
     /// An all-reduce that sends its elements in fewer bits.
     pub(super) fn sent_as(self, wire: Option<Wire>) -> Case<'a, T> {
         Case { wire, ..self }
+    }
+
+    /// A broadcast from each rank in turn, so that each call waits for the one before it, as a root that stays does not:
+    /// it writes ahead of the others as far as there is room.
+    pub(crate) fn with_roots_in_turn(self) -> Case<'a, T> {
+        Case { roots_in_turn: true, ..self }
     }
 
     /// Calls over `comm` from now on, which has the same ranks; not for symmetric buffers.
@@ -121,7 +130,13 @@ impl<'a, T: Element> Case<'a, T> {
             (Collective::AllReduce, Input::Symmetric(x)) => comm.all_reduce_symmetric(x, self.reduce),
             (Collective::AllGather, x) => comm.all_gather(x, output),
             (Collective::ReduceScatter, x) => comm.reduce_scatter(x, output, self.reduce),
-            (Collective::Broadcast, x) => comm.broadcast(x, 0),
+            (Collective::Broadcast, x) => {
+                let root = self.root;
+                if self.roots_in_turn {
+                    self.root = (root + 1) % comm.world();
+                }
+                comm.broadcast(x, root)
+            }
             (Collective::Reduce, x) => comm.reduce(x, self.reduce, 0),
             (Collective::Gather, x) => comm.gather(x, output, 0),
             (Collective::Scatter, x) => comm.scatter(x, output, 0),
@@ -253,7 +268,7 @@ impl<'a, T: Element> Case<'a, T> {
 }
 
 /// An element's value; 0 of integers, which are compared by their bits.
-fn float<T: Element>(x: &T) -> f64 {
+pub(super) fn float<T: Element>(x: &T) -> f64 {
     let bytes = bytemuck::bytes_of(x);
     match T::DTYPE {
         DType::F64 => bytemuck::pod_read_unaligned(bytes),
@@ -272,17 +287,17 @@ fn digest(bytes: &[u8]) -> u64 {
 }
 
 /// The rank that this one sends to.
-fn next(comm: &Communicator) -> usize {
+pub(super) fn next(comm: &Communicator) -> usize {
     (comm.rank() + 1) % comm.world()
 }
 
 /// The rank that this one receives from.
-fn previous(comm: &Communicator) -> usize {
+pub(super) fn previous(comm: &Communicator) -> usize {
     (comm.rank() + comm.world() - 1) % comm.world()
 }
 
 /// Rank `rank`'s element `i`: an integer, or a number from 1 up to 2.
-fn sample<T: Element>(round: u64, rank: usize, i: usize) -> T {
+pub(super) fn sample<T: Element>(round: u64, rank: usize, i: usize) -> T {
     let h = (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
         ^ (rank as u64 + 1).wrapping_mul(0x85EB_CA6B)
         ^ round.wrapping_mul(0xC2B2_AE3D_27D4_EB4F);

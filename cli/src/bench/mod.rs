@@ -2,7 +2,10 @@
 
 mod case;
 mod collective;
+#[cfg(feature = "nccl")]
+mod device;
 mod machine;
+mod over;
 mod plot;
 mod rank;
 mod report;
@@ -20,6 +23,7 @@ use crate::job::launched;
 use crate::launch::run_self;
 use crate::output::OutputFile;
 use collective::Lengths;
+use over::Over;
 use report::{Floor, Row, Table};
 
 pub(crate) use case::Case;
@@ -56,9 +60,10 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "all_reduce")]
     collective: Collective,
 
-    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback, or mpi, of ranks that mpirun starts
-    #[arg(long, value_parser = str::parse::<Transport>, default_value = "shm")]
-    transport: Transport,
+    /// What carries the bytes: shm, or tcp, tls or quic over this host's loopback, or mpi, of ranks that mpirun starts, or nccl
+    /// between this host's GPUs
+    #[arg(long, value_parser = str::parse::<Over>, default_value = "shm")]
+    transport: Over,
 
     /// How many ranks to start
     #[arg(long, short = 'n', value_name = "N", value_parser = ranks, default_value = "2")]
@@ -180,17 +185,29 @@ impl Args {
         if collective == Collective::Barrier && self.plot.is_some() {
             return refuse("a barrier has no sizes to plot".into());
         }
+        if self.transport == Over::Nccl {
+            let asked = [
+                (self.buffer != Buffer::User, "--buffer"),
+                (self.algorithm.0.is_some(), "--algorithm"),
+                (self.explain, "--explain"),
+                (self.wire.0.is_some(), "--wire"),
+                (self.touch, "--touch"),
+            ];
+            if let Some((_, what)) = asked.iter().find(|(asked, _)| *asked) {
+                return refuse(format!("{what} is not for --transport nccl, which has ways of its own"));
+            }
+        }
         if self.buffer == Buffer::Symmetric && collective != Collective::AllReduce {
             return refuse(format!("{collective} has no form for symmetric buffers: all_reduce has"));
         }
-        if self.buffer == Buffer::Symmetric && self.transport != Transport::Shm {
+        if self.buffer == Buffer::Symmetric && self.transport != Over::Host(Transport::Shm) {
             return refuse(format!(
                 "symmetric buffers are in shared memory: --transport {} has none",
                 self.transport
             ));
         }
         let chooses = matches!(collective, Collective::AllReduce | Collective::Reduce);
-        if self.algorithm.0 == Some(Algorithm::Mpi) && self.transport != Transport::Mpi {
+        if self.algorithm.0 == Some(Algorithm::Mpi) && self.transport != Over::Host(Transport::Mpi) {
             return refuse("mpi is an algorithm of ranks over MPI: it takes --transport mpi".into());
         }
         let ours = self.algorithm.0.filter(|a| *a != Algorithm::Mpi);
@@ -200,7 +217,7 @@ impl Args {
             ));
         }
         if let Some(algorithm) = ours.filter(|a| !a.is_shm()) {
-            if self.transport == Transport::Shm {
+            if self.transport == Over::Host(Transport::Shm) {
                 return refuse(format!("{algorithm} is an algorithm for networks: it takes --transport tcp"));
             }
             if collective != Collective::AllReduce {
@@ -218,7 +235,11 @@ impl Args {
             let sums = matches!(op, ReduceOp::Sum | ReduceOp::Average);
             let shorter =
                 dtype == DType::F32 || (wire == Wire::Q8 && matches!(dtype, DType::F16 | DType::BF16));
-            if self.transport == Transport::Shm || collective != Collective::AllReduce || !sums || !shorter {
+            if self.transport == Over::Host(Transport::Shm)
+                || collective != Collective::AllReduce
+                || !sums
+                || !shorter
+            {
                 return refuse(format!(
                     "--wire {wire} is for all_reduce of {} sums and averages over tcp",
                     if wire == Wire::Bf16 { "f32" } else { "f32, f16 and bf16" }
@@ -228,12 +249,27 @@ impl Args {
         if self.algorithm.0 == Some(Algorithm::Symmetric) && self.buffer != Buffer::Symmetric {
             return refuse("the algorithm symmetric takes --buffer symmetric".into());
         }
-        let has_floor =
-            collective == Collective::AllReduce && self.ranks == 2 && self.transport == Transport::Shm;
+        let has_floor = collective == Collective::AllReduce
+            && self.ranks == 2
+            && self.transport == Over::Host(Transport::Shm);
         if self.limit.is_some() && !(has_floor && dtype == DType::F32 && op == ReduceOp::Sum) {
             return refuse("--limit holds for all_reduce of f32 sums at 2 ranks over shm alone".into());
         }
         self.check_memory()
+    }
+
+    /// Refuses GPUs that can't be had, for so many ranks on this host.
+    #[cfg_attr(not(feature = "nccl"), expect(unused_variables, reason = "there are none"))]
+    fn check_devices(&self, ranks: usize) -> Result<(), Failure> {
+        match self.transport {
+            #[cfg(feature = "nccl")]
+            Over::Nccl => device::check(ranks),
+            #[cfg(not(feature = "nccl"))]
+            Over::Nccl => {
+                Err(Failure::usage("--transport nccl: this program was built without the feature nccl"))
+            }
+            Over::Host(_) => Ok(()),
+        }
     }
 
     /// Ranks that run out of memory are killed without a word: say so before.
@@ -263,14 +299,18 @@ impl Args {
 
 /// Starts the ranks and reports what they measure.
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
-    crate::mpi::prepare(args.transport)?;
+    crate::mpi::prepare(args.transport.host())?;
     let launched = launched()?;
     let args = &match &launched {
-        Some((env, transport)) => Args { ranks: env.world, transport: *transport, ..args.clone() },
+        Some((env, transport)) => {
+            Args { ranks: env.world, transport: args.transport.launched(*transport), ..args.clone() }
+        }
         None => args.clone(),
     };
     let is_reader = launched.as_ref().is_none_or(|(env, _)| env.rank == 0);
     args.check()?;
+    let here = launched.as_ref().map_or(args.ranks, |(env, _)| env.local_world.unwrap_or(1));
+    args.check_devices(here)?;
     let (sizes, small) = args.measurable();
     let least = args.dtype.size() * args.ranks;
     if sizes.is_empty() {
@@ -315,7 +355,7 @@ fn run_ranks(args: &Args, floor: &Floor, launched: bool) -> Result<Vec<Row>, Fai
         return Ok(rows);
     }
     // The ranks parse the same command line.
-    run_self(RANK_COMMAND, std::env::args_os().skip(2), args.ranks, args.transport, |line| {
+    run_self(RANK_COMMAND, std::env::args_os().skip(2), args.ranks, args.transport.host(), |line| {
         let row = serde_json::from_slice(line);
         take(row.map_err(|e| Failure::run(format!("rank 0 wrote what is no row: {e}")))?)
     })?;

@@ -8,13 +8,15 @@ use super::case::Case;
 use super::collective::Collective;
 use super::report::Row;
 use super::{Args, Buffer};
+#[cfg(feature = "nccl")]
+use super::{Over, device};
 use crate::failure::{Failure, print};
 
 /// How long a batch is meant to take.
-const BATCH: Duration = Duration::from_millis(60);
+pub(super) const BATCH: Duration = Duration::from_millis(60);
 
 /// Most single calls that are timed for the percentiles.
-const SINGLE_CALLS: usize = 10_000;
+pub(super) const SINGLE_CALLS: usize = 10_000;
 
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     run(args, |row| {
@@ -30,20 +32,41 @@ pub(super) fn run(args: &Args, mut take: impl FnMut(Row) -> Result<(), Failure>)
         _ => Failure::run(e),
     })?;
     comm.set_algorithm(args.algorithm.0).map_err(Failure::run)?;
+    #[cfg(feature = "nccl")]
+    let group = match args.transport {
+        Over::Nccl => Some(device::join(&comm).map_err(|e| match e {
+            Error::Unavailable { .. } => Failure::usage(e),
+            _ => Failure::run(e),
+        })?),
+        Over::Host(_) => None,
+    };
+    // Over whatever carries the data.
+    macro_rules! measure {
+        ($type:ty, $bytes:expr) => {{
+            #[cfg(feature = "nccl")]
+            let row = match &group {
+                Some((stream, group)) => device::measure::<$type>(&comm, stream, group, args, $bytes),
+                None => measure::<$type>(&comm, args, $bytes),
+            };
+            #[cfg(not(feature = "nccl"))]
+            let row = measure::<$type>(&comm, args, $bytes);
+            row
+        }};
+    }
     for bytes in args.measurable().0 {
         let row = match args.dtype {
-            DType::F32 => measure::<f32>(&comm, args, bytes),
-            DType::F16 => measure::<half::f16>(&comm, args, bytes),
-            DType::BF16 => measure::<half::bf16>(&comm, args, bytes),
-            DType::F64 => measure::<f64>(&comm, args, bytes),
-            DType::F8E4M3 => measure::<float8::F8E4M3>(&comm, args, bytes),
-            DType::F8E5M2 => measure::<float8::F8E5M2>(&comm, args, bytes),
-            DType::I8 => measure::<i8>(&comm, args, bytes),
-            DType::U8 => measure::<u8>(&comm, args, bytes),
-            DType::I32 => measure::<i32>(&comm, args, bytes),
-            DType::U32 => measure::<u32>(&comm, args, bytes),
-            DType::I64 => measure::<i64>(&comm, args, bytes),
-            DType::U64 => measure::<u64>(&comm, args, bytes),
+            DType::F32 => measure!(f32, bytes),
+            DType::F16 => measure!(half::f16, bytes),
+            DType::BF16 => measure!(half::bf16, bytes),
+            DType::F64 => measure!(f64, bytes),
+            DType::F8E4M3 => measure!(float8::F8E4M3, bytes),
+            DType::F8E5M2 => measure!(float8::F8E5M2, bytes),
+            DType::I8 => measure!(i8, bytes),
+            DType::U8 => measure!(u8, bytes),
+            DType::I32 => measure!(i32, bytes),
+            DType::U32 => measure!(u32, bytes),
+            DType::I64 => measure!(i64, bytes),
+            DType::U64 => measure!(u64, bytes),
         };
         let row = row.map_err(|e| match e {
             // Such as a size that the algorithm asked for can't carry.
@@ -82,7 +105,7 @@ fn measure<T: Element>(
     let mut means = batches.collect::<tensorwire::Result<Vec<_>>>()?;
     means.sort_by(f64::total_cmp);
     let median = means[means.len() / 2];
-    let [p50, p99] = percentiles(&mut case, comm, args.touch, SINGLE_CALLS.min(calls as usize), [50, 99])?;
+    let [p50, p99] = percentiles(&mut case, comm, args.touch, 1, SINGLE_CALLS.min(calls as usize), [50, 99])?;
 
     let (moved, bus) = args.collective.traffic(bytes, comm.world());
     let rounded = |x: f64| (x * 1e6).round() / 1e6;
@@ -156,26 +179,29 @@ pub(crate) fn batch<T: Element>(
     slowest(comm, start.elapsed().as_secs_f64() / f64::from(calls))
 }
 
-/// Percentiles, in seconds, of single calls, each the slowest rank's.
+/// Percentiles of what a call takes, in seconds, over `batches` of `calls` that are timed together, each the slowest rank's.
 pub(crate) fn percentiles<T: Element, const N: usize>(
     case: &mut Case<'_, T>,
     comm: &Communicator,
     touch: bool,
     calls: usize,
+    batches: usize,
     wanted: [usize; N],
 ) -> tensorwire::Result<[f64; N]> {
-    let mut times = Vec::with_capacity(calls);
+    let mut times = Vec::with_capacity(batches);
     comm.barrier()?;
-    for _ in 0..calls {
+    for _ in 0..batches {
         let start = Instant::now();
-        if touch {
-            case.touch();
+        for _ in 0..calls {
+            if touch {
+                case.touch();
+            }
+            case.call()?;
         }
-        case.call()?;
-        times.push(start.elapsed().as_secs_f64());
+        times.push(start.elapsed().as_secs_f64() / calls as f64);
     }
     times.sort_by(f64::total_cmp);
-    let mut found = wanted.map(|percent| times[(calls * percent).div_ceil(100) - 1]);
+    let mut found = wanted.map(|percent| times[(batches * percent).div_ceil(100) - 1]);
     for time in &mut found {
         *time = slowest(comm, *time)?;
     }
@@ -183,7 +209,7 @@ pub(crate) fn percentiles<T: Element, const N: usize>(
 }
 
 /// The largest of all ranks' times, in seconds: gathered, as a forced algorithm might not carry it.
-fn slowest(comm: &Communicator, seconds: f64) -> tensorwire::Result<f64> {
+pub(super) fn slowest(comm: &Communicator, seconds: f64) -> tensorwire::Result<f64> {
     let mut all = vec![0.0; comm.world()];
     comm.all_gather(&[seconds], &mut all)?;
     Ok(all.into_iter().fold(seconds, f64::max))

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use clap::ValueEnum;
@@ -9,16 +10,26 @@ use serde::{Deserialize, Serialize};
 use tensorwire::transports::launch::Transport;
 use tensorwire::{Communicator, Error, ReduceOp, Result};
 
-use crate::bench::{Buffer, Case, Collective, batch, percentiles, size};
+use crate::bench::{Buffer, Case, Collective, percentiles, size};
 use crate::failure::{Failure, print};
 use crate::launch::run_self;
 
 /// The hidden command that one rank runs.
 pub(crate) const RANK_COMMAND: &str = "__calls-rank";
 
-/// How long a call is repeated, in seconds, and how often at least and at most.
+/// How long a call is repeated to warm up, in seconds, and how often at least and at most.
+const WARM_S: f64 = 0.004;
+const WARM: RangeInclusive<usize> = 2..=2000;
+
+/// How long it is repeated then, in seconds; how many batches that is at least and at most, and how many single calls.
 const REPEATED_S: f64 = 0.012;
-const REPEATED: std::ops::RangeInclusive<usize> = 7..=5000;
+const BATCHES: RangeInclusive<usize> = 7..=1000;
+const SINGLE: RangeInclusive<usize> = 7..=2000;
+
+/// What a batch takes about, in seconds, some hundred times what reading the clock does; and the most calls in one. The
+/// shorter it is, the fewer of them does something come between.
+const BATCH_S: f64 = 10e-6;
+const BATCHED: RangeInclusive<usize> = 1..=64;
 
 /// Results up to this size are checked: larger ones are made in the same ways, and take longer to check than to measure.
 const CHECKED: usize = 4 << 20;
@@ -30,12 +41,19 @@ pub(crate) struct Call {
     pub(crate) bytes: usize,
 }
 
-/// What a call was measured to take: percentiles of single calls, each of the slowest rank, in microseconds.
+/// What a call was measured to take, in microseconds, each of the slowest rank.
+///
+/// Calls follow each other at once, and each waits for the one before, as those of a plan do; a broadcast's root goes round
+/// for that, since one that stays only fills its slots ahead of the others. A call of less than a microsecond is a few
+/// readings of the clock, so that several are timed together; which takes nothing from the percentile of slow ones, as
+/// calls are timed singly for it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Taken {
     pub(crate) collective: String,
     pub(crate) bytes: usize,
+    /// The median over short batches of calls, of a call.
     pub(crate) p50_us: f64,
+    /// The call that one in a hundred is slower than.
     pub(crate) p99_us: f64,
 }
 
@@ -111,13 +129,19 @@ fn measure(comm: &Communicator, call: &Call) -> Result<Taken> {
             "rank {rank}: element {i} of {collective}'s result is wrong at {bytes} bytes"
         )));
     }
-    let mut calls = 2;
-    for _ in 0..2 {
-        // The same on every rank, for each gets the slowest one's time.
-        let fit = (REPEATED_S / batch(&mut case, comm, false, calls as u32)?) as usize;
-        calls = fit.clamp(*REPEATED.start(), *REPEATED.end());
+    let mut case = case.with_roots_in_turn();
+    let within = |seconds: f64, a_call: f64, range: &RangeInclusive<usize>| {
+        ((seconds / a_call) as usize).clamp(*range.start(), *range.end())
+    };
+    // The same on every rank, for each gets the slowest one's time. The first calls are to warm up.
+    let [cold] = percentiles(&mut case, comm, false, 1, 2, [50])?;
+    let [warm] = percentiles(&mut case, comm, false, 1, within(WARM_S, cold, &WARM), [50])?;
+    let batch = within(BATCH_S, warm, &BATCHED);
+    let batches = within(REPEATED_S, warm * batch as f64, &BATCHES);
+    let [p50, mut p99] = percentiles(&mut case, comm, false, batch, batches, [50, 99])?;
+    if batch > 1 {
+        [p99] = percentiles(&mut case, comm, false, 1, within(REPEATED_S, p50, &SINGLE), [99])?;
     }
-    let [p50, p99] = percentiles(&mut case, comm, false, calls, [50, 99])?;
     let us = |seconds: f64| (seconds * 1e9).round() / 1e3;
     Ok(Taken { collective: collective.to_string(), bytes, p50_us: us(p50), p99_us: us(p99) })
 }

@@ -2,6 +2,7 @@
 
 mod diff;
 mod place;
+pub(crate) mod verify;
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +36,7 @@ pub(crate) struct Args {
 #[derive(clap::Subcommand)]
 enum Command {
     Diff(diff::Args),
-    Verify(crate::plan_verify::Args),
+    Verify(verify::Args),
 }
 
 /// One plan.
@@ -73,7 +74,7 @@ struct One {
 pub(crate) fn main(args: &Args) -> Result<(), Failure> {
     match &args.command {
         Some(Command::Diff(args)) => diff::main(args),
-        Some(Command::Verify(args)) => crate::plan_verify::main(args),
+        Some(Command::Verify(args)) => verify::main(args),
         None => one(&args.one),
     }
 }
@@ -88,7 +89,7 @@ fn one(args: &One) -> Result<(), Failure> {
     let placement = if args.tp.is_none() { Some(args.place.model(&spec)?) } else { None };
     let (planner, tp) = match (&placement, args.tp) {
         (Some(placement), _) => match place::planner(&spec, placement) {
-            Some(planner) => planner,
+            Some(found) => found,
             None => {
                 let text = if args.json { placement.to_json() } else { placement.summary() };
                 return print(format_args!("{}\n", text.trim_end()));
@@ -96,6 +97,7 @@ fn one(args: &One) -> Result<(), Failure> {
         },
         (None, tp) => (Planner::new(&spec), tp.unwrap_or(1)),
     };
+    let planner = planner.with_costs(args.place.costs(&spec, placement.as_ref(), tp)?);
     let plan = planner.plan(tp).map_err(|e| match planner.instead_of(tp) {
         Some(instead) => Failure::usage(format!("{e}. {instead}")),
         None => Failure::usage(e),

@@ -18,6 +18,7 @@ use super::{Args, RANK_COMMAND, network, report};
 use crate::failure::Failure;
 use crate::job::launched;
 use crate::launch::run_self;
+use crate::measure::Here;
 
 /// The most ranks that are measured: their slots and buffers take some 4 GiB.
 const MOST: usize = 128;
@@ -139,10 +140,11 @@ pub(super) fn run(
     save(&table)?;
     // By the algorithms that are chosen from now on.
     if let Some((transport, effort)) = over.effort(args, machine.processors) {
-        let mut profiles = profile::measure(transport, &effort, now, show)?;
+        let meter = &mut Here(transport);
+        let mut profiles = profile::measure(meter, &effort, now, show)?;
         if args.full || args.decode {
             let worlds: Vec<usize> = [1].into_iter().chain(powers(machine.processors)).collect();
-            profile::steps(&mut profiles, transport, &worlds, 2, now)?;
+            profile::steps(meter, &mut profiles, &worlds, 2, now)?;
         }
         for profile in profiles {
             table.set_profile(profile);

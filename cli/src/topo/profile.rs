@@ -9,10 +9,10 @@ use tensorwire::transports::launch::Transport;
 use super::report;
 use crate::bench::Collective;
 use crate::failure::Failure;
-use crate::measure::calls::{Call, Taken, take};
+use crate::measure::Meter;
+use crate::measure::calls::{Call, Taken};
 use crate::measure::layers::Subject;
-use crate::measure::{Neighbour, readings, stint};
-use crate::plan_verify::bytes_read;
+use crate::plan::verify::bytes_read;
 
 /// The collectives that a model's ranks make.
 pub(crate) const COLLECTIVES: [Collective; 7] = [
@@ -29,7 +29,16 @@ pub(crate) const COLLECTIVES: [Collective; 7] = [
 const LARGE: usize = 64 << 20;
 const LARGEST: usize = 256 << 20;
 
-/// Sizes beside a neighbour.
+/// Below this, sizes are measured four times an octave.
+const DENSE: usize = 256 << 10;
+
+/// Sizes are whole cache lines.
+const LINE: usize = 64;
+
+/// Bytes above which calls are measured in a stint of their own: they take as long as all below.
+const LONG: usize = 1 << 20;
+
+/// Sizes beside a neighbour, who takes turns with a rank where the ranks take all processors.
 const CONTENDED: [usize; 8] = [8, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
 
 /// What is measured, and how thoroughly.
@@ -45,14 +54,17 @@ pub(crate) struct Effort {
     pub(crate) contended: bool,
 }
 
-/// The sizes that a probe measures by default: powers of two from 1 KiB to 64 MiB, one between each two, which is no whole
-/// number of pages, and three smaller; `full` up to 256 MiB.
+/// The sizes that a probe measures by default, from 1 KiB to 64 MiB, and three smaller; `full` up to 256 MiB. Small messages,
+/// whose time is of lines and pages, are measured four times an octave, larger ones, whose time is of bandwidths, twice.
 pub(crate) fn sizes(full: bool) -> Vec<usize> {
     let most = if full { LARGEST } else { LARGE };
     let powers = (10..).map(|shift| 1usize << shift).take_while(|bytes| *bytes <= most);
-    let between = |bytes: usize| (bytes as f64 * std::f64::consts::SQRT_2) as usize / 64 * 64;
-    let octave = |bytes: usize| [Some(bytes), (bytes < most).then(|| between(bytes))];
-    [8, 64, 512].into_iter().chain(powers.flat_map(octave).flatten()).collect()
+    let octave = |bytes: usize| {
+        let step = if bytes < DENSE { 1 } else { 2 };
+        let quarter = move |n: i32| ((bytes as f64 * 2f64.powf(f64::from(n) / 4.0)) as usize) / LINE * LINE;
+        (0..4).step_by(step).map(quarter).filter(move |bytes| *bytes <= most)
+    };
+    [8, 64, 512].into_iter().chain(powers.flat_map(octave)).collect()
 }
 
 /// The calls of every collective at these sizes.
@@ -68,6 +80,11 @@ pub(crate) fn calls(collectives: &[Collective], sizes: &[usize], ranks: usize) -
     collectives.iter().flat_map(|collective| of(*collective)).collect()
 }
 
+/// The same calls in runs, each short enough for the processors to stay mostly where they are.
+pub(crate) fn runs(calls: &[Call]) -> impl Iterator<Item = &[Call]> {
+    calls.chunk_by(|a, b| a.collective == b.collective && (a.bytes > LONG) == (b.bytes > LONG))
+}
+
 /// What was measured at one distance.
 #[derive(Default)]
 struct Group {
@@ -80,7 +97,7 @@ struct Group {
 /// Measures collectives in passes, and fits a profile to those of each distance. Passes during which the processors were
 /// moved count only where there are no others, as of an unknown distance.
 pub(crate) fn measure(
-    transport: Transport,
+    meter: &mut impl Meter,
     effort: &Effort,
     now: u64,
     show: &mut impl FnMut(String) -> Result<(), Failure>,
@@ -94,13 +111,8 @@ pub(crate) fn measure(
                     continue;
                 }
                 let sizes = if contended { &CONTENDED[..] } else { &effort.sizes };
-                // One after the other, so that a stint is short and the processors mostly stay where they are.
-                for collective in COLLECTIVES {
-                    let calls = calls(&[collective], sizes, ranks);
-                    let stint = stint(|| {
-                        let _neighbour = contended.then(Neighbour::start);
-                        take(transport, ranks, &calls)
-                    })?;
+                for calls in runs(&calls(&COLLECTIVES, sizes, ranks)) {
+                    let stint = meter.calls(ranks, contended, calls)?;
                     let found = stint.found.into_iter().map(|taken| (contended, ranks, taken));
                     match stint.moved {
                         false => group(&mut groups, stint.distance_ns).taken.extend(found),
@@ -109,8 +121,8 @@ pub(crate) fn measure(
                 }
             }
         }
-        if transport == Transport::Shm {
-            let stint = stint(|| Ok(readings()))?;
+        if meter.transport() == Transport::Shm {
+            let stint = meter.reads()?;
             if !stint.moved {
                 group(&mut groups, stint.distance_ns).reads = stint.found;
             }
@@ -123,15 +135,16 @@ pub(crate) fn measure(
     if groups.is_empty() {
         groups.push(Group { taken: moved, ..Group::default() });
     }
-    let profiles: Option<Vec<Profile>> = groups.into_iter().map(|group| fit(group, transport, now)).collect();
+    let profiles: Option<Vec<Profile>> =
+        groups.into_iter().map(|group| fit(group, meter.transport(), now)).collect();
     profiles.ok_or_else(|| Failure::run("topo --probe: the clock says that calls took no time"))
 }
 
 /// Measures a decoder's layers over so many ranks, and fits what they take into the profile of the distance at which that
 /// was; where there is none of that distance, the measurement is of no use.
 pub(crate) fn steps(
+    meter: &mut impl Meter,
     profiles: &mut [Profile],
-    transport: Transport,
     worlds: &[usize],
     passes: usize,
     now: u64,
@@ -141,10 +154,10 @@ pub(crate) fn steps(
         for _ in 0..passes {
             for subject in Subject::shapes() {
                 let model = subject.open()?;
-                let run = stint(|| subject.run(transport, ranks))?;
+                let run = meter.steps(ranks, &subject)?;
                 let of = |p: &Profile| !run.moved && p.is_at(run.distance_ns);
                 let Some(at) = profiles.iter().position(of) else { continue };
-                let costs = CostModel::measured(&profiles[at], transport.name());
+                let costs = CostModel::measured(&profiles[at], meter.transport().name());
                 let plan = Planner::new(model.spec()).with_costs(costs).plan(ranks).map_err(Failure::run)?;
                 let (layers, head) = bytes_read(model.spec(), &plan);
                 let beside = run.found.step_us - plan.predicted.comm_us_per_token;
@@ -212,11 +225,18 @@ fn fit(group: Group, transport: Transport, now: u64) -> Option<Profile> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::measure::given::Given;
+    use tensorwire::topology::discover::Fingerprint;
+    use tensorwire::topology::table::Table;
 
     #[test]
     fn sizes_are_powers_of_two_and_what_is_between() {
         let all = sizes(false);
-        assert!(all.is_sorted() && all.contains(&1024) && all.contains(&1408));
+        assert!(
+            all.is_sorted_by(|a, b| a < b)
+                && [1024, 1216, 1408, 1664, 2048].iter().all(|size| all.contains(size))
+        );
+        assert!(!all.contains(&1_246_912) && all.contains(&1_482_880), "2^20.25 and 2^20.5");
         assert_eq!((all[0], all.last()), (8, Some(&(64 << 20))));
         assert_eq!(sizes(true).last(), Some(&(256 << 20)));
     }
@@ -230,6 +250,58 @@ mod tests {
         assert_eq!(of(Collective::Barrier), [0]);
         assert_eq!(of(Collective::AllReduce), [8, 64]);
         assert_eq!(of(Collective::AllToAll), [60], "8 bytes aren't three elements");
+    }
+
+    #[test]
+    fn contended_calls_have_curves_of_their_own_and_those_while_processors_were_moved_count_nowhere() {
+        // Every third stint is while they were moved.
+        let mut given = Given { distances: vec![Some(50), Some(52), None], slower: 1.0, stints: 0 };
+        let sizes = vec![1 << 10, 64 << 10, 4 << 20];
+        let effort = Effort { worlds: vec![2, 4], sizes, passes: 6, contended: true };
+        let mut said = Vec::new();
+        let mut show = |text| {
+            said.push(text);
+            Ok(())
+        };
+        let found = measure(&mut given, &effort, 7, &mut show).unwrap();
+        assert_eq!((found.len(), said.len()), (1, 1), "{said:?}");
+        assert!(said[0].contains("some passes"), "{said:?}");
+        let profile = &found[0];
+        assert_eq!(profile.timings.len(), 2 * 2 * COLLECTIVES.len());
+        for (ranks, contended, times) in [(2, false, 1.0), (2, true, 4.0), (4, false, 1.0), (4, true, 4.0)] {
+            let timing = profile.timing("all_gather", "shm", ranks, contended).unwrap();
+            for bytes in [1 << 10, 256 << 10, 4 << 20] {
+                let ratio = timing.p50.us(bytes as u64) / (times * given.us(Some(50), false, bytes));
+                assert!((0.95..1.1).contains(&ratio), "{ranks} {contended} {bytes}: {ratio}");
+                let slow = timing.p99.us(bytes as u64) / timing.p50.us(bytes as u64);
+                assert!((2.9..3.1).contains(&slow), "{slow}");
+            }
+        }
+        // A plan is predicted as if it had the machine to itself.
+        let us = CostModel::measured(profile, "shm").collective("all_gather", 64 << 10, 2).unwrap().us;
+        assert!((0.95..1.1).contains(&(us / given.us(Some(50), false, 64 << 10))), "{us}");
+        // The file takes all of it.
+        let mut table = Table::empty(Fingerprint { processor: "x".into(), processors: 2, caches: vec![] });
+        table.set_profile(profile.clone());
+        let dir = tempfile::tempdir().unwrap();
+        table.save(&dir.path().join("table")).unwrap();
+        assert_eq!(Table::load(&dir.path().join("table"), &table.machine).as_ref(), Ok(&table));
+        let text = report::profiles(&Ok(table));
+        assert!(text.contains("memory busy"), "{text}");
+    }
+
+    #[test]
+    fn where_processors_are_always_moved_all_counts_as_of_no_distance() {
+        let mut given = Given { distances: vec![None], slower: 1.0, stints: 0 };
+        let effort = Effort { worlds: vec![2], sizes: vec![1 << 10], passes: 1, contended: false };
+        let mut said = String::new();
+        let mut show = |text: String| {
+            said += &text;
+            Ok(())
+        };
+        let found = measure(&mut given, &effort, 7, &mut show).unwrap();
+        assert_eq!((found.len(), found[0].distance_ns, found[0].timings.len()), (1, None, COLLECTIVES.len()));
+        assert!(said.contains("all passes"), "{said}");
     }
 
     #[test]

@@ -135,8 +135,13 @@ type Held<'a> = MutexGuard<'a, Queue>;
 
 impl Background {
     fn new(comm: &Communicator) -> Background {
-        let comm =
-            Communicator { rank: comm.rank, world: comm.world, inner: comm.inner.clone(), started: None };
+        let comm = Communicator {
+            rank: comm.rank,
+            world: comm.world,
+            inner: comm.inner.clone(),
+            why: comm.why.clone(),
+            started: None,
+        };
         Background {
             comm,
             pending: AtomicUsize::new(0),

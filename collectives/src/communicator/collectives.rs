@@ -396,7 +396,7 @@ impl Communicator {
         self.run(|state| with_engine!(state.engine, |engine| engine.run(call, |engine| engine.barrier())))
     }
 
-    pub(super) fn expect(&self, what: &str, rule: &str, expected: Option<usize>, got: usize) -> Result<()> {
+    pub(crate) fn expect(&self, what: &str, rule: &str, expected: Option<usize>, got: usize) -> Result<()> {
         if expected == Some(got) {
             return Ok(());
         }
@@ -404,7 +404,7 @@ impl Communicator {
         Err(Error::invalid(format!("rank {}: {what} has {got} elements, not {expected} ({rule})", self.rank)))
     }
 
-    pub(super) fn root(&self, what: &str, root: usize) -> Result<usize> {
+    pub(crate) fn root(&self, what: &str, root: usize) -> Result<usize> {
         if root < self.world {
             return Ok(root);
         }
@@ -412,7 +412,7 @@ impl Communicator {
         Err(Error::invalid(format!("rank {rank}: {what}: root {root} is outside the world of {world}")))
     }
 
-    fn other(&self, what: &str, peer: usize) -> Result<usize> {
+    pub(crate) fn other(&self, what: &str, peer: usize) -> Result<usize> {
         if peer < self.world && peer != self.rank {
             return Ok(peer);
         }
@@ -435,17 +435,17 @@ pub(super) fn equal<T: Element>(count: usize) -> impl Fn(usize) -> Range<usize> 
 }
 
 /// Blocks of differing lengths, one a rank, one after the other.
-pub(super) struct Blocks {
+pub(crate) struct Blocks {
     /// Where each ends, in bytes.
     ends: Vec<usize>,
     /// Elements in all.
-    pub(super) total: usize,
+    pub(crate) total: usize,
     /// Never 0, so that ranks that disagree on the counts are found out.
-    pub(super) digest: u32,
+    pub(crate) digest: u32,
 }
 
 impl Blocks {
-    pub(super) fn new<T: Element>(comm: &Communicator, what: &str, counts: &[usize]) -> Result<Blocks> {
+    pub(crate) fn new<T: Element>(comm: &Communicator, what: &str, counts: &[usize]) -> Result<Blocks> {
         comm.expect(&format!("{what}: counts"), "one a rank", Some(comm.world), counts.len())?;
         let mut digest: u64 = 0xcbf2_9ce4_8422_2325;
         let (mut ends, mut total) = (Vec::with_capacity(counts.len()), 0usize);
@@ -467,7 +467,7 @@ impl Blocks {
     }
 
     /// The bytes of block `r`.
-    pub(super) fn of(&self, r: usize) -> Range<usize> {
+    pub(crate) fn of(&self, r: usize) -> Range<usize> {
         if r == 0 { 0..self.ends[0] } else { self.ends[r - 1]..self.ends[r] }
     }
 

@@ -40,7 +40,7 @@ impl Communicator {
                 #[cfg(feature = "tcp")]
                 Either::Tcp(engine) => engine.split(color, key)?.map(NetEngine::share).transpose()?,
             };
-            Ok(engine.map(|engine| Communicator::over(engine, None)))
+            Ok(engine.map(|engine| Communicator::over(engine, None).since(self.why.clone())))
         })
     }
 
@@ -115,6 +115,6 @@ impl Communicator {
             Either::Tcp(engine) => engine.shrink()?.share().map_err(|failure| *failure)?,
         };
         state.cause.get_or_insert_with(|| "the group was shrunk".to_owned());
-        Ok(Communicator::over(engine, None))
+        Ok(Communicator::over(engine, None).since(self.why.clone()))
     }
 }

@@ -1,6 +1,8 @@
 //! The public face: checks arguments, names mistakes, and keeps a failed group from being used again.
 
 mod background;
+#[cfg(feature = "tcp")]
+mod choose;
 mod collectives;
 mod fused;
 mod groups;
@@ -32,6 +34,10 @@ use crate::engine::{Lanes, NetEngine};
 use crate::network::NetworkOptions;
 use crate::select::{Algorithm, tuned};
 
+#[cfg(feature = "tcp")]
+use choose::Present;
+#[cfg(feature = "nccl")]
+pub(crate) use collectives::Blocks;
 pub use prepared::AllReducePlan;
 pub use symmetric::Symmetric;
 pub use work::Work;
@@ -70,6 +76,8 @@ pub struct Communicator {
     rank: usize,
     world: usize,
     inner: Arc<Inner>,
+    /// Why that transport carries its data.
+    why: Arc<str>,
     /// Calls that were started; `None` in the communicator that runs them.
     started: Option<background::Started>,
 }
@@ -83,6 +91,51 @@ struct Inner {
     pipelines: bool,
     /// Rank 0 of a job without a launcher serves its store for as long as the communicator lives.
     _store: Option<Box<dyn Store + Sync>>,
+}
+
+/// The ranks of a job that talk over a network have met.
+#[cfg(feature = "tcp")]
+struct Met {
+    secret: tcp::Secret,
+    store: Box<dyn Store + Sync>,
+    towards: Option<std::net::SocketAddr>,
+    deadline: Deadline,
+}
+
+#[cfg(feature = "tcp")]
+impl Met {
+    fn new(env: &Env, over: Transport) -> Result<Met> {
+        let options = tcp::TcpOptions::for_transport(over)?;
+        let deadline = Deadline::after(options.timeout);
+        #[cfg(feature = "mpi")]
+        if let Some((secret, store, at)) = over_mpi::meet(env, over, &options)? {
+            return Ok(Met { secret, store, towards: Some(at), deadline });
+        }
+        let secret = tcp::Secret::for_transport(over)?;
+        let (store, towards) = tcp::meet(env, &secret, deadline)?;
+        Ok(Met { secret, store, towards, deadline })
+    }
+
+    /// Rank 0's bytes, on every rank.
+    fn spread(&self, rank: usize, bytes: &[u8]) -> Result<Vec<u8>> {
+        // A program may make several groups over one store: its nth meets the others' nth.
+        let nth = self.store.add(&format!("transport/made/{rank}"), 1, self.deadline)?;
+        let key = format!("transport/{nth}");
+        if rank == 0 {
+            self.store.set(&key, bytes, self.deadline)?;
+        }
+        self.store.get(&key, self.deadline)
+    }
+
+    /// The group over `over`; ranks of one host share memory where there are options for that.
+    fn join(self, env: &Env, over: Transport, sharing: Option<Options>) -> Result<Communicator> {
+        let options = tcp::TcpOptions::for_transport(over)?;
+        let Met { secret, store, towards, deadline } = self;
+        let network = NetworkOptions::from_env()?;
+        let group = tcp::join(env.rank, env.world, store.as_ref(), towards, &secret, &options)?;
+        let engine = Communicator::joined(store.as_ref(), group, &network, deadline, sharing)?;
+        Ok(Communicator::over(engine, Some(store)))
+    }
 }
 
 /// What any thread may do with the group.
@@ -111,10 +164,12 @@ impl Communicator {
     /// with the feature `tcp`, `tcp` between ranks on any hosts, who share the secret in `TENSORWIRE_SECRET` or in the
     /// file that `TENSORWIRE_SECRET_FILE` names; with the feature `tls`, `tls`, the same encrypted, where each rank also
     /// shows the certificate in `TENSORWIRE_TLS_CERT` (see `tcp::Tls`); with the feature `quic`, `quic`, with the same
-    /// certificates over UDP; or `auto`: shared memory between ranks that have
-    /// proved to be on one host, by reading there what another wrote, and TCP between the rest. Without a secret, `auto`
-    /// is `shm`. With the feature `mpi`, in processes that mpirun has started, `mpi` is whatever MPI drives; `tcp` needs no
-    /// secret then, which MPI carries; and `auto` without one is `mpi` where the ranks are on several hosts. How collectives use that network is in the variables that
+    /// certificates over UDP; with the feature `mpi`, in processes that mpirun has started, `mpi`, whatever MPI drives, and
+    /// `tcp` needs no secret then, which MPI carries; or `auto`: shared memory between ranks that have proved to be on one
+    /// host, by reading there what another wrote, and between the rest what all have and, of several, what was measured to be
+    /// faster ([`transport_reason`](Communicator::transport_reason) says why): TLS or QUIC with certificates, MPI or TCP where
+    /// mpirun has started ranks on several hosts, TCP with a secret. With none of these, `auto` is `shm`. How collectives
+    /// use a network is in the variables that
     /// `network::NetworkOptions` reads.
     ///
     /// # Errors
@@ -129,7 +184,7 @@ impl Communicator {
         let env = Env::read()?;
         match over {
             Transport::Shm => Communicator::over_shm(&env),
-            Transport::Auto => Communicator::over_both(&env),
+            Transport::Auto => Communicator::over_any(&env),
             over => Communicator::over_tcp(&env, over),
         }
     }
@@ -150,50 +205,42 @@ impl Communicator {
     }
 
     #[cfg(not(feature = "tcp"))]
-    fn over_both(env: &Env) -> Result<Communicator> {
+    fn over_any(env: &Env) -> Result<Communicator> {
         Communicator::over_shm(env)
     }
 
     #[cfg(feature = "tcp")]
-    fn over_both(env: &Env) -> Result<Communicator> {
-        match tcp::Secret::is_given() {
-            true => Communicator::over_network(env, Transport::Auto, Some(Options::from_env()?)),
-            // Ranks of several hosts, which have MPI between them and no secret for TCP.
+    fn over_any(env: &Env) -> Result<Communicator> {
+        let present = Present {
+            secret: tcp::Secret::is_given(),
+            #[cfg(feature = "tls")]
+            certificates: std::env::var_os(tcp::TLS_CERT_VAR).is_some_and(|v| !v.is_empty()),
             #[cfg(feature = "mpi")]
-            false
-                if over_mpi::is_started_by_mpi(env)
-                    && env.local_world.is_some_and(|here| here < env.world) =>
-            {
-                Communicator::over_mpi()
+            mpi: matches!(env.source, "Open MPI" | "PMI")
+                && env.local_world.is_some_and(|here| here < env.world),
+            ..Present::default()
+        };
+        let (mut over, mut why) = present.choose(|_| None);
+        #[cfg(feature = "mpi")]
+        if over == Transport::Mpi {
+            (over, why) = over_mpi::choose(present)?;
+            if over == Transport::Mpi {
+                return Ok(Communicator::over_mpi()?.since(why));
             }
-            false => Communicator::over_shm(env),
         }
+        if over == Transport::Shm {
+            return Communicator::over_shm(env);
+        }
+        let met = Met::new(env, over)?;
+        if present.is_encrypted() {
+            (over, why) = present.agree(env.rank, |said| met.spread(env.rank, said))?;
+        }
+        Ok(met.join(env, over, Some(Options::from_env()?))?.since(why))
     }
 
     #[cfg(feature = "tcp")]
     fn over_tcp(env: &Env, over: Transport) -> Result<Communicator> {
-        Communicator::over_network(env, over, None)
-    }
-
-    #[cfg(feature = "tcp")]
-    fn over_network(env: &Env, over: Transport, sharing: Option<Options>) -> Result<Communicator> {
-        let (options, network) = (tcp::TcpOptions::from_env()?, NetworkOptions::from_env()?);
-        let deadline = Deadline::after(options.timeout);
-        #[cfg(feature = "mpi")]
-        let met = over_mpi::meet(env, over, &options)?;
-        #[cfg(not(feature = "mpi"))]
-        let met = None;
-        let (secret, store, towards) = match met {
-            Some((secret, store, at)) => (secret, store, Some(at)),
-            None => {
-                let secret = tcp::Secret::for_transport(over)?;
-                let (store, towards) = tcp::meet(env, &secret, deadline)?;
-                (secret, store, towards)
-            }
-        };
-        let group = tcp::join(env.rank, env.world, store.as_ref(), towards, &secret, &options)?;
-        let engine = Communicator::joined(store.as_ref(), group, &network, deadline, sharing)?;
-        Ok(Communicator::over(engine, Some(store)))
+        Met::new(env, over)?.join(env, over, None)
     }
 
     /// The engine of a group over a network, whose ranks agree on how they use it.
@@ -310,6 +357,7 @@ impl Communicator {
                 Lanes::Mpi(g) => (g.rank(), g.world(), Handle::Mpi(g.handle())),
             },
         };
+        let is_shm = matches!(engine, Either::Shm(_));
         #[cfg(feature = "tcp")]
         let pipelines = world > 1 && matches!(&engine, Either::Tcp(e) if !e.is_mixed() && !e.is_over_mpi());
         let state = Mutex::new(State { engine, algorithm: None, cause: None });
@@ -320,7 +368,17 @@ impl Communicator {
             pipelines,
             _store: store,
         });
-        Communicator { rank, world, inner, started: Some(background::Started::default()) }
+        let why = if is_shm { "its ranks share memory" } else { "it was asked for" };
+        Communicator { rank, world, inner, why: why.into(), started: Some(background::Started::default()) }
+    }
+
+    /// The same, between hosts for this reason.
+    fn since(self, why: impl Into<Arc<str>>) -> Communicator {
+        match &self.inner.handle {
+            Handle::Shm(_) => self,
+            #[cfg(feature = "tcp")]
+            _ => Communicator { why: why.into(), ..self },
+        }
     }
 
     /// What carries this group's data, for a log: `shm`, or `tcp` and the address at which this rank listens, with the
@@ -335,6 +393,12 @@ impl Communicator {
             #[cfg(feature = "tcp")]
             Either::Tcp(engine) => engine.describe(),
         })
+    }
+
+    /// Why that carries it, for a log: that it was asked for, that all ranks share memory, or what led to it where
+    /// `TENSORWIRE_TRANSPORT` is `auto`.
+    pub fn transport_reason(&self) -> &str {
+        &self.why
     }
 
     /// This rank, from 0.

@@ -104,6 +104,12 @@ pub(super) fn is_started_by_mpi(env: &Env) -> bool {
     matches!(env.source, "Open MPI" | "PMI" | "Slurm")
 }
 
+/// What carries the data of ranks that MPI has started on several hosts, as rank 0 chooses.
+pub(super) fn choose(present: Present) -> Result<(Transport, String)> {
+    let world = World::of_all(&MpiOptions::from_env()?)?;
+    present.agree(world.rank(), |said| world.broadcast(said))
+}
+
 /// How ranks over TCP find each other where MPI has started them and nobody has given them a secret; `None` where they are
 /// to meet in another way.
 pub(super) fn meet(

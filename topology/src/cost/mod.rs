@@ -20,12 +20,18 @@
 //! Decoding one token reads every weight once and does two operations with it, far below what a processor can
 //! compute in that time, so a rank's computing time is its bytes over its memory bandwidth.
 //!
-//! Constants hold where nothing was measured. Where `tensorwire topo --probe` has left a [`Profile`], its curves do,
+//! Constants hold where nothing was measured; on a [fabric](CostModel::on_fabric) its links and devices do, by which
+//! placements are predicted. Where `tensorwire topo --probe` has left a [`Profile`], its curves do,
 //! which are alpha-beta in pieces and fitted to this machine ([`Curve`](crate::table::Curve)); and a step's time beside
 //! its collectives is a time for each layer and one for each byte of weights ([`Step`](crate::table::Step)). Each
 //! [`Estimate`] says which it is from.
 
+mod links;
+
+use crate::fabric::Fabric;
 use crate::table::{Profile, Table};
+
+pub use links::Links;
 
 /// What communication and memory cost.
 ///
@@ -40,7 +46,9 @@ pub struct CostModel {
     pub memory_bytes_per_us: f64,
     /// Where the figures come from, for the plan's notes.
     pub source: String,
-    /// What was measured: it has precedence over the constants.
+    /// Links of a fabric: they have precedence over the latency and the bandwidth above.
+    pub links: Option<Links>,
+    /// What was measured: it has precedence over all others.
     pub measured: Option<Measured>,
 }
 
@@ -74,6 +82,7 @@ impl Default for CostModel {
             memory_bytes_per_us: 16_000.0,
             source: "built-in constants for shared memory on one host, not a measurement of this machine"
                 .to_owned(),
+            links: None,
             measured: None,
         }
     }
@@ -83,16 +92,21 @@ impl CostModel {
     /// What a profile says of `transport`, and constants for what it says nothing of.
     pub fn measured(profile: &Profile, transport: &str) -> CostModel {
         let constants = CostModel::default();
-        let at = profile.distance_ns.map_or(String::new(), |ns| format!(", at {ns} ns between processors"));
         let slowest = profile.memory(usize::MAX).map(|reading| reading.gbps * 1e3);
-        CostModel {
-            memory_bytes_per_us: slowest.unwrap_or(constants.memory_bytes_per_us),
-            source: format!(
-                "curves measured on this machine over {transport}{at}; from built-in constants where it has none"
-            ),
-            measured: Some(Measured { profile: profile.clone(), transport: transport.to_owned() }),
-            ..constants
-        }
+        let memory_bytes_per_us = slowest.unwrap_or(constants.memory_bytes_per_us);
+        CostModel { memory_bytes_per_us, source: "built-in constants".to_owned(), ..constants }
+            .with_measured(profile, transport)
+    }
+
+    /// What a profile says of `transport`, and these costs for what it says nothing of.
+    pub fn with_measured(self, profile: &Profile, transport: &str) -> CostModel {
+        let at = profile.distance_ns.map_or(String::new(), |ns| format!(", at {ns} ns between processors"));
+        let source = format!(
+            "curves measured on this machine over {transport}{at}; from {} where it has none",
+            self.source
+        );
+        let measured = Some(Measured { profile: profile.clone(), transport: transport.to_owned() });
+        CostModel { source, measured, ..self }
     }
 
     /// What this machine's table says of shared memory at this distance of its processors, or last where that isn't
@@ -101,6 +115,27 @@ impl CostModel {
         let table = Table::in_force().ok();
         let profile = table.as_ref().and_then(|table| table.profile(distance_ns));
         profile.map_or_else(CostModel::default, |profile| CostModel::measured(profile, "shm"))
+    }
+
+    /// What the links and the devices of a fabric cost, as [placements](crate::place) are predicted: `ranks` are the devices
+    /// of all ranks in order, of which the first `tp` are one tensor-parallel group, for operands of 8, 16 or 32 bits.
+    ///
+    /// # Panics
+    /// If there is no such device.
+    pub fn on_fabric(fabric: &Fabric, ranks: &[usize], tp: usize, bits: u32) -> CostModel {
+        let links = Links::new(fabric, ranks, bits);
+        let constants = CostModel::default();
+        let memory = links.memory_bytes_per_us(tp);
+        let (alpha_us, link_bytes_per_us) =
+            links.farthest().unwrap_or((constants.alpha_us, constants.link_bytes_per_us));
+        CostModel {
+            alpha_us,
+            link_bytes_per_us,
+            memory_bytes_per_us: memory.unwrap_or(constants.memory_bytes_per_us),
+            source: format!("the links and devices of {}", fabric.name()),
+            links: Some(links),
+            ..constants
+        }
     }
 
     /// What a collective takes over `world` ranks; nothing for a name that isn't known here. `bytes` is what one rank
@@ -152,6 +187,9 @@ impl CostModel {
     }
 
     fn constant_us(&self, name: &str, bytes: f64, world: usize) -> Option<f64> {
+        if let Some(us) = self.links.as_ref().and_then(|links| links.us(name, bytes, world)) {
+            return Some(us);
+        }
         let (n, wire) = (world as f64, bytes / self.link_bytes_per_us);
         let us = match name {
             "all_reduce" => {
@@ -185,6 +223,7 @@ mod tests {
             link_bytes_per_us: 1_000.0,
             memory_bytes_per_us: 4_000.0,
             source: "test".to_owned(),
+            links: None,
             measured: None,
         }
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
+use tensorwire_core::JOB_PROCESSORS_VAR;
 
 use super::{Root, cgroup, field, list};
 
@@ -37,10 +38,6 @@ pub struct Cache {
     /// The processors that share it.
     pub shared_by: Vec<usize>,
 }
-
-/// The environment variable in which a launcher tells the ranks that it binds which processors they have together, as
-/// `0-3,8`.
-const JOB_PROCESSORS_VAR: &str = "TENSORWIRE_JOB_PROCESSORS";
 
 /// What a measurement holds for: one kind of machine, used in one way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
-use super::{Basis, Class, Device, DeviceModel, Link, MAX_DEVICES, MAX_PAIRED_DEVICES, Parts};
+use super::{Basis, Class, Device, DeviceModel, Host, Link, MAX_DEVICES, MAX_PAIRED_DEVICES, Parts};
 use crate::discover::{is_bus, list};
 use crate::{Error, Result};
 
@@ -126,7 +126,18 @@ fn bad_link(link: &Link) -> Option<String> {
 
 fn bad_hosts(parts: &Parts) -> Option<String> {
     let mut names = BTreeSet::new();
+    let mut racks: BTreeMap<u32, &Host> = BTreeMap::new();
     for host in &parts.hosts {
+        if let Some(rack) = host.rack {
+            let known = racks.entry(rack).or_insert(host);
+            if known.pod != host.pod {
+                return Some(format!(
+                    "hosts {:?} and {:?} are of rack {rack} but not of the same pod",
+                    short(&known.name),
+                    short(&host.name)
+                ));
+            }
+        }
         if let Some(why) = bad_name(&host.name) {
             return Some(format!("a host's name {why}"));
         }
@@ -234,7 +245,7 @@ fn bad_pairs(parts: &Parts) -> Option<String> {
         let possible = match pair.class {
             Class::Device => false,
             Class::NvLink => true,
-            Class::Network => across,
+            Class::Rack | Class::Pod | Class::Network => across,
             _ => !across,
         };
         if !possible {
@@ -250,18 +261,19 @@ fn bad_pairs(parts: &Parts) -> Option<String> {
 /// Whether some host has no way to others.
 fn no_path(parts: &Parts) -> Option<String> {
     let many = parts.devices.first()?.host != parts.devices.last()?.host;
-    let reaches = |host: &super::Host| {
-        parts.links.contains_key(&Class::Network) || host.links.contains_key(&Class::Network)
-    };
     // One domain that all devices are in needs no network.
     let domain = parts.devices.first()?.nvlink;
     if !many || (domain.is_some() && parts.devices.iter().all(|d| d.nvlink == domain)) {
         return None;
     }
     let used: BTreeSet<u32> = parts.devices.iter().map(|d| d.host).collect();
-    let alone = used.into_iter().map(|h| &parts.hosts[h as usize]).find(|host| !reaches(host))?;
+    let hosts: Vec<&Host> = used.into_iter().map(|h| &parts.hosts[h as usize]).collect();
+    // All are in one rack, or in one pod, or there is nothing nearer that holds them.
+    let tier = hosts.iter().map(|host| host.tier(hosts[0])).max().unwrap_or(Class::Network);
+    let alone = hosts.into_iter().find(|host| parts.given(host, tier).is_none())?;
+    let what = if tier == Class::Network { String::new() } else { format!(" `{tier}` or") };
     Some(format!(
-        "host {:?} has no path to the others: give a link `network`, of the fabric or of each host",
+        "host {:?} has no path to the others: give a link{what} `network`, of the fabric or of each host",
         alone.name
     ))
 }

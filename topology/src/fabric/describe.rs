@@ -45,6 +45,10 @@ struct ModelEntry {
 struct HostEntry {
     name: String,
     count: Option<u32>,
+    rack: Option<Places>,
+    per_rack: Option<u32>,
+    pod: Option<Places>,
+    per_pod: Option<u32>,
     #[serde(default, rename = "device")]
     devices: Vec<DeviceEntry>,
     #[serde(default, rename = "nic")]
@@ -87,6 +91,14 @@ struct NicEntry {
 enum Places {
     All(u32),
     Each(Vec<u32>),
+}
+
+/// The first numbers that no entry has used, of what is counted on over the fabric.
+#[derive(Default)]
+struct Counted {
+    domains: u32,
+    racks: u32,
+    pods: u32,
 }
 
 impl Fabric {
@@ -162,9 +174,9 @@ impl Description {
             }
         }
         let mut parts = Parts { name: self.name, models, links: self.links, ..Parts::default() };
-        let mut domains = 0;
+        let mut counted = Counted::default();
         for entry in &self.hosts {
-            entry.add(&mut parts, &mut domains)?;
+            entry.add(&mut parts, &mut counted)?;
         }
         Ok(parts)
     }
@@ -187,8 +199,11 @@ impl ModelEntry {
 }
 
 impl HostEntry {
-    fn add(&self, parts: &mut Parts, domains: &mut u32) -> Parsed<()> {
+    fn add(&self, parts: &mut Parts, counted: &mut Counted) -> Parsed<()> {
         let nics = self.nics()?;
+        let domains = &mut counted.domains;
+        let racks = self.tier("rack", &self.rack, self.per_rack, &mut counted.racks)?;
+        let pods = self.tier("pod", &self.pod, self.per_pod, &mut counted.pods)?;
         let mut links = self.links.clone();
         if !links.contains_key(&Class::Network)
             && !parts.links.contains_key(&Class::Network)
@@ -253,9 +268,29 @@ impl HostEntry {
                 let name = format!("{name}/{}", device.name);
                 parts.devices.push(Device { name, host, nvlink, ..device.clone() });
             }
-            parts.hosts.push(Host { name, nics: nics.clone(), links: links.clone() });
+            let (rack, pod) = (racks[copy as usize], pods[copy as usize]);
+            parts.hosts.push(Host { name, rack, pod, nics: nics.clone(), links: links.clone() });
         }
         Ok(())
+    }
+
+    /// The racks or pods of the entry's hosts, and the next free number.
+    fn tier(
+        &self,
+        what: &str,
+        given: &Option<Places>,
+        per: Option<u32>,
+        next: &mut u32,
+    ) -> Parsed<Vec<Option<u32>>> {
+        let mut numbers = places(self.count.unwrap_or(1), given, per)
+            .map_err(|why| format!("host {:?}: {what} {why}", self.name))?;
+        if per.is_some() {
+            // Counted on over the entries, as these are other hosts.
+            numbers.iter_mut().flatten().for_each(|n| *n = n.saturating_add(*next));
+        }
+        let highest = numbers.iter().flatten().max();
+        *next = (*next).max(highest.map_or(0, |n| n.saturating_add(1)));
+        Ok(numbers)
     }
 
     fn nics(&self) -> Parsed<Vec<Nic>> {
@@ -375,6 +410,22 @@ mod tests {
     }
 
     #[test]
+    fn racks_and_pods_are_counted_on_over_entries() {
+        let hosts = |rest: &str| -> Vec<(Option<u32>, Option<u32>)> {
+            let text = format!("{rest}\n[links]\nnetwork = {{ alpha_us = 1, gbps = 1 }}");
+            with(&text).unwrap().hosts().iter().map(|h| (h.rack, h.pod)).collect()
+        };
+        let device = "device = [{ model = \"m\" }]";
+        let entry = |name: &str, rest: &str| format!("[[host]]\nname = \"{name}\"\n{device}\n{rest}\n");
+        let one = entry("a", "count = 5\nper_rack = 2\nper_pod = 4");
+        let two = one.clone() + &entry("b", "count = 2\nper_rack = 2\npod = 1") + &entry("c", "");
+        let a = [(0, 0), (0, 0), (1, 0), (1, 0), (2, 1)].map(|(r, p)| (Some(r), Some(p)));
+        assert_eq!(hosts(&one), a);
+        assert_eq!(hosts(&two)[..5], a);
+        assert_eq!(hosts(&two)[5..], [(Some(3), Some(1)), (Some(3), Some(1)), (None, None)]);
+    }
+
+    #[test]
     fn network_interfaces_say_what_the_network_is() {
         let host = "[[host]]\nname = \"a\"\ncount = 2\ndevice = [{ model = \"m\" }]\n";
         let nics = "nic = [{ name = \"e\", mbit_per_s = 1000 }, { name = \"ib\", count = 2, mbit_per_s = 100000 }]\n";
@@ -399,6 +450,15 @@ mod tests {
             (host("count = 0"), "0 devices"),
             (host("cuont = 4"), "unknown field `cuont`"),
             (host("count = 4, per_switch = 4, per_numa = 2"), "switch 0 but not of the same numa"),
+            (
+                "[[host]]\nname = \"a\"\ncount = 2\nrack = [1]\ndevice = [{ model = \"m\" }]".into(),
+                "host \"a\": rack has 1 numbers for 2",
+            ),
+            (
+                "[[host]]\nname = \"a\"\ncount = 4\nper_rack = 2\nper_pod = 3\ndevice = [{ model = \"m\" }]"
+                    .into(),
+                "of rack 1 but not of the same pod",
+            ),
             (
                 "[[host]]\nname = \"a\"\ncount = 9999999\ndevice = [{ model = \"m\" }]".into(),
                 "make 9999999 hosts",

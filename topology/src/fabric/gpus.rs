@@ -2,7 +2,9 @@
 //! NCCL and hwloc.
 //!
 //! By NVIDIA's numbers for its devices (pci-ids.ucw.cz). Memory is what `nvidia-smi` reports as the total; speeds are
-//! those of NVIDIA's data sheets, for dense matrices: TF32 as f32 where there is TF32.
+//! those of NVIDIA's data sheets, for dense matrices: TF32 as f32 where there is TF32. Where a data sheet gives them with
+//! sparsity alone (H100, H200), it is half of that; products of floats accumulate in f32 (RTX 4090: the Ada white
+//! paper's appendix), and B200 is the one of HGX.
 
 use super::{DeviceModel, Kind, Tflops};
 
@@ -29,7 +31,7 @@ const NVIDIA: [Row; 21] = [
     (0x26b5, "L40", 46_068, 864.0, 89, 0, [90.5, 181.0, 362.0, 362.0]),
     (0x26b9, "L40S", 46_068, 864.0, 89, 0, [183.0, 362.0, 733.0, 733.0]),
     (0x27b8, "L4", 23_034, 300.0, 89, 0, [60.0, 121.0, 242.0, 242.0]),
-    (0x2684, "GeForce RTX 4090", 24_564, 1008.0, 89, 0, [82.6, 165.2, 330.3, 330.3]),
+    (0x2684, "GeForce RTX 4090", 24_564, 1008.0, 89, 0, [82.6, 165.2, 330.3, 660.6]),
     (0x2901, "B200", 183_359, 8000.0, 100, 18, [1125.0, 2250.0, 4500.0, 4500.0]),
 ];
 

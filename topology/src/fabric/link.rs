@@ -23,13 +23,17 @@ pub enum Class {
     Socket,
     /// One host of several sockets.
     Host,
-    /// The network between hosts.
+    /// The network within a rack: one leaf switch, or whatever else the nearest hosts have between them.
+    Rack,
+    /// The network within a pod of racks.
+    Pod,
+    /// The network between any other hosts.
     Network,
 }
 
 impl Class {
     /// All of them, the nearest first.
-    pub const ALL: [Class; 8] = [
+    pub const ALL: [Class; 10] = [
         Class::Device,
         Class::Card,
         Class::NvLink,
@@ -37,8 +41,18 @@ impl Class {
         Class::Numa,
         Class::Socket,
         Class::Host,
+        Class::Rack,
+        Class::Pod,
         Class::Network,
     ];
+
+    /// The tiers of the network, the nearest first.
+    pub const TIERS: [Class; 3] = [Class::Rack, Class::Pod, Class::Network];
+
+    /// Whether it is the network between hosts, at whichever tier.
+    pub fn is_network(self) -> bool {
+        Class::TIERS.contains(&self)
+    }
 
     /// As JSON and TOML name it.
     pub fn name(self) -> &'static str {
@@ -50,6 +64,8 @@ impl Class {
             Class::Numa => "numa",
             Class::Socket => "socket",
             Class::Host => "host",
+            Class::Rack => "rack",
+            Class::Pod => "pod",
             Class::Network => "network",
         }
     }
@@ -148,7 +164,7 @@ impl Link {
             Class::Numa => (4.5, 11.0),
             Class::Socket => (5.0, 10.5),
             Class::Host => (6.0, 10.0),
-            Class::Network => (30.0, 1.25),
+            Class::Rack | Class::Pod | Class::Network => (30.0, 1.25),
         };
         Link { alpha_us, gbps, basis: Basis::Assumed }
     }

@@ -18,6 +18,8 @@ pub(super) struct Index {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Spot {
     host: u32,
+    rack: Option<u32>,
+    pod: Option<u32>,
     socket: Option<u32>,
     numa: Option<u32>,
     switch: Option<u32>,
@@ -40,9 +42,18 @@ impl Spot {
             Class::Numa => self.numa,
             Class::Socket => self.socket,
             Class::Host => Some(0),
+            Class::Rack => return self.rack.map(|n| (None, n)),
+            Class::Pod => return self.pod.map(|n| (None, n)),
             Class::Network => return Some((None, 0)),
         };
         number.map(|n| (Some(self.host), n))
+    }
+
+    /// The largest thing below a tier of the network that holds the device: a pod, a rack or the host.
+    fn below(&self, tier: Class) -> (Class, u32) {
+        let narrower = [(Class::Pod, self.pod), (Class::Rack, self.rack), (Class::Host, Some(self.host))];
+        let found = narrower.into_iter().find_map(|(c, n)| Some((c, n.filter(|_| c < tier)?)));
+        found.unwrap_or((Class::Host, self.host))
     }
 
     /// The nearest class that two different devices share.
@@ -55,6 +66,10 @@ impl Spot {
             Class::Card
         } else if same(self.nvlink, other.nvlink) {
             Class::NvLink
+        } else if !here && same(self.rack, other.rack) {
+            Class::Rack
+        } else if !here && same(self.pod, other.pod) {
+            Class::Pod
         } else if !here {
             Class::Network
         } else if same(self.switch, other.switch) {
@@ -73,18 +88,15 @@ impl Index {
     pub(super) fn new(parts: &Parts) -> Index {
         let spots = parts.devices.iter().map(|d| Spot {
             host: d.host,
+            rack: parts.hosts[d.host as usize].rack,
+            pod: parts.hosts[d.host as usize].pod,
             socket: d.socket,
             numa: d.numa,
             switch: d.switch,
             nvlink: d.nvlink,
             card: d.card,
         });
-        let links = parts.hosts.iter().map(|host| {
-            Class::ALL.map(|class| {
-                let given = host.links.get(&class).or(parts.links.get(&class));
-                given.copied().unwrap_or_else(|| Link::assumed(class))
-            })
-        });
+        let links = parts.hosts.iter().map(|host| Class::ALL.map(|class| parts.link(host, class)));
         let mut pairs: Vec<_> =
             parts.pairs.iter().map(|p| ((p.a, p.b), Hop { class: p.class, link: p.link })).collect();
         pairs.sort_by_key(|(pair, _)| *pair);
@@ -143,15 +155,19 @@ impl Index {
         if hosts().nth(1).is_none() {
             return found;
         }
-        // Unless all are in one domain, each host has a device that reaches one elsewhere by the network: if all those
-        // of a host were in the domain of all those elsewhere, all would be in one.
+        for tier in Class::TIERS {
+            let within = places.iter().filter_map(|p| Some((p[0].holder(tier)?, &p[0])));
+            let mut tiers: BTreeMap<Holder, Vec<&Spot>> = BTreeMap::new();
+            within.for_each(|(holder, spot)| tiers.entry(holder).or_default().push(spot));
+            for spots in tiers.values() {
+                for host in reaching(spots, tier) {
+                    add(tier, self.link(tier, host, host));
+                }
+            }
+        }
         let mut domains: BTreeMap<Option<u32>, BTreeSet<u32>> = BTreeMap::new();
         for place in &places {
             domains.entry(place[0].nvlink).or_default().insert(place[0].host);
-        }
-        let one_domain = domains.len() == 1 && !domains.contains_key(&None);
-        for host in hosts().filter(|_| !one_domain) {
-            add(Class::Network, self.link(Class::Network, host[0][0].host, host[0][0].host));
         }
         for (_, hosts) in domains.iter().filter(|(domain, hosts)| domain.is_some() && hosts.len() > 1) {
             hosts.iter().for_each(|h| add(Class::NvLink, self.link(Class::NvLink, *h, *h)));
@@ -191,6 +207,26 @@ impl Index {
         }
         islands.into_values().collect()
     }
+}
+
+/// The hosts of those of a tier's places that have a device which reaches another by the tier and by nothing nearer.
+fn reaching(spots: &[&Spot], tier: Class) -> BTreeSet<u32> {
+    // Places by NVLink domain, in all and in each thing below the tier.
+    let mut all: BTreeMap<Option<u32>, usize> = BTreeMap::new();
+    let mut below: BTreeMap<_, usize> = BTreeMap::new();
+    let mut near: BTreeMap<_, usize> = BTreeMap::new();
+    for spot in spots {
+        *all.entry(spot.nvlink).or_default() += 1;
+        *below.entry((spot.below(tier), spot.nvlink)).or_default() += 1;
+        *near.entry(spot.below(tier)).or_default() += 1;
+    }
+    // What is elsewhere and not in the device's own domain is reached by the tier.
+    let reaches = |spot: &&&Spot| {
+        let here = spot.below(tier);
+        let joined = spot.nvlink.map_or(0, |_| all[&spot.nvlink] - below[&(here, spot.nvlink)]);
+        spots.len() - near[&here] > joined
+    };
+    spots.iter().filter(reaches).map(|spot| spot.host).collect()
 }
 
 /// Disjoint sets: each member names one before it, the first of a set itself.

@@ -5,8 +5,11 @@
 //! that 1,024 devices take a few kilobytes and a look-up takes a few comparisons:
 //!
 //! ```text
-//! device < card < nvlink < switch < numa < socket < host < network      nearest to farthest
+//! device < card < nvlink < switch < numa < socket < host < rack < pod < network      nearest to farthest
 //! ```
+//!
+//! Racks and pods are the tiers of a network, where it has any: a leaf switch and what is below one spine, an island of
+//! a cluster, a building. A tier without a link of its own is as the next farther one.
 //!
 //! A fabric has a link for each class, a host may have its own, and single pairs may differ ([`Pair`]), as those do
 //! whose devices are joined by more NVLinks than others'.
@@ -96,6 +99,12 @@ pub struct Parts {
 pub struct Host {
     /// Its name, which no other host has.
     pub name: String,
+    /// The rack, of the whole fabric: hosts of one reach each other by [`Class::Rack`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rack: Option<u32>,
+    /// The pod, of the whole fabric: hosts of one reach each other by [`Class::Pod`], or nearer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<u32>,
     /// Its network interfaces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<Nic>,
@@ -236,7 +245,19 @@ pub struct Pair {
 impl Host {
     /// A host without network interfaces and without links of its own.
     pub fn new(name: impl Into<String>) -> Host {
-        Host { name: name.into(), nics: Vec::new(), links: BTreeMap::new() }
+        Host { name: name.into(), rack: None, pod: None, nics: Vec::new(), links: BTreeMap::new() }
+    }
+
+    /// The nearest tier of the network that holds two hosts.
+    fn tier(&self, other: &Host) -> Class {
+        let same = |of: fn(&Host) -> Option<u32>| of(self).is_some() && of(self) == of(other);
+        if same(|h| h.rack) {
+            Class::Rack
+        } else if same(|h| h.pod) {
+            Class::Pod
+        } else {
+            Class::Network
+        }
     }
 }
 
@@ -270,6 +291,21 @@ impl Device {
 fn nic_link(nics: &[Nic]) -> Option<Link> {
     let fastest = nics.iter().filter_map(|nic| nic.mbit_per_s).max()?;
     Some(Link::rated(Link::assumed(Class::Network).alpha_us, fastest as f64 / 8000.0))
+}
+
+impl Parts {
+    /// What messages cost by a class of links on a host, as somebody gave it: a tier of the network that nobody did is
+    /// as the next farther one.
+    fn given(&self, host: &Host, class: Class) -> Option<Link> {
+        let of = |class: Class| host.links.get(&class).or(self.links.get(&class)).copied();
+        let farther = Class::TIERS.into_iter().filter(|tier| class.is_network() && *tier > class);
+        of(class).or_else(|| farther.into_iter().find_map(of))
+    }
+
+    /// The same, or what is usual.
+    fn link(&self, host: &Host, class: Class) -> Link {
+        self.given(host, class).unwrap_or_else(|| Link::assumed(class))
+    }
 }
 
 impl Tflops {

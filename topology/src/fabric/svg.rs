@@ -1,9 +1,11 @@
 //! A picture of a fabric, as SVG.
 //!
-//! Frames are drawn as things hold each other: hosts, sockets, NUMA nodes, PCIe switches, cards. Two devices reach each
+//! Frames are drawn as things hold each other: pods, racks, hosts, sockets, NUMA nodes, PCIe switches, cards. Two devices reach each
 //! other by the innermost frame around both, whose colour and speed the key repeats. Hosts that are alike are drawn once.
 //!
 //! Frames grow with what is written in them, and no text is longer than it was counted for: nothing overlaps.
+
+mod tiers;
 
 use std::fmt::Write;
 
@@ -50,6 +52,8 @@ fn colour(class: Class) -> &'static str {
         Class::Numa => "#0369a1",
         Class::Socket => "#475569",
         Class::Host => "#0f172a",
+        Class::Rack => "#9a3412",
+        Class::Pod => "#86198f",
         Class::Network => "#be185d",
     }
 }
@@ -64,6 +68,8 @@ fn words(class: Class) -> &'static str {
         Class::Numa => "NUMA node",
         Class::Socket => "socket",
         Class::Host => "host",
+        Class::Rack => "rack",
+        Class::Pod => "pod",
         Class::Network => "network",
     }
 }
@@ -71,29 +77,11 @@ fn words(class: Class) -> &'static str {
 impl Fabric {
     /// The fabric as a picture, in SVG. The same fabric gives the same bytes.
     pub fn to_svg(&self) -> String {
-        // Hosts that are alike are drawn once, the first of them, unless there are few.
-        let mut alike: Vec<(usize, usize)> = Vec::new();
-        let views: Vec<View<'_>> = (0..self.hosts().len()).map(|host| View::new(self, host)).collect();
-        for host in 0..views.len() {
-            match alike.last_mut() {
-                Some((first, count)) if views.len() > FEW && views[*first].is_like(&views[host]) => {
-                    *count += 1
-                }
-                _ => alike.push((host, 1)),
-            }
-        }
-        let shown = if alike.len() > MOST { MOST - 1 } else { alike.len() };
-        let mut hosts: Vec<Shape> =
-            alike[..shown].iter().map(|(first, count)| views[*first].shape(*count)).collect();
-        let more: usize = alike[shown..].iter().map(|(_, count)| count).sum();
-        if more > 0 {
-            hosts.push(note(format!("and {more} more hosts")));
-        }
+        let (hosts, network) = tiers::Tiers::new(self).shapes();
         // As many hosts in a row as fit.
         let widest = hosts.iter().map(|host| host.size().0).fold(0.0, f64::max);
         let columns = ((WIDTH / (widest + 2.0 * GAP)) as usize).clamp(1, hosts.len().max(1));
         let rows: Vec<&[Shape]> = hosts.chunks(columns).collect();
-        let network = self.hosts().len() > 1;
         let key = self.key();
         let title = format!("{}: {}", clip(self.name(), LETTERS), self.summary());
         let (key_width, key_height) = key.size();
@@ -233,8 +221,7 @@ impl<'a> View<'a> {
     }
 
     fn link(&self, class: Class) -> Link {
-        let given = self.host.links.get(&class).or(self.fabric.parts().links.get(&class));
-        given.copied().unwrap_or_else(|| Link::assumed(class))
+        self.fabric.parts().link(self.host, class)
     }
 
     /// A frame's title: what it is, and how fast things in it reach each other, where some do by nothing nearer.

@@ -10,14 +10,16 @@ fn number() -> impl Strategy<Value = Option<u32>> {
     proptest::option::weighted(0.8, 0u32..2)
 }
 
-/// Any fabric: up to 3 hosts of up to 6 devices, in places that are nested, with links of their own here and there.
+/// Any fabric: up to 5 hosts of up to 9 devices in all, in racks, pods and places that are nested, with links of their
+/// own here and there.
 fn fabric() -> impl Strategy<Value = Fabric> {
-    let device = (0u32..3, number(), number(), number(), number(), number());
+    let device = (0u32..5, number(), number(), number(), number(), number());
     let link = (0u32..50, 1u32..50).prop_map(|(a, b)| Link::rated(a.into(), b.into()));
-    let links = || proptest::collection::btree_map(0usize..8, link.clone(), 0..8);
+    let links = || proptest::collection::btree_map(0usize..Class::ALL.len(), link.clone(), 0..10);
     let pairs = proptest::collection::btree_map((0u32..6, 0u32..6), link.clone(), 0..4);
-    (proptest::collection::vec(device, 1..10), links(), links(), any::<bool>(), pairs)
-        .prop_map(|(mut places, all, one, paired, pairs)| {
+    let tiers = proptest::collection::vec((number(), number()), 5);
+    (proptest::collection::vec(device, 1..10), links(), links(), any::<bool>(), pairs, tiers)
+        .prop_map(|(mut places, all, one, paired, pairs, tiers)| {
             places.sort_unstable();
             // Numbers that count on: what lies within different things is different.
             let within = |outer: Option<u32>, inner: Option<u32>| {
@@ -42,7 +44,10 @@ fn fabric() -> impl Strategy<Value = Fabric> {
             };
             let mut links = of(&all);
             links.entry(Class::Network).or_insert(Link::rated(10.0, 1.0));
-            let mut hosts: Vec<Host> = ["a", "b", "c"].map(Host::new).into();
+            let mut hosts: Vec<Host> = ["a", "b", "c", "d", "e"].map(Host::new).into();
+            for (host, (pod, rack)) in hosts.iter_mut().zip(tiers) {
+                (host.pod, host.rack) = (pod, within(pod, rack));
+            }
             hosts[1].links = of(&one);
             let count = devices.len() as u32;
             let pair = |((a, b), link): ((u32, u32), Link)| {
@@ -126,6 +131,89 @@ proptest! {
             fabric.slowest(&fabric.all());
         }
     }
+}
+
+/// Six hosts of two devices each: racks 0 and 1 in pod 0, rack 2 in pod 1, and a host in neither.
+fn tiers() -> Fabric {
+    Fabric::from_toml(
+        r#"
+        name = "tiers"
+        [[model]]
+        name = "m"
+        kind = "gpu"
+        [[host]]
+        name = "a"
+        count = 5
+        rack = [0, 0, 1, 2, 2]
+        pod = [0, 0, 0, 1, 1]
+        device = [{ model = "m", count = 2 }]
+        nic = [{ name = "ib", mbit_per_s = 100000 }]
+        [[host]]
+        name = "b"
+        device = [{ model = "m", count = 2 }]
+        [links]
+        rack = { alpha_us = 2, gbps = 40 }
+        network = { alpha_us = 9, gbps = 5 }
+        "#,
+    )
+    .unwrap()
+}
+
+#[test]
+fn hosts_are_as_far_as_the_nearest_tier_that_holds_both() {
+    let fabric = tiers();
+    let class = |a, b| fabric.between(a, b).class;
+    assert_eq!([class(0, 1), class(0, 2), class(0, 4)], [Class::Host, Class::Rack, Class::Pod]);
+    assert_eq!([class(0, 6), class(6, 8), class(6, 10)], [Class::Network, Class::Rack, Class::Network]);
+    // Nobody gave pods a link: they are as the network is.
+    assert_eq!(fabric.between(0, 4).link, Link::rated(9.0, 5.0));
+    assert_eq!(fabric.between(0, 2).link, Link::rated(2.0, 40.0));
+    let islands = |class| fabric.islands(&fabric.all(), class).iter().map(Vec::len).collect::<Vec<_>>();
+    assert_eq!(islands(Class::Rack), [4, 2, 4, 2]);
+    assert_eq!(islands(Class::Pod), [6, 4, 2]);
+    assert_eq!(islands(Class::Network), [12]);
+    let classes = |devices: &[usize]| fabric.classes(devices).iter().map(|h| h.class).collect::<Vec<_>>();
+    assert_eq!(classes(&[0, 2, 4]), [Class::Rack, Class::Pod]);
+    assert_eq!(classes(&[0, 10]), [Class::Network]);
+}
+
+#[test]
+fn a_domain_that_spans_racks_leaves_the_tiers_to_the_others() {
+    // Devices 0 and 4 are of one NVLink domain on racks 0 and 1: only the host in between reaches rack 1 by the pod.
+    let mut parts = tiers().into_parts();
+    parts.devices.retain(|d| d.name.ends_with('0'));
+    for d in [0, 2] {
+        parts.devices[d].nvlink = Some(0);
+    }
+    parts.hosts[0].links = [(Class::Pod, Link::rated(90.0, 5.0))].into();
+    let fabric = Fabric::new(parts).unwrap();
+    let hop =
+        |class| fabric.classes(&[0, 1, 2]).into_iter().find(|h| h.class == class).map(|h| h.link.alpha_us);
+    assert_eq!([hop(Class::NvLink), hop(Class::Rack), hop(Class::Pod)], [Some(2.5), Some(2.0), Some(9.0)]);
+}
+
+#[test]
+fn tiers_that_contradict_themselves_or_lead_nowhere_are_refused() {
+    let refused = |change: fn(&mut Parts)| {
+        let mut parts = tiers().into_parts();
+        change(&mut parts);
+        Fabric::new(parts).unwrap_err().to_string()
+    };
+    let split = refused(|p| p.hosts[1].pod = Some(1));
+    assert!(split.contains("hosts \"a0\" and \"a1\" are of rack 0 but not of the same pod"), "{split}");
+    let nowhere = refused(|p| p.links.retain(|class, _| *class == Class::Rack));
+    assert!(nowhere.contains("has no path to the others: give a link `network`"), "{nowhere}");
+    // In one pod, of which nobody says what its links are.
+    let pod = refused(|p| {
+        p.links.retain(|class, _| *class == Class::Rack);
+        p.devices.retain(|d| d.host < 3);
+    });
+    assert!(pod.contains("give a link `pod` or `network`"), "{pod}");
+    // In one rack, whose link is there.
+    let mut parts = tiers().into_parts();
+    parts.links.retain(|class, _| *class == Class::Rack);
+    parts.devices.retain(|d| d.host < 2);
+    assert!(Fabric::new(parts).is_ok());
 }
 
 /// Two hosts of two sockets with a GPU each, and a third GPU beside the last.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::model::ModelSpec;
-use crate::place::workload::{Block, Kind, Part, Split, Work};
+use crate::place::workload::{Block, Exchange, Kind, Part, Split, Work};
 use crate::place::{MAX_BATCH, MAX_CONTEXT, Workload};
 use crate::{Error, Result};
 
@@ -86,8 +86,8 @@ fn no_bytes(n: &u64) -> bool {
     *n == 0
 }
 
-/// A model: as its config.json describes it; or known by its size alone, and then it runs whole on each device and its
-/// items are divided.
+/// A model: as its config.json describes it; or known by its size alone, and then its weights are whole on each device, and
+/// its items are divided among devices, or each by its height.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
@@ -109,9 +109,34 @@ pub struct Model {
     /// Bytes of activations at the widest place, of one item.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation_bytes: Option<u64>,
-    /// Why it is whole on each device.
+    /// Why it is whole on each device, also if it could be divided by height: a plan's notes then say what that would take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub whole_because: Option<String>,
+    /// How an item of it, a picture or a film, can be divided by height.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub height: Option<Height>,
+}
+
+/// What dividing a convolutional model's items by height costs:
+/// [`shard::by_height`](crate::shard::by_height) says which rows go where.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Height {
+    /// Rows of its lowest activation: at most so many ranks can share an item.
+    pub rows: usize,
+    /// Convolutions along the rows, before each of which neighbours exchange rows.
+    pub exchanges: usize,
+    /// Bytes that a rank gets from one neighbour before all of these.
+    pub halo_bytes: u64,
+    /// Group norms, for each of which all ranks sum statistics.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub sums: usize,
+    /// Bytes of one of these sums.
+    #[serde(default, skip_serializing_if = "no_bytes")]
+    pub sum_bytes: u64,
+    /// Bytes of the keys and values of all rows, where attention within it gathers them.
+    #[serde(default, skip_serializing_if = "no_bytes")]
+    pub gather_bytes: u64,
 }
 
 impl Pipeline {
@@ -277,7 +302,7 @@ impl Model {
             ("parameters", self.parameters.is_some()),
             ("bytes_per_parameter", self.bytes_per_parameter.is_some()),
             ("flops_per_item", self.flops_per_item.is_some()),
-            ("whole_because", self.whole_because.is_some()),
+            ("whole_because or height", self.whole_because.is_some() || self.height.is_some()),
         ];
         match (&self.config, sized.iter().find(|(_, is)| *is == self.config.is_some())) {
             (Some(_), Some((field, _))) => {
@@ -287,6 +312,14 @@ impl Model {
                 return Err(refused(&what, format!("it has no config, so it needs {field}")));
             }
             (_, None) => {}
+        }
+        if let Some(height) = self.height {
+            let (rows, counts) = (height.rows, height.exchanges.max(height.sums));
+            let bytes = height.halo_bytes.max(height.sum_bytes).max(height.gather_bytes);
+            if !(1..=MAX_CALLS).contains(&rows) || counts > MAX_CALLS || bytes > MAX_BYTES {
+                let sense = format!("1 to {MAX_CALLS} rows, as many exchanges, and 2^50 bytes at most");
+                return Err(refused(&what, format!("its height makes no sense: {sense} can be placed")));
+            }
         }
         let (parameters, each) = (self.parameters.unwrap_or(0), self.bytes_per_parameter.unwrap_or(2));
         let bytes = parameters.checked_mul(each).filter(|b| *b <= MAX_BYTES);
@@ -299,13 +332,26 @@ impl Model {
         Ok(())
     }
 
+    /// The workload of the same model divided by height, if it is whole and could be.
+    pub(super) fn by_height(&self) -> Option<Workload> {
+        self.whole_because.as_ref()?;
+        self.height.map(|_| Model { whole_because: None, ..self.clone() }.workload())
+    }
+
     /// The workload of a model without a configuration.
     fn workload(&self) -> Workload {
         let each = self.bytes_per_parameter.unwrap_or(2);
         let bytes = self.parameters.unwrap_or(0) * each;
         let flops_per_sequence = self.flops_per_item.unwrap_or(0.0);
         let mut part = Part::new("model", Split::Whole);
-        part.whole = Work { bytes, reads: bytes, flops_per_token: 0.0, flops_per_sequence };
+        let weights = Work { bytes, reads: bytes, ..Work::default() };
+        part.whole = Work { flops_per_sequence, ..weights };
+        let height = self.height.filter(|_| self.whole_because.is_none());
+        if let Some(Height { rows, exchanges, halo_bytes, sums, sum_bytes, gather_bytes }) = height {
+            part.split = Split::Height { rows };
+            (part.cut, part.whole) = (Work { flops_per_sequence, ..Work::default() }, weights);
+            part.after = Exchange::Halo { exchanges, bytes: halo_bytes, sums, sum_bytes, gather_bytes };
+        }
         part.item_bytes = self.activation_bytes.unwrap_or(0);
         // Of its tensors nothing is known: it may be one.
         part.largest[1] = bytes;

@@ -41,5 +41,5 @@ mod plan;
 mod solve;
 mod summary;
 
-pub use describe::{MAX_STAGES, Model, Pipeline, SCHEMA, Stage};
+pub use describe::{Height, MAX_STAGES, Model, Pipeline, SCHEMA, Stage};
 pub use plan::{DeviceUse, ModelPlan, PLAN_SCHEMA, PipelinePlan, StagePlan, Transfer, place};

@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use crate::fabric::Fabric;
 use crate::place::arrange::Arranger;
 use crate::place::search::search;
-use crate::place::{Alternative, Machine, RankPlace, Reason, Rejected, Reporter, rounded};
+use crate::place::{Alternative, Machine, RankPlace, Reason, Rejected, Reporter, Workload, rounded};
 use crate::plan::json::lines;
 use crate::plan::notes::{size, time};
 use crate::{Error, Result};
 
-use super::describe::Pipeline;
+use super::describe::{Model, Pipeline};
 use super::options::{Choice, Unit, choices, classes};
 use super::solve::{MAX_BRANCHES, solve};
 
@@ -344,6 +344,14 @@ fn devices(models: &[ModelPlan], placed: &[(&Choice, &[usize])], fabric: &Fabric
     used.into_values().collect()
 }
 
+/// Over how many of all devices a model that could be divided by height would be fastest, and what a call would take.
+fn by_height(unit: &Unit, workload: Workload, fabric: &Fabric) -> Option<(usize, f64)> {
+    let (machine, _) = Machine::of(fabric, &fabric.workers(), workload.bits);
+    let divided = Unit { stages: Vec::new(), workload, ..*unit };
+    let best = search(divided.task(&machine)).best?;
+    Some((best.degrees.tp, best.cost(unit.goal))).filter(|(ways, _)| *ways > 1)
+}
+
 fn notes(
     pipeline: &Pipeline,
     units: &[Unit],
@@ -356,10 +364,27 @@ fn notes(
         let described = pipeline.models.get(&model.name);
         if let Some(why) = described.and_then(|m| m.whole_because.as_ref()) {
             let n = model.ranks.len();
+            let instead = described.and_then(Model::by_height).and_then(|w| by_height(unit, w, fabric));
+            let instead = instead.map_or(String::new(), |(ways, us)| {
+                let (us, whole) = (time(us), time(model.call_us));
+                format!("; by height over {ways} devices a call is predicted to take {us} instead of {whole}")
+            });
             notes.push(format!(
-                "{} is whole on {n} {}: {why}",
+                "{} is whole on {n} {}: {why}{instead}",
                 model.name,
                 if n == 1 { "device" } else { "devices" }
+            ));
+        }
+        let ways = model.chosen.degrees.tp;
+        if let Some(height) = described.and_then(|m| m.height).filter(|_| ways > 1) {
+            notes.push(format!(
+                "{} is divided by height over {ways} devices, with whole weights on each: {} of halos from a neighbour in \
+                 {} exchanges, {} sums of statistics and {} gathered, for each item",
+                model.name,
+                size(height.halo_bytes),
+                height.exchanges,
+                height.sums,
+                size(height.gather_bytes)
             ));
         }
         if unit.stages.len() > 1 {

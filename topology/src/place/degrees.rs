@@ -8,7 +8,7 @@ use super::machine::{Level, Machine};
 use super::pass::Goal;
 use super::workload::{Keys, Kind, Split, Workload};
 
-/// How many ways each axis divides the work. The product of all but `ep` is the number of ranks.
+/// How many ways each axis divides the work. The product of all but `ep` and `etp` is the number of ranks.
 ///
 /// Ranks are numbered with the innermost axis running fastest: tp, cp, cfg, the part of dp that shares experts, pp, and
 /// the rest of dp.
@@ -24,13 +24,21 @@ pub struct Degrees {
     pub pp: usize,
     /// Data parallel: sequences.
     pub dp: usize,
-    /// Ranks that the experts are spread over: 1 where each expert is cut like other feed-forward layers, `tp`, or
-    /// `tp` times a divisor of `dp`.
+    /// Groups that the experts are spread over: 1 where each expert is cut like other feed-forward layers. `ep` times
+    /// `etp` is `tp`, or `tp` times a divisor of `dp`.
     pub ep: usize,
+    /// Ranks of such a group, which share each expert's columns: 1 where experts are whole, and a divisor of `tp`. Without
+    /// meaning where `ep` is 1. The search mixes at will within a tensor-parallel group; over several, `etp` is 1, or over all `tp`.
+    #[serde(default = "one")]
+    pub etp: usize,
     /// Sequence parallel: whether a tensor-parallel group divides the tokens between its sums.
     pub sp: bool,
     /// How context parallelism gets each query its keys.
     pub cp_by: ContextBy,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// How context parallelism gets each query its keys.
@@ -47,7 +55,7 @@ pub enum ContextBy {
 impl Degrees {
     /// One rank.
     pub const ONE: Degrees =
-        Degrees { tp: 1, cp: 1, cfg: 1, pp: 1, dp: 1, ep: 1, sp: false, cp_by: ContextBy::Ulysses };
+        Degrees { tp: 1, cp: 1, cfg: 1, pp: 1, dp: 1, ep: 1, etp: 1, sp: false, cp_by: ContextBy::Ulysses };
 
     /// Ranks in all.
     pub fn ranks(&self) -> usize {
@@ -56,7 +64,12 @@ impl Degrees {
 
     /// Data-parallel ranks that share one set of experts.
     pub fn sharing_experts(&self) -> usize {
-        (self.ep / self.tp).max(1)
+        if self.ep == 1 { 1 } else { (self.ep * self.etp / self.tp).max(1) }
+    }
+
+    /// Groups of a tensor-parallel group that have different experts, if any have: they divide its tokens.
+    pub fn expert_groups(&self) -> usize {
+        self.tp / self.etp
     }
 
     /// The degrees from the innermost axis outwards, as ranks are numbered.
@@ -78,7 +91,14 @@ impl fmt::Display for Degrees {
             ContextBy::Ring => "ring",
         };
         write!(f, "tp {}", self.tp)?;
-        let axes = [(cp, self.cp), ("cfg", self.cfg), ("pp", self.pp), ("dp", self.dp), ("ep", self.ep)];
+        let axes = [
+            (cp, self.cp),
+            ("cfg", self.cfg),
+            ("pp", self.pp),
+            ("dp", self.dp),
+            ("ep", self.ep),
+            ("etp", self.etp),
+        ];
         for (name, degree) in axes.iter().filter(|(_, d)| *d > 1) {
             write!(f, " x {name} {degree}")?;
         }
@@ -111,11 +131,11 @@ pub fn candidates(workload: &Workload, machine: &Machine, batch: usize, goal: Go
                 let inner = tp * cp * cfg;
                 for pp in degrees(workload.order.len().min(devices / inner)) {
                     for dp in degrees(batch.min(devices / (inner * pp))) {
-                        let plain = Degrees { tp, cp, cfg, pp, dp, ep: 1, sp: false, cp_by };
-                        for ep in expert_degrees(workload, &plain) {
-                            found.push(Degrees { ep, ..plain });
+                        let plain = Degrees { tp, cp, cfg, pp, dp, cp_by, ..Degrees::ONE };
+                        for (ep, etp) in expert_degrees(workload, &plain) {
+                            found.push(Degrees { ep, etp, ..plain });
                             if tp > 1 {
-                                found.push(Degrees { ep, sp: true, ..plain });
+                                found.push(Degrees { ep, etp, sp: true, ..plain });
                             }
                         }
                     }
@@ -177,17 +197,19 @@ fn contexts(workload: &Workload, tp: usize, most: usize, rings: bool) -> Vec<(us
     found
 }
 
-/// Ranks to spread experts over. Those of several data-parallel ranks share them only where nothing else divides a
-/// rank's tokens.
-fn expert_degrees(workload: &Workload, d: &Degrees) -> Vec<usize> {
-    let Some((count, _)) = workload.experts() else { return vec![1] };
-    let mut found = vec![1];
-    if d.tp > 1 {
-        found.push(d.tp);
-    }
+/// Groups to spread experts over, and the ranks of each. Those of several data-parallel ranks share them only where
+/// nothing else divides a rank's tokens.
+fn expert_degrees(workload: &Workload, d: &Degrees) -> Vec<(usize, usize)> {
+    let Some((count, _)) = workload.experts() else { return vec![(1, 1)] };
+    let mut sharing = vec![1];
     if d.cp == 1 && d.cfg == 1 {
-        found.extend(powers(d.dp).skip(1).filter(|s| d.dp.is_multiple_of(*s)).map(|s| d.tp * s));
+        sharing.extend(powers(d.dp).skip(1).filter(|s| d.dp.is_multiple_of(*s)));
     }
-    found.retain(|ep| *ep <= count);
-    found
+    // Within a tensor-parallel group any mixture; over several, whole experts, and over all each cut over one of the groups:
+    // all mixtures of large machines would take the search seconds.
+    let within =
+        |s: usize, etp: usize| d.tp.is_multiple_of(etp) && (s == 1 || etp == 1 || (etp == d.tp && s == d.dp));
+    let of = |s: usize| (1..=d.tp).filter(move |etp| within(s, *etp)).map(move |etp| (d.tp / etp * s, etp));
+    let spread = sharing.into_iter().flat_map(of).filter(|(ep, _)| (2..=count).contains(ep));
+    std::iter::once((1, 1)).chain(spread).collect()
 }

@@ -146,15 +146,22 @@ impl View<'_> {
 
     fn stage(&self, ranks: &[usize]) -> Option<StageGroups> {
         let Degrees { tp, cp, .. } = *self.d;
-        let shared = if self.d.sharing_experts() > 1 { Some(self.span(ranks)?) } else { None };
+        // Experts are spread over groups of neighbours: those in the same place of each exchange.
+        let spread = self.d.ep > 1;
+        let shared = self.d.sharing_experts() > 1;
+        let across = |ranks: &[usize]| self.worst(ranks, self.d.etp, ranks.len() / self.d.etp);
+        let shared = if shared { Some(across(ranks)?) } else { None };
         // Each context-parallel group of tensor-parallel groups.
         let (blocks, which) = self.distinct(ranks.chunks(tp * cp), |block| {
-            let across = self.worst(block, tp, cp)?;
+            let context = self.worst(block, tp, cp)?;
             self.distinct(block.chunks(tp), |group| {
                 let (workers, tp) = (group.to_vec(), self.span(group)?);
-                // Experts are spread over the group, unless several share them.
-                let ep = shared.as_ref().unwrap_or(&tp).clone();
-                Some(Group { workers, tp, cp: across.clone(), ep })
+                let ep = match &shared {
+                    Some(shared) => shared.clone(),
+                    None if spread => across(group)?,
+                    None => Span::default(),
+                };
+                Some(Group { workers, tp, cp: context.clone(), ep })
             })
         })?;
         let mut stage = StageGroups { groups: Vec::new(), which: Vec::new() };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::fabric::{Class, Fabric, Kind};
+use crate::fabric::{Fabric, Kind};
 
 /// Devices, and the islands that their links form.
 ///
@@ -152,12 +152,7 @@ impl Machine {
                 let own = fabric.classes(island).into_iter().find(|h| h.class == hop.class).unwrap_or(hop);
                 links.push(Link { alpha_us: own.link.alpha_us, bytes_per_us: 1e3 * own.link.gbps });
             }
-            Level {
-                class: hop.class.name().to_owned(),
-                island_of,
-                links,
-                network: hop.class == Class::Network,
-            }
+            Level { class: hop.class.name().to_owned(), island_of, links, network: hop.class.is_network() }
         });
         let levels = levels.collect();
         let interfaces = fabric.hosts().iter().map(|h| h.nics.len().max(1) as u32).collect();

@@ -9,8 +9,9 @@
 //! | axis | divides | exchanges, a rank |
 //! | --- | --- | --- |
 //! | tensor (`tp`) | heads, columns, vocabulary rows | all-reduces of `T H e`, two a layer of most models |
+//! | | rows of a convolutional model's pictures | halos between neighbours, sums for group norms |
 //! | sequence (`sp`) | the tokens between a tensor-parallel group's sums | the same bytes; activations are divided |
-//! | expert (`ep`) | whole experts | all-to-alls of `k T H e / tp`, there and back |
+//! | expert (`ep`, `etp`) | experts over `ep` groups, each one's columns over a group's `etp` ranks | all-to-alls of `k T H e etp / tp`, there and back |
 //! | context (`cp`) | a sequence's tokens, or its cache while decoding | Ulysses: 4 all-to-alls of `T H e / cp` an attention; a ring: keys and values |
 //! | guidance (`cfg`) | the two passes of a diffusion step | a latent a step |
 //! | pipeline (`pp`) | layers | `T H e` a stage |

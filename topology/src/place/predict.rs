@@ -109,8 +109,8 @@ pub(super) struct Shares(Vec<Vec<PartShares>>);
 
 struct PartShares {
     ranks: Vec<Share>,
-    /// Whether experts are whole.
-    whole_experts: bool,
+    /// Whether experts are spread: whole, or over groups of ranks that share each one's columns.
+    spread_experts: bool,
     /// Whether these are experts beside which each rank has some of a shared expert's columns.
     with_shared_expert: bool,
 }
@@ -149,10 +149,11 @@ impl Pricer<'_> {
         let alike = speeds.iter().all(|s| *s == speeds[0]);
         let mut of = |part: &Part, with_shared_expert: bool| -> Result<PartShares, &'static str> {
             let ranks = match part.split {
-                Split::Experts { count, .. } if d.ep > 1 => {
+                Split::Experts { count, units, .. } if d.ep > 1 => {
                     // Where several groups share them, experts are spread evenly: the largest share counts for all.
-                    let among = if d.sharing_experts() > 1 { vec![1.0; d.ep] } else { speeds.to_vec() };
-                    share::experts(count, &among).map(|mut s| {
+                    let alone = vec![1.0; d.ep * d.etp];
+                    let among = if d.sharing_experts() > 1 { &alone } else { speeds };
+                    share::experts(count, units, among, d.etp).map(|mut s| {
                         s.truncate(d.tp);
                         s
                     })
@@ -161,8 +162,8 @@ impl Pricer<'_> {
                 split => share::weighted(split, speeds),
             };
             let what = part.split.limit().map_or("ranks", |(what, _)| what);
-            let whole_experts = d.ep > 1 && matches!(part.split, Split::Experts { .. });
-            Ok(PartShares { ranks: ranks.ok_or(what)?, whole_experts, with_shared_expert })
+            let spread_experts = d.ep > 1 && matches!(part.split, Split::Experts { .. });
+            Ok(PartShares { ranks: ranks.ok_or(what)?, spread_experts, with_shared_expert })
         };
         let mut blocks = Vec::new();
         for block in &self.workload.blocks {
@@ -183,7 +184,7 @@ impl Pricer<'_> {
         let mut tally = Tally::default();
         for (part, shares) in block.parts.iter().zip(shares) {
             let on = |(share, w): (&Share, &usize)| {
-                self.compute_us(part, *share, shares.whole_experts, pass, d, &self.machine.workers[*w])
+                self.compute_us(part, *share, shares.spread_experts, pass, d, &self.machine.workers[*w])
             };
             let slowest = shares
                 .ranks
@@ -205,14 +206,14 @@ impl Pricer<'_> {
         &self,
         part: &Part,
         share: Share,
-        whole_experts: bool,
+        spread_experts: bool,
         pass: &Pass,
         d: &Degrees,
         on: &Worker,
     ) -> [f64; 2] {
         let tokens = pass.local_tokens(d.cp);
         // Experts see the tokens of all that share them.
-        let seen = if whole_experts { tokens * d.sharing_experts() as f64 } else { tokens };
+        let seen = if spread_experts { tokens * d.sharing_experts() as f64 } else { tokens };
         let touched = match part.split {
             Split::Experts { count, per_token, .. } => {
                 1.0 - (1.0 - per_token as f64 / count as f64).max(0.0).powf(seen)
@@ -251,12 +252,13 @@ impl Pricer<'_> {
     ) {
         let stream = pass.local_tokens(d.cp) * self.workload.stream_bytes as f64;
         let experts = match part.split {
-            Split::Experts { per_token, .. } if shares.whole_experts => Some(per_token),
+            Split::Experts { per_token, .. } if shares.spread_experts => Some(per_token),
             _ => None,
         };
         if let Some(per_token) = experts {
-            // There and back: each rank sends its part of the group's tokens to the ranks of their experts.
-            let sent = stream / d.tp as f64 * per_token as f64;
+            // There and back: each rank sends its part of the group's tokens to the ranks of their experts, and those that
+            // share an expert's columns all of the same tokens.
+            let sent = stream / d.expert_groups() as f64 * per_token as f64;
             tally.add(Cause::Ep, 2.0 * all_to_all_us(&group.ep, sent), 2.0 * gather_wire(d.ep, sent));
         }
         if d.tp == 1 || part.split == Split::Whole {
@@ -265,7 +267,7 @@ impl Pricer<'_> {
         match part.after {
             Exchange::None => {}
             // A rank has the results of its own tokens, and there are no partial sums.
-            Exchange::Sum if experts.is_some() && !shares.with_shared_expert => {
+            Exchange::Sum if experts.is_some() && d.etp == 1 && !shares.with_shared_expert => {
                 tally.add(Cause::Tp, all_gather_us(&group.tp, stream), gather_wire(d.tp, stream));
             }
             // The bytes are the same, but a reduce-scatter and an all-gather are two steps at least.
@@ -274,6 +276,21 @@ impl Pricer<'_> {
             }
             Exchange::Sum => {
                 tally.add(Cause::Tp, all_reduce_us(&group.tp, stream), all_reduce_wire(d.tp, stream));
+            }
+            Exchange::Halo { exchanges, bytes, sums, sum_bytes, gather_bytes } => {
+                // A rank between two neighbours gets rows of both, at the same time.
+                let sides = (d.tp - 1).min(2) as f64;
+                let (bytes, sum, gather) = (bytes as f64 * sides, sum_bytes as f64, gather_bytes as f64);
+                let halo = group
+                    .tp
+                    .slowest()
+                    .map_or(0.0, |link| exchanges as f64 * link.alpha_us + bytes / link.bytes_per_us);
+                let mut us = halo + sums as f64 * all_reduce_us(&group.tp, sum);
+                if gather > 0.0 {
+                    us += all_gather_us(&group.tp, gather);
+                }
+                let sent = bytes + sums as f64 * all_reduce_wire(d.tp, sum) + gather_wire(d.tp, gather);
+                tally.add(Cause::Tp, pass.sequences * us, pass.sequences * sent);
             }
             Exchange::Gather { row_bytes } => {
                 let rows = pass.sequences * row_bytes as f64;
@@ -350,17 +367,25 @@ impl Pricer<'_> {
                     let kv = if a.kv_whole { a.kv_bytes } else { share.kv.bytes(a.kv_bytes) };
                     needs.cache += (u128::from(kv) * u128::from(cached) / d.cp as u128) as u64;
                 }
-                let seen = if shares.whole_experts { tokens * d.sharing_experts() as f64 } else { tokens };
-                let items = part.item_bytes as f64 * pass.sequences;
+                let seen = if shares.spread_experts { tokens * d.sharing_experts() as f64 } else { tokens };
+                let item = if matches!(part.split, Split::Height { .. }) {
+                    share.cut.bytes(part.item_bytes)
+                } else {
+                    part.item_bytes
+                };
+                let items = item as f64 * pass.sequences;
                 needs.wide = needs.wide.max((share.cut.bytes(part.wide_bytes) as f64 * seen + items) as u64);
                 let whole = part.largest[1];
-                let cut =
-                    if shares.whole_experts { part.largest[0] } else { share.cut.bytes(part.largest[0]) };
+                // A tensor may be one expert's, of which a rank has the whole or its columns.
+                let cut = match shares.spread_experts {
+                    true => part.largest[0].div_ceil(d.etp as u64),
+                    false => share.cut.bytes(part.largest[0]),
+                };
                 needs.largest = needs.largest.max(whole).max(cut);
                 let buffer = match (part.after, part.split) {
                     (Exchange::Gather { row_bytes }, _) => (pass.sequences * row_bytes as f64) as u64,
-                    (_, Split::Experts { per_token, .. }) if shares.whole_experts => {
-                        let sent = tokens / d.tp as f64 * per_token as f64;
+                    (_, Split::Experts { per_token, .. }) if shares.spread_experts => {
+                        let sent = tokens / d.expert_groups() as f64 * per_token as f64;
                         (2.0 * sent * self.workload.stream_bytes as f64) as u64
                     }
                     _ => 0,

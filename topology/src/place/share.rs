@@ -77,15 +77,24 @@ pub fn weighted(split: Split, weights: &[f64]) -> Option<Vec<Share>> {
             let padded = shard::vocab(rows, ranks).ok()?.padded;
             of(apportion(padded, weights), rows)
         }
-        Split::Rows { rows } => of(apportion(rows, weights), rows),
+        Split::Rows { rows } | Split::Height { rows } => of(apportion(rows, weights), rows),
     }
 }
 
-/// Each rank's whole experts.
-pub fn experts(count: usize, weights: &[f64]) -> Option<Vec<Share>> {
-    let share = |of: &usize| Share { cut: Fraction::new(*of, count), kv: Fraction::ALL };
-    let sizes = apportion(count, weights);
-    sizes.iter().all(|s| *s > 0).then(|| sizes.iter().map(share).collect())
+/// Each rank's part of experts that are spread over groups of `each` ranks, which share the `units` columns of every one:
+/// whole experts where a group is a rank.
+pub fn experts(count: usize, units: usize, weights: &[f64], each: usize) -> Option<Vec<Share>> {
+    let groups: Vec<f64> = weights.chunks(each).map(|group| group.iter().sum()).collect();
+    let mut shares = Vec::with_capacity(weights.len());
+    for (experts, weights) in apportion(count, &groups).into_iter().zip(weights.chunks(each)) {
+        let (columns, all) = if each == 1 { (vec![1], 1) } else { (apportion(units, weights), units) };
+        if experts == 0 || columns.contains(&0) {
+            return None;
+        }
+        let share = |of: usize| Share { cut: Fraction::new(experts * of, count * all), kv: Fraction::ALL };
+        shares.extend(columns.into_iter().map(share));
+    }
+    Some(shares)
 }
 
 /// Query heads by weight: in whole groups of one key/value head where there are enough of them.
@@ -131,6 +140,21 @@ mod tests {
         assert_eq!(apportion(10, &[3.0, 1.0]), [8, 2]);
         assert_eq!(apportion(231, &[1.0; 4]), [58, 58, 58, 57]);
         assert_eq!(apportion(1, &[1.0, 1.0]), [1, 0]);
+    }
+
+    #[test]
+    fn experts_over_groups_and_their_columns_within() {
+        let values = |shares: Vec<Share>| shares.iter().map(|s| s.cut.value()).collect::<Vec<_>>();
+        // Five experts over two groups of two, three columns in each: 3/5 and 2/5, times 2/3 and 1/3.
+        let shares = values(experts(5, 3, &[1.0; 4], 2).unwrap());
+        assert_eq!(shares, [6.0 / 15.0, 3.0 / 15.0, 4.0 / 15.0, 2.0 / 15.0]);
+        assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+        // A group of two fast devices takes twice as many experts.
+        let unlike = values(experts(6, 8, &[2.0, 2.0, 1.0, 1.0], 2).unwrap());
+        assert_eq!(unlike, [1.0 / 3.0, 1.0 / 3.0, 1.0 / 6.0, 1.0 / 6.0]);
+        assert_eq!(values(experts(6, 8, &[1.0; 3], 1).unwrap()), [1.0 / 3.0; 3]);
+        assert_eq!(experts(1, 8, &[1.0; 4], 2), None);
+        assert_eq!(experts(4, 1, &[1.0; 4], 2), None);
     }
 
     #[test]

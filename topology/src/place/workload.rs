@@ -67,7 +67,7 @@ pub struct Part {
     pub attention: Option<Attention>,
     /// Bytes a token of the widest values between two products, cut along `split`.
     pub wide_bytes: u64,
-    /// Bytes of activations of a sequence, however many tokens it has.
+    /// Bytes of activations of a sequence, however many tokens it has; cut along [`Split::Height`] alone.
     pub item_bytes: u64,
     /// The largest single tensor, in bytes, that is cut; and the largest that isn't.
     pub largest: [u64; 2],
@@ -124,6 +124,11 @@ pub enum Split {
         /// How many.
         rows: usize,
     },
+    /// Rows of a picture, with whole weights: what a convolutional model computes, and its activations.
+    Height {
+        /// Rows of the lowest activation.
+        rows: usize,
+    },
     /// Nothing: every rank has it all.
     Whole,
 }
@@ -170,6 +175,19 @@ pub enum Exchange {
     None,
     /// The sum of the residual stream: an all-reduce of [`Workload::stream_bytes`] a token.
     Sum,
+    /// Rows of a picture between neighbours, and sums of statistics, of each sequence.
+    Halo {
+        /// How often neighbours exchange rows: before each convolution that reaches beyond a rank's own.
+        exchanges: usize,
+        /// Bytes that a rank gets from one neighbour, in all of these.
+        bytes: u64,
+        /// How many sums of statistics there are, of group norms.
+        sums: usize,
+        /// Bytes of each.
+        sum_bytes: u64,
+        /// Bytes of the keys and values of all rows, which attention within the model gathers.
+        gather_bytes: u64,
+    },
     /// The logits of each sequence's last token: an all-gather.
     Gather {
         /// Bytes of one row.
@@ -212,6 +230,7 @@ impl Split {
             Split::Columns { units } => Some(("groups of feed-forward columns", units)),
             Split::Experts { units, .. } => Some(("groups of an expert's columns", units)),
             Split::Rows { rows } => Some(("vocabulary rows", rows)),
+            Split::Height { rows } => Some(("rows of its lowest activation", rows)),
             Split::Shared { .. } | Split::Whole => None,
         }
     }

@@ -1,10 +1,15 @@
 //! Proof that a plan is consistent: with itself, and with the model it is for.
 
+use std::collections::BTreeSet;
+
 use super::share::elements;
-use super::{DimensionPlan, Layer, Plan, SCHEMA, Span, TensorShard, shared_by, summarise};
+use super::{DimensionPlan, Layer, Plan, SCHEMA, Slice, Span, TensorShard, shared_by, summarise};
 use crate::model::{Cut, Dimension, MAX_HEADS, ModelSpec, TensorSpec};
 use crate::shard::{DimensionShares, Experts, Shares, kv_heads};
 use crate::{Error, Result};
+
+/// The most bytes that a plan may tell of in all: far above what there is, and no sum of some of them overflows.
+const MAX_SUM: u128 = 1 << 62;
 
 impl Plan {
     /// Checks that the plan doesn't contradict itself, as far as that can be seen without the model: dimensions
@@ -55,6 +60,14 @@ impl Plan {
         }
         if !self.ranks.iter().map(|r| r.rank).eq(0..world) {
             return Some(format!("ranks are not 0 to {}", world - 1));
+        }
+        // Readers add these up.
+        let exchanges = self.layers.iter().flat_map(|l| &l.collectives).chain(&self.vocab.collectives);
+        let of_ranks = self.ranks.iter().flat_map(|r| [r.weight_bytes, r.kv_bytes_per_token, r.peak_bytes]);
+        let bytes =
+            exchanges.map(|c| c.bytes_per_token).chain(of_ranks).chain(self.tensors.iter().map(|t| t.bytes));
+        if bytes.map(u128::from).sum::<u128>() > MAX_SUM {
+            return Some(format!("all its bytes are more than {MAX_SUM} together"));
         }
         self.tensors_out_of_order()
     }
@@ -161,10 +174,20 @@ impl Plan {
         if self.dimensions.len() != spec.dims.len() || !self.dimensions.iter().zip(&spec.dims).all(same) {
             return Err("its dimensions are not those of the model".to_owned());
         }
+        let of = |cut: Cut| self.dimensions.iter().zip(&spec.dims).find(|(p, d)| d.cut == cut && p.shared);
+        // How many groups of ranks have different experts.
+        let groups = match (of(Cut::Experts), of(Cut::ExpertColumns)) {
+            (None, _) => 1,
+            (Some(_), None) => self.world,
+            (Some(_), Some((columns, _))) => columns.groups,
+        };
         for (p, d) in self.dimensions.iter().zip(&spec.dims) {
+            if p.groups != if d.cut == Cut::ExpertColumns && p.shared { groups } else { 1 } {
+                return Err(format!("{} is not shared by as many groups as the experts are", p.name));
+            }
             let Cut::KvHeads { q } = d.cut else {
                 // A partition; that cuts are where they may be was checked.
-                if p.shared && p.ranges.windows(2).any(|w| w[0].end != w[1].start) {
+                if p.shared && !is_partition(p, if d.cut == Cut::Experts { groups } else { p.groups }) {
                     return Err(format!("{}: ranges of several ranks overlap", p.name));
                 }
                 continue;
@@ -181,7 +204,6 @@ impl Plan {
                 }
             }
         }
-        let parallel = self.dimensions.iter().zip(&spec.dims).any(|(p, d)| d.cut == Cut::Experts && p.shared);
         let share = |p: &DimensionPlan| DimensionShares {
             ranges: p.ranges.clone(),
             shared: p.shared,
@@ -190,23 +212,42 @@ impl Plan {
         Ok(Shares {
             world: self.world,
             dims: self.dimensions.iter().map(share).collect(),
-            experts: if parallel { Experts::Parallel } else { Experts::Tensor },
+            experts: Experts::in_groups(groups, self.world),
         })
     }
+}
+
+/// Whether a dimension's ranges are a partition: of experts, which so many groups of ranks have, that of the groups; of
+/// other things, that in each of so many groups.
+fn is_partition(d: &DimensionPlan, groups: usize) -> bool {
+    let each = d.ranges.len() / groups.max(1);
+    let ascends = |ranges: &[Span]| ranges.windows(2).all(|w| w[0].end == w[1].start);
+    if d.groups == groups {
+        return d.ranges.chunks(each).all(ascends);
+    }
+    let firsts: Vec<Span> = d.ranges.iter().step_by(each).copied().collect();
+    ascends(&firsts) && d.ranges.chunks(each).all(|group| group.iter().all(|r| *r == group[0]))
 }
 
 /// Why a dimension's ranges don't cover it, or cut it where it mustn't be. Ranges may overlap here: which do is seen
 /// with the model.
 fn wrong_ranges(d: &DimensionPlan, world: usize) -> Option<String> {
-    let DimensionPlan { name, size, ranges, granule, shared } = d;
+    let DimensionPlan { name, size, ranges, granule, shared, groups } = d;
+    if *groups == 0 || !world.is_multiple_of(*groups) {
+        return Some(format!("{name} is shared by each of {groups} groups, which {world} ranks can't make"));
+    }
     if ranges.len() != world {
         return Some(format!("{name} has {} ranges for {world} ranks", ranges.len()));
     }
     if *granule == 0 {
         return Some(format!("{name} has a granule of 0"));
     }
+    let each = world / groups;
     let (mut start, mut end) = (0, 0);
     for (rank, r) in ranges.iter().enumerate() {
+        if rank.is_multiple_of(each) && end == *size {
+            (start, end) = (0, 0);
+        }
         let of_rank = format!("{name} of rank {rank} is {}..{}", r.start, r.end);
         if !shared && (r.start, r.end) != (0, *size) {
             return Some(format!("{of_rank}, but it isn't shared: it must be 0..{size}"));
@@ -224,59 +265,70 @@ fn wrong_ranges(d: &DimensionPlan, world: usize) -> Option<String> {
 
 /// Why the shards of a tensor don't hold each element once, or several times and declared so.
 ///
-/// A shard cuts one dimension at most and all cut the same, so elements are the indices of that dimension.
-/// Sweeping over the sorted ends of the ranges visits each stretch that the same ranks hold.
+/// All shards cut the same dimensions: one, but for tensors of several experts whose columns are shared too. Sweeping over
+/// the sorted ends of the ranges of each visits each stretch that the same ranks hold, or each field of stretches.
 fn not_covered(tensor: &TensorSpec, shards: &[TensorShard]) -> Option<String> {
-    let cut = shards[0].slices.first().map(|s| s.dim);
-    let size = match cut {
-        Some(dim) => match tensor.shape.get(dim) {
-            Some(&size) => size,
-            None => return Some(format!("it has no dimension {dim}")),
-        },
-        None => 1,
-    };
-    let mut ranges: Vec<Vec<Span>> = Vec::with_capacity(shards.len());
-    for shard in shards {
-        let own: Vec<Span> = match cut {
-            None => vec![Span::new(0, 1)],
-            Some(_) => shard.slices.iter().map(|s| s.range).collect(),
-        };
-        if own.is_empty() || shard.slices.iter().any(|s| Some(s.dim) != cut) {
-            return Some("its shards don't all cut one and the same dimension".to_owned());
-        }
-        let mut end = 0;
-        for range in &own {
-            if range.is_empty() || range.start < end || range.end > size {
-                return Some(format!(
-                    "rank {}: {}..{} is not within {end}..{size}",
-                    shard.rank, range.start, range.end
-                ));
+    let cuts = |shard: &TensorShard| shard.slices.iter().map(|s| s.dim).collect::<BTreeSet<usize>>();
+    let dims = cuts(&shards[0]);
+    if let Some(dim) = dims.iter().find(|dim| **dim >= tensor.shape.len()) {
+        return Some(format!("it has no dimension {dim}"));
+    }
+    if shards.iter().any(|shard| cuts(shard) != dims) {
+        return Some("its shards don't all cut the same dimensions".to_owned());
+    }
+    // Of each dimension that is cut, where any shard does.
+    let mut ends: Vec<Vec<usize>> = Vec::new();
+    for dim in &dims {
+        let size = tensor.shape[*dim];
+        let mut all = vec![0, size];
+        for shard in shards {
+            let mut end = 0;
+            for Slice { range, .. } in shard.slices.iter().filter(|s| s.dim == *dim) {
+                if range.is_empty() || range.start < end || range.end > size {
+                    let (rank, start) = (shard.rank, range.start);
+                    return Some(format!("rank {rank}: {start}..{} is not within {end}..{size}", range.end));
+                }
+                end = range.end;
+                all.extend([range.start, range.end]);
             }
-            end = range.end;
         }
-        ranges.push(own);
+        all.sort_unstable();
+        all.dedup();
+        ends.push(all);
     }
-
-    let all = ranges.iter().flatten();
-    let mut ends: Vec<usize> = all.flat_map(|r| [r.start, r.end]).chain([0, size]).collect();
-    ends.sort_unstable();
-    ends.dedup();
-    let stretches = |r: &Span| ends.partition_point(|e| *e < r.start)..ends.partition_point(|e| *e < r.end);
-    let mut holders = vec![0u32; ends.len() - 1];
-    for range in ranges.iter().flatten() {
-        holders[stretches(range)].iter_mut().for_each(|count| *count += 1);
+    // The fields that a shard holds, numbered with the last dimension running fastest.
+    let fields = |shard: &TensorShard| {
+        dims.iter().zip(&ends).fold(vec![0], |fields, (dim, ends)| {
+            let at = |index: usize| ends.partition_point(|e| *e < index);
+            let ranges =
+                shard.slices.iter().filter(|s| s.dim == *dim).map(|s| at(s.range.start)..at(s.range.end));
+            let along: Vec<usize> = ranges.flatten().collect();
+            fields.iter().flat_map(|f| along.iter().map(move |i| f * (ends.len() - 1) + i)).collect()
+        })
+    };
+    let mut holders = vec![0u32; ends.iter().map(|e| e.len() - 1).product()];
+    for shard in shards {
+        fields(shard).into_iter().for_each(|field| holders[field] += 1);
     }
-    if let Some(i) = holders.iter().position(|count| *count == 0) {
-        return Some(format!("no rank holds {}..{} of dimension {}", ends[i], ends[i + 1], cut.unwrap_or(0)));
+    if let Some(mut field) = holders.iter().position(|count| *count == 0) {
+        let mut place = Vec::new();
+        for (dim, ends) in dims.iter().zip(&ends).rev() {
+            let i = field % (ends.len() - 1);
+            field /= ends.len() - 1;
+            place.push(format!("{}..{} of dimension {dim}", ends[i], ends[i + 1]));
+        }
+        place.reverse();
+        let place = if place.is_empty() { "it".to_owned() } else { place.join(" and ") };
+        return Some(format!("no rank holds {place}"));
     }
-    let shares = |own: &Vec<Span>| own.iter().any(|r| holders[stretches(r)].iter().any(|count| *count > 1));
-    let undeclared = shards.iter().zip(&ranges).find(|(s, own)| s.replicated != shares(own));
-    undeclared.map(|(s, own)| {
-        let (is, says) = if shares(own) {
+    let shares = |shard: &TensorShard| fields(shard).into_iter().any(|field| holders[field] > 1);
+    let undeclared = shards.iter().find(|shard| shard.replicated != shares(shard));
+    undeclared.map(|shard| {
+        let (is, says) = if shares(shard) {
             ("on other ranks too", "not replicated")
         } else {
             ("on no other rank", "replicated")
         };
-        format!("what rank {} holds is {is}, but the plan says {says}", s.rank)
+        format!("what rank {} holds is {is}, but the plan says {says}", shard.rank)
     })
 }

@@ -18,7 +18,7 @@ impl Planner<'_> {
                 all.push(self.collective("all_reduce", "sum of squares", 2 * 4, layer.stream, shares.world));
             }
             match block.experts {
-                Some(experts) if shares.experts == Experts::Parallel => {
+                Some(experts) if shares.experts != Experts::Tensor => {
                     self.expert_exchange(block, experts, layer.stream, shares, &mut all);
                 }
                 _ => {
@@ -35,6 +35,9 @@ impl Planner<'_> {
     /// back. Then a rank has the results of its own tokens. Where a shared expert's columns are shared too, its
     /// partial sums are of all tokens, and one all-reduce both sums these and hands round those (a rank adds zeros
     /// for others' tokens); else the tokens are gathered, unless the sequence is shared anyway.
+    ///
+    /// Where groups of ranks have the experts, the groups divide the tokens, each rank exchanges with those in its place
+    /// in other groups, and gets parts of the sum back, which one all-reduce sums and hands round.
     fn expert_exchange(
         &self,
         block: &Block,
@@ -44,11 +47,14 @@ impl Planner<'_> {
         all: &mut Vec<Collective>,
     ) {
         let world = shares.world;
-        let there = self.row() * experts.per_token as u64;
+        let groups = shares.experts.groups(world);
+        let there = self.row() * (experts.per_token * world / groups) as u64;
         let after = block.sums.first().map_or("", |s| s.after.as_str());
-        all.push(self.collective("all_to_all", &format!("{after}: dispatch"), there, stream, world));
-        all.push(self.collective("all_to_all", &format!("{after}: combine"), there, stream, world));
-        if experts.shared.is_some_and(|dim| shares.dims[dim].shared) {
+        for what in ["dispatch", "combine"] {
+            let name = format!("{after}: {what}");
+            all.push(self.collective_among("all_to_all", &name, there, stream, world, groups));
+        }
+        if groups < world || experts.shared.is_some_and(|dim| shares.dims[dim].shared) {
             self.sum(after, stream, world, all);
         } else {
             // With a shared sequence, this is the all-gather before the next block.
@@ -96,17 +102,31 @@ impl Planner<'_> {
         stream: Stream,
         world: usize,
     ) -> Collective {
+        self.collective_among(op, after, bytes_per_token, stream, world, world)
+    }
+
+    /// The same among some of the ranks at a time.
+    fn collective_among(
+        &self,
+        op: &str,
+        after: &str,
+        bytes_per_token: u64,
+        stream: Stream,
+        world: usize,
+        among: usize,
+    ) -> Collective {
         let us = match op {
-            "all_reduce" => self.costs.all_reduce_us(bytes_per_token, world),
-            "reduce_scatter" => self.costs.exchange_us(op, bytes_per_token, world),
-            "all_to_all" => self.costs.exchange_us(op, bytes_per_token / world as u64, world),
-            _ => self.costs.all_gather_us(bytes_per_token, world),
+            "all_reduce" => self.costs.all_reduce_us(bytes_per_token, among),
+            "reduce_scatter" => self.costs.exchange_us(op, bytes_per_token, among),
+            "all_to_all" => self.costs.exchange_us(op, bytes_per_token / world as u64, among),
+            _ => self.costs.all_gather_us(bytes_per_token, among),
         };
         Collective {
             op: op.to_owned(),
             after: after.to_owned(),
             bytes_per_token,
             predicted_us: rounded(us),
+            among: if among < world { among } else { 0 },
             stream: stream_name(stream),
         }
     }

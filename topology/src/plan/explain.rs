@@ -112,7 +112,7 @@ impl Planner<'_> {
             });
         }
         if plan.world > 1 {
-            alternatives.push(self.other_experts(plan));
+            alternatives.extend(self.other_experts(plan));
             if !self.options.sequence_parallel {
                 let other = self.clone().sequence_parallel(true).outline(plan.world);
                 let other = Alternative::of("sequence parallel".to_owned(), other.as_ref(), plan);
@@ -205,17 +205,26 @@ impl Planner<'_> {
         (1..=world).filter(|n| n.is_power_of_two() || *n == world).collect()
     }
 
-    /// Experts shared the other way.
-    fn other_experts(&self, plan: &Plan) -> Alternative {
+    /// Experts shared in other ways.
+    fn other_experts(&self, plan: &Plan) -> Vec<Alternative> {
         if !self.spec.dims.iter().any(|d| d.cut == Cut::Experts) {
-            return Alternative::impossible("expert parallel", "the model has no experts".to_owned());
+            return vec![Alternative::impossible("expert parallel", "the model has no experts".to_owned())];
         }
-        let whole = plan.layers.iter().any(|l| !l.mlp.experts.is_empty());
-        let (what, experts) = match whole {
-            true => ("experts' columns shared", Experts::Tensor),
-            false => ("expert parallel", Experts::Parallel),
+        let world = plan.world;
+        let here = Shares::of(self.spec, world, &self.options).map_or(1, |s| s.parts(Cut::Experts));
+        let other = |groups: usize| {
+            let what = match (groups, world / groups) {
+                (1, _) => "experts' columns shared".to_owned(),
+                (_, 1) => "expert parallel".to_owned(),
+                (groups, each) => format!("experts over {groups} groups of {each} ranks"),
+            };
+            let planner = self.clone().experts(Experts::in_groups(groups, world));
+            let outline = planner.outline(world);
+            // A mixture that can't be isn't worth a line, where both that it is made of have one.
+            let mixed = groups > 1 && groups < world;
+            (outline.is_ok() || !mixed).then(|| Alternative::of(what, outline.as_ref(), plan))
         };
-        Alternative::of(what.to_owned(), self.clone().experts(experts).outline(plan.world).as_ref(), plan)
+        (1..=world).filter(|n| world.is_multiple_of(*n) && *n != here).filter_map(other).collect()
     }
 
     /// Heads of zeros until every rank has as many.

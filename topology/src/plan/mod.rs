@@ -19,8 +19,8 @@ mod types;
 mod view;
 
 use crate::cost::CostModel;
-use crate::model::{ModelSpec, Stream, TensorSpec};
-use crate::shard::{Experts, Options, Shares};
+use crate::model::{Cut, Dimension, ModelSpec, Stream, TensorSpec};
+use crate::shard::{DimensionShares, Experts, Options, Shares};
 use crate::{Error, Result};
 
 pub use diff::{ClassDiff, DIFF_SCHEMA, Diff, Move, RankDiff, Source};
@@ -118,7 +118,7 @@ impl<'a> Planner<'a> {
             schema: SCHEMA.to_owned(),
             model: summarise(spec),
             world,
-            dimensions: spec.dims.iter().zip(&shares.dims).map(dimension).collect(),
+            dimensions: spec.dims.iter().zip(&shares.dims).map(|d| dimension(d, shares)).collect(),
             layers,
             vocab,
             ranks: (0..world).map(|rank| carried.rank(spec, shares, rank)).collect(),
@@ -225,9 +225,11 @@ fn shared_by(spec: &ModelSpec, shares: &Shares, n: usize) -> Layer {
     layer
 }
 
-fn dimension((d, shares): (&crate::model::Dimension, &crate::shard::DimensionShares)) -> DimensionPlan {
-    let (name, ranges) = (d.name.clone(), shares.ranges.clone());
-    DimensionPlan { name, size: d.size, granule: d.granule, ranges, shared: shares.shared }
+fn dimension((d, of): (&Dimension, &DimensionShares), shares: &Shares) -> DimensionPlan {
+    let (name, ranges) = (d.name.clone(), of.ranges.clone());
+    let groups = if d.cut == Cut::ExpertColumns { shares.world / shares.parts(d.cut) } else { 1 };
+    let groups = if of.shared { groups } else { 1 };
+    DimensionPlan { name, size: d.size, granule: d.granule, ranges, shared: of.shared, groups }
 }
 
 /// How a plan writes a stream: not at all for the model's own tokens.

@@ -126,18 +126,28 @@ impl About<'_> {
         if largest == smallest {
             return None;
         }
-        let total = d.size;
-        let mean = total as f64 / self.world as f64;
-        let excess = (self.bytes_of(id) as f64 / total as f64 * (largest as f64 - mean)) as u64;
+        let (total, ranks) = (d.size, self.shares.parts(d.cut));
+        let mean = total as f64 / ranks as f64;
+        // Of experts and of their columns, a rank has only a part of what follows the other.
+        let held = match d.cut {
+            Cut::Experts => self.shares.parts(Cut::ExpertColumns),
+            Cut::ExpertColumns => self.shares.parts(Cut::Experts),
+            _ => 1,
+        };
+        let excess = (self.bytes_of(id) as f64 / (total * held) as f64 * (largest as f64 - mean)) as u64;
         let groups = match d.granule {
             1 => String::new(),
             g => format!(" in {} groups of {g}, which are never cut,", d.units()),
         };
+        let over = match d.cut {
+            Cut::Experts if ranks < self.world => format!("{ranks} groups of ranks"),
+            Cut::ExpertColumns if ranks < self.world => format!("the {ranks} ranks of a group"),
+            _ => format!("{ranks} ranks"),
+        };
         let text = format!(
-            "{total} {}{groups} are shared unevenly over {} ranks, from {largest} down to {smallest}: the \
+            "{total} {}{groups} are shared unevenly over {over}, from {largest} down to {smallest}: the \
              largest share is {:.1}% above the mean, {} more to read, about {} a token",
             things(d),
-            self.world,
             (largest as f64 / mean - 1.0) * 100.0,
             size(excess),
             time(self.costs.read_us(excess)),
@@ -238,12 +248,28 @@ impl About<'_> {
 
     /// Why experts are shared whole.
     fn experts(&self, options: &Options) -> Option<String> {
-        if self.shares.experts != Experts::Parallel {
+        if self.shares.experts == Experts::Tensor {
             return None;
         }
         let columns = self.spec.dims.iter().find(|d| d.cut == Cut::ExpertColumns)?;
         let experts = self.spec.dims.iter().find(|d| d.cut == Cut::Experts)?;
         let (units, world) = (columns.units(), self.world);
+        let groups = self.shares.parts(Cut::Experts);
+        if groups < world {
+            let why = match options.experts {
+                Experts::Auto => format!(
+                    ", as neither {} experts nor the {units} groups of {} columns of each are enough for {world} ranks",
+                    experts.size, columns.granule
+                ),
+                _ => " as asked for".to_owned(),
+            };
+            return Some(format!(
+                "{} experts are spread over {groups} groups of {} ranks, whose ranks share the columns of each{why}; a \
+                 group's load depends on where tokens are routed",
+                experts.size,
+                world / groups
+            ));
+        }
         let why = if options.experts == Experts::Parallel {
             "as asked for".to_owned()
         } else if units < world {

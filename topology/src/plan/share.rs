@@ -2,7 +2,7 @@
 
 use super::{LayerShare, RankShare, Slice};
 use crate::model::{AttentionSpec, Block, Cache, LayerSpec, ModelSpec, Stream, TensorSpec, Use};
-use crate::shard::{Experts, Shares};
+use crate::shard::Shares;
 
 /// What all ranks carry.
 pub(super) struct Carried {
@@ -91,8 +91,8 @@ fn add(share: &mut LayerShare, spec: &ModelSpec, shares: &Shares, tensor: &Tenso
                 Some(e) => {
                     let all = spec.dims[e.experts].size as u64;
                     let per_token = (e.per_token as u64).min(all);
-                    let world = if shares.experts == Experts::Parallel { shares.world as u64 } else { 1 };
-                    ((per_token, all), ((per_token.div_ceil(world) * world).min(all), all))
+                    let groups = shares.experts.groups(shares.world) as u64;
+                    ((per_token, all), ((per_token.div_ceil(groups) * groups).min(all), all))
                 }
                 None => ((1, 1), (1, 1)),
             };

@@ -2,7 +2,7 @@
 
 use super::notes::{size, time};
 use super::view::{Group, Row, groups, ranges};
-use super::{Collective, Plan, Span};
+use super::{Collective, Plan};
 use crate::fabric::{Fabric, Hop};
 use crate::svg::{Anchor, Rect, Svg, text_width};
 use crate::{Error, Result};
@@ -257,7 +257,7 @@ impl Picture {
 
     fn row(&mut self, row: &Row<'_>) {
         let (largest, smallest) = row.extremes();
-        let copies: usize = row.held.iter().map(Span::len).sum::<usize>() - row.total;
+        let copies = row.copies();
         let each = match (largest == smallest, copies) {
             (true, _) => format!("{largest} a rank"),
             (false, _) => format!("{smallest} to {largest} a rank"),
@@ -323,10 +323,11 @@ impl Picture {
 
     /// A band across all ranks, filled up to its part of all that is exchanged for a token.
     fn exchange(&mut self, exchange: &Collective, times: usize) {
-        let Collective { op, after, bytes_per_token: bytes, predicted_us, stream } = exchange;
+        let Collective { op, after, bytes_per_token: bytes, predicted_us, among, stream } = exchange;
         let token = if stream.is_empty() { "a token" } else { "a token of the context" };
         self.side(self.y + 10.0, op, 12.0, INK);
-        self.side(self.y + 22.0, &format!("after {after}"), 10.5, FAINT);
+        let some = if *among > 0 { format!(", {among} at a time") } else { String::new() };
+        self.side(self.y + 22.0, &format!("after {after}{some}"), 10.5, FAINT);
         let width = self.right() - LEFT - self.gap();
         let band = Rect { x: LEFT, y: self.y, width, height: 24.0 };
         self.svg.rect(band, 3.0, BAND);

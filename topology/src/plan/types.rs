@@ -121,10 +121,27 @@ pub struct DimensionPlan {
     pub size: usize,
     /// It is cut at multiples of this alone: the group or block that one scale of quantised weights stands for.
     pub granule: usize,
-    /// What each rank has: a partition, but for key/value heads that several ranks have.
+    /// What each rank has: a partition, but for key/value heads that several ranks have, and for experts of which a
+    /// group of ranks has the same.
     pub ranges: Vec<Span>,
     /// Whether it is shared; else each rank has all of it.
     pub shared: bool,
+    /// Groups of neighbours of which each shares it by itself: the columns of experts that groups of ranks have. Not
+    /// written where it is one.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub groups: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(n: &usize) -> bool {
+    *n == 1
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// One transformer layer's shares, one span a rank.
@@ -165,10 +182,12 @@ pub struct Attention {
 /// and not written.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Mlp {
-    /// Columns, one span a rank; a partition. Of each routed expert where the layer has experts.
+    /// Columns, one span a rank; a partition. Of each routed expert where the layer has experts, and where groups of
+    /// ranks have the experts a partition in each group.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ffn: Vec<Span>,
-    /// Routed experts, one span a rank; a partition. Their columns are then whole.
+    /// Routed experts, one span a rank: a partition, and their columns are then whole; or the same for each rank of a
+    /// group, and `ffn` says which columns of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<Span>,
     /// Columns of the shared expert, one span a rank; a partition.
@@ -208,6 +227,10 @@ pub struct Collective {
     pub bytes_per_token: u64,
     /// Expected time for one token, in microseconds.
     pub predicted_us: f64,
+    /// How many ranks exchange with each other, `world / among` apart: such as 0, 2, 4 and 1, 3, 5 where 3 of 6 do. Not
+    /// written, and 0, where all do.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub among: usize,
     /// Which tokens it has a row for: `context` for the other stream's; not written for the layer's own.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub stream: String,

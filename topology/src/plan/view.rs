@@ -30,17 +30,25 @@ pub(super) struct Row<'a> {
     pub(super) countable: bool,
     /// What each rank has, in rank order.
     pub(super) held: &'a [Span],
+    /// Whether what several ranks have are copies: not so of experts and their columns, of which each has a part.
+    copies: bool,
 }
 
 impl<'a> Row<'a> {
     fn new(what: &'static str, countable: bool, held: &'a [Span]) -> Row<'a> {
         // Ranges ascend, and the last ones reach the end.
-        Row { what, total: held.last().map_or(0, |s| s.end), countable, held }
+        Row { what, total: held.last().map_or(0, |s| s.end), countable, held, copies: true }
     }
 
-    /// On how many ranks the `index`th is.
+    /// On how many ranks the `index`th is, or copies of it.
     pub(super) fn holders(&self, index: usize) -> usize {
-        self.held.iter().filter(|s| s.contains(index)).count()
+        if self.copies { self.held.iter().filter(|s| s.contains(index)).count() } else { 1 }
+    }
+
+    /// How many copies there are of anything.
+    pub(super) fn copies(&self) -> usize {
+        let held: usize = self.held.iter().map(Span::len).sum();
+        if self.copies { held - self.total } else { 0 }
     }
 
     /// The largest and the smallest share.
@@ -152,10 +160,11 @@ fn attention<'a>(a: &'a Attention, [both, q, kv]: [&'static str; 3]) -> Vec<Row<
 }
 
 fn feed_forward(mlp: &Mlp) -> Vec<Row<'_>> {
-    let columns = if mlp.shared_ffn.is_empty() { "ffn columns" } else { "columns of each expert" };
+    let of_experts = !mlp.shared_ffn.is_empty() || !mlp.experts.is_empty();
+    let columns = if of_experts { "columns of each expert" } else { "ffn columns" };
     let all = [
-        Row::new("experts", true, &mlp.experts),
-        Row::new(columns, false, &mlp.ffn),
+        Row { copies: false, ..Row::new("experts", true, &mlp.experts) },
+        Row { copies: mlp.experts.is_empty(), ..Row::new(columns, false, &mlp.ffn) },
         Row::new("shared expert's columns", false, &mlp.shared_ffn),
     ];
     all.into_iter().filter(|row| !row.held.is_empty()).collect()

@@ -11,9 +11,12 @@
 //!   wait for the slowest of each block by itself. Where weights are quantised, whole groups are shared.
 //! * [`vocab`]: vocabulary rows, padded to a multiple of `lcm(64, n)` and cut evenly; unpadded where that
 //!   would unbalance them.
-//! * routed experts: the columns of each ([`Experts::Tensor`]) or whole experts ([`Experts::Parallel`]). By
-//!   default columns, unless their shares would be illegal or more uneven than 1.03 times the mean and whole
-//!   experts are shared more evenly.
+//! * routed experts: the columns of each ([`Experts::Tensor`]), whole experts ([`Experts::Parallel`]), or whole experts
+//!   among groups of ranks and their columns within each ([`Experts::Grouped`]). By default columns, unless their
+//!   shares would be illegal or more uneven than 1.03 times the mean and whole experts are shared more evenly; groups
+//!   where there are neither columns nor experts for every rank.
+//!
+//! * [`by_height`]: rows of a picture, and the halos that convolutions need of neighbours' rows.
 //!
 //! Ranks that aren't alike have speeds and memory limits ([`Options`]): then each has a share such that the largest
 //! share over speed is least, of which a rank that couldn't hold it gives some to the others.
@@ -24,10 +27,12 @@
 //! columns and `Z = Y B` by B's rows, the two need one all-reduce, of `Z`.
 
 mod even;
+mod halo;
 mod heads;
 mod weighted;
 
 pub use even::{VocabShares, even, vocab};
+pub use halo::{Step, StepRows, by_height};
 pub use heads::{HeadShares, heads, kv_heads};
 
 use crate::model::{Cut, Dimension, ModelSpec, TensorSpec};
@@ -60,6 +65,32 @@ pub enum Experts {
     Tensor,
     /// Each rank has some experts; tokens travel to them and back.
     Parallel,
+    /// Ranks stand in groups of neighbours. Each group has some experts, and each of its ranks some columns of every one
+    /// of these; tokens travel to a group and back.
+    Grouped {
+        /// How many groups: a divisor of the number of ranks.
+        groups: usize,
+    },
+}
+
+impl Experts {
+    /// How many groups of ranks have different experts, of `world` ranks.
+    pub fn groups(self, world: usize) -> usize {
+        match self {
+            Experts::Auto | Experts::Tensor => 1,
+            Experts::Parallel => world,
+            Experts::Grouped { groups } => groups,
+        }
+    }
+
+    /// So many groups of `world` ranks, by the plainest name that it has.
+    pub fn in_groups(groups: usize, world: usize) -> Experts {
+        match groups {
+            1 => Experts::Tensor,
+            n if n == world => Experts::Parallel,
+            groups => Experts::Grouped { groups },
+        }
+    }
 }
 
 /// Each rank's part of every dimension.
@@ -99,15 +130,26 @@ impl Shares {
             return Err(Error::NoRanks);
         }
         let experts = experts(spec, world, options.experts);
-        if let Some((d, units)) = binding(spec, experts).filter(|(_, units)| *units < world) {
-            let legal =
-                |n: usize| binding(spec, self::experts(spec, n, options.experts)).is_none_or(|(_, u)| n <= u);
+        if let Experts::Grouped { groups } = experts
+            && (groups == 0 || !world.is_multiple_of(groups))
+        {
+            return Err(Error::RankOptions(format!(
+                "{world} ranks don't make {groups} equal groups of experts: give a divisor of {world}"
+            )));
+        }
+        if let Some((d, units, ranks)) = binding(spec, world, experts).filter(|(_, _, ranks)| *ranks < world)
+        {
+            let legal = |n: usize| {
+                let experts = self::experts(spec, n, options.experts);
+                let whole = n.is_multiple_of(experts.groups(n));
+                whole && binding(spec, n, experts).is_none_or(|(_, _, ranks)| n <= ranks)
+            };
             return Err(Error::TooManyRanks {
                 world,
                 constraint: d.field,
                 size: units,
                 granule: d.size.div_ceil(units),
-                nearest: (1..=units).rev().find(|&n| legal(n)).unwrap_or(1),
+                nearest: (1..=ranks).rev().find(|&n| legal(n)).unwrap_or(1),
                 alternatives: alternatives(spec, world, experts, d.cut),
             });
         }
@@ -137,10 +179,22 @@ impl Shares {
                     let VocabShares { ranges, padded } = vocab(d.size, world)?;
                     DimensionShares { ranges, shared: true, padded }
                 }
+                Cut::Experts => of(among_groups(d, world, experts.groups(world), speeds)?),
+                Cut::ExpertColumns => of(within_groups(d, world, world / experts.groups(world), speeds)?),
                 _ => of(even::in_granules(d, world, speeds)?),
             });
         }
         Ok(Shares { world, dims, experts })
+    }
+
+    /// How many different parts of a dimension of this kind there are, of which each rank has one.
+    pub fn parts(&self, cut: Cut) -> usize {
+        let groups = self.experts.groups(self.world);
+        match cut {
+            Cut::Experts => groups,
+            Cut::ExpertColumns => self.world / groups,
+            _ => self.world,
+        }
     }
 
     /// What `rank` holds of a dimension.
@@ -169,23 +223,40 @@ impl Shares {
         if self.world == 1 {
             return false;
         }
-        let mut shared = tensor.owner.is_some_and(|o| self.dims[o.dim].shared);
-        for segment in tensor.axes.iter().flat_map(|a| &a.segments) {
-            let d = &self.dims[segment.dim];
-            shared |= d.shared;
-            if d.shared && overlaps(&d.ranges, rank, segment.indices) {
-                return true;
-            }
-        }
-        !shared
+        // Whoever has some of the same is a neighbour.
+        let before = rank.checked_sub(1);
+        before
+            .into_iter()
+            .chain([rank + 1])
+            .any(|other| other < self.world && self.overlap(tensor, rank, other))
+    }
+
+    /// Whether two ranks hold some of the same elements: along each axis that is cut, and of what a tensor is part of.
+    fn overlap(&self, tensor: &TensorSpec, a: usize, b: usize) -> bool {
+        let both = |dim: usize| self.share(dim, a).intersection(self.share(dim, b));
+        let mut axes =
+            tensor.axes.iter().filter(|axis| axis.segments.iter().any(|s| self.dims[s.dim].shared));
+        tensor.owner.is_none_or(|o| both(o.dim).contains(o.index))
+            && axes.all(|axis| axis.segments.iter().any(|s| !both(s.dim).intersection(s.indices).is_empty()))
     }
 }
 
-/// Whether a neighbour has some of the `among` that `rank` has. Ranges ascend, so neighbours are all to look at.
-fn overlaps(ranges: &[Span], rank: usize, among: Span) -> bool {
-    let mine = ranges[rank].intersection(among);
-    let with = |other: usize| ranges.get(other).is_some_and(|o| !o.intersection(mine).is_empty());
-    !mine.is_empty() && (with(rank + 1) || rank.checked_sub(1).is_some_and(with))
+/// Experts among groups of ranks: those of a group have the same.
+fn among_groups(d: &Dimension, world: usize, groups: usize, speeds: &[f64]) -> Result<Vec<Span>> {
+    let each = world / groups;
+    let of_group: Vec<f64> = speeds.chunks(each).map(|group| group.iter().sum()).collect();
+    let experts = even::in_granules(d, groups, &of_group)?;
+    Ok(experts.into_iter().flat_map(|span| std::iter::repeat_n(span, each)).collect())
+}
+
+/// Columns within each group of `each` ranks.
+fn within_groups(d: &Dimension, world: usize, each: usize, speeds: &[f64]) -> Result<Vec<Span>> {
+    if speeds.is_empty() {
+        let columns = even::in_granules(d, each, &[])?;
+        return Ok(columns.iter().copied().cycle().take(world).collect());
+    }
+    let of_group = |speeds: &[f64]| even::in_granules(d, each, speeds);
+    Ok(speeds.chunks(each).map(of_group).collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// How routed experts are shared where the choice is open.
@@ -202,40 +273,57 @@ fn experts(spec: &ModelSpec, world: usize, wish: Experts) -> Experts {
         (Some(columns), _) if columns <= LARGEST_COLUMNS_PERCENT => Experts::Tensor,
         (Some(columns), Some(whole)) if whole < columns => Experts::Parallel,
         (None, Some(_)) => Experts::Parallel,
+        (None, None) => in_groups(spec, world).unwrap_or(Experts::Tensor),
         _ => Experts::Tensor,
     }
+}
+
+/// The most groups for which there are experts, and columns for the ranks of each.
+fn in_groups(spec: &ModelSpec, world: usize) -> Option<Experts> {
+    let least = |cut: Cut| spec.dims.iter().filter(|d| d.cut == cut).map(Dimension::units).min();
+    let (experts, columns) = (least(Cut::Experts)?, least(Cut::ExpertColumns)?);
+    let fits = |groups: &usize| world.is_multiple_of(*groups) && world / groups <= columns;
+    (1..=experts.min(world)).rev().find(fits).map(|groups| Experts::in_groups(groups, world))
 }
 
 /// Whether ranks have different parts of a dimension.
 fn is_shared(d: &Dimension, world: usize, experts: Experts) -> bool {
     match d.cut {
         Cut::SharedColumns => world <= d.units(),
-        Cut::ExpertColumns => experts == Experts::Tensor,
-        Cut::Experts => experts == Experts::Parallel,
+        Cut::ExpertColumns => experts != Experts::Parallel,
+        Cut::Experts => experts != Experts::Tensor,
         _ => true,
     }
 }
 
-/// The dimension that there is least of to share, and how much of it. The first of equals: heads are what runs out
-/// in most models.
-fn binding(spec: &ModelSpec, experts: Experts) -> Option<(&Dimension, usize)> {
-    let units = |d: &Dimension| match d.cut {
-        Cut::Heads { kv } => heads::units(d, &spec.dims[kv]),
-        _ => d.units(),
+/// The dimension that there is least of to share, how much of it, and for how many ranks that is enough. The first of
+/// equals: heads are what runs out in most models.
+fn binding(spec: &ModelSpec, world: usize, experts: Experts) -> Option<(&Dimension, usize, usize)> {
+    let groups = experts.groups(world);
+    let enough = |d: &Dimension| match d.cut {
+        Cut::Heads { kv } => (heads::units(d, &spec.dims[kv]), 1),
+        // Each group shares the columns, and each expert is on so many ranks.
+        Cut::ExpertColumns => (d.units(), groups),
+        Cut::Experts => (d.units(), world / groups),
+        _ => (d.units(), 1),
     };
     let limits = spec.dims.iter().filter(|d| match d.cut {
         // Key/value heads follow from the query heads and may be on several ranks; a shared expert may be on all.
         Cut::KvHeads { .. } | Cut::SharedColumns => false,
         _ => is_shared(d, 1, experts),
     });
-    limits.map(|d| (d, units(d))).min_by_key(|(_, units)| *units)
+    let of = |d| {
+        let (units, times) = enough(d);
+        (d, units, units.saturating_mul(times))
+    };
+    limits.map(of).min_by_key(|(_, _, ranks)| *ranks)
 }
 
 /// What else could use that many ranks.
 fn alternatives(spec: &ModelSpec, world: usize, experts: Experts, binding: Cut) -> String {
     let enough = |cut: Cut| spec.dims.iter().any(|d| d.cut == cut && d.units() >= world);
     let mut ways = Vec::new();
-    if binding == Cut::ExpertColumns && experts == Experts::Tensor && enough(Cut::Experts) {
+    if binding == Cut::ExpertColumns && experts != Experts::Parallel && enough(Cut::Experts) {
         ways.push("share whole experts (expert parallel)");
     }
     if binding == Cut::Experts && enough(Cut::ExpertColumns) {

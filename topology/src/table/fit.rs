@@ -75,6 +75,12 @@ pub fn median(numbers: &mut [f64]) -> Option<f64> {
     numbers.get(numbers.len() / 2).copied()
 }
 
+/// The middle of some times: of an even count the lower of the two, as what comes between makes times longer.
+pub fn typical(times: &mut [f64]) -> Option<f64> {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len().saturating_sub(1) / 2).copied()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,7 +113,8 @@ mod tests {
     #[test]
     fn medians() {
         assert_eq!(median(&mut [3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(&mut []), None);
+        assert_eq!((median(&mut []), typical(&mut [])), (None, None));
+        assert_eq!((typical(&mut [3.0, 1.0, 2.0]), typical(&mut [4.0, 1.0])), (Some(2.0), Some(1.0)));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use serde_json::Value;
 use tensorwire_topology::Plan;
-use tensorwire_topology::plan::{Layer, Span, TensorShard};
+use tensorwire_topology::plan::{Collective, Layer, Span, TensorShard};
 
 use super::attention::{Scores, attend};
 use super::quant;
@@ -429,10 +429,14 @@ impl<'a> Group<'a> {
 
     /// Every rank's messages to every rank, delivered; where the plan doesn't say so only those to itself.
     pub(crate) fn deliver(&self, place: &str, messages: Vec<Vec<Tensor>>) -> Vec<Vec<Tensor>> {
-        let delivered = self.next_exchange(place) == Some("all_to_all");
         let ranks = 0..messages.len();
+        let next = self.peek(place).filter(|(_, next)| next.op == "all_to_all");
+        // Ranks so far apart exchange with each other.
+        let apart = next.map(|(_, next)| ranks.len().checked_div(next.among).unwrap_or(1));
+        self.next_exchange(place);
         let received = |to: usize| {
-            let from = |from: usize| match delivered || from == to {
+            let exchange = |from: usize| apart.is_some_and(|apart| from % apart == to % apart);
+            let from = |from: usize| match exchange(from) || from == to {
                 true => messages[from][to].clone(),
                 false => messages[from][to].map(|_| 0.0),
             };
@@ -454,24 +458,23 @@ impl<'a> Group<'a> {
 
     /// The tokens that are a rank's own where ranks divide them.
     pub(crate) fn tokens_of(&self, rank: usize, tokens: usize) -> Vec<usize> {
-        let start = |rank| rank * tokens / self.weights.len();
-        (start(rank)..start(rank + 1)).collect()
+        part(rank, self.weights.len(), tokens)
     }
 
     /// Whether the next exchange of a layer, or of the vocabulary, is this one.
     pub(crate) fn next_is(&self, place: &str, op: &str) -> bool {
-        self.peek(place).is_some_and(|(_, next)| next == op)
+        self.peek(place).is_some_and(|(_, next)| next.op == op)
     }
 
     /// The next exchange, if it is after this module; the caller makes it.
     fn next_exchange(&self, place: &str) -> Option<&'a str> {
-        let (list, op) = self.peek(place)?;
+        let (list, next) = self.peek(place)?;
         *self.made.borrow_mut().entry(list.to_owned()).or_default() += 1;
-        Some(op)
+        Some(&next.op)
     }
 
-    /// The list that a module's exchanges are in, by its layer's name, and the operation of the next one of it.
-    fn peek(&self, place: &str) -> Option<(&'a str, &'a str)> {
+    /// The list that a module's exchanges are in, by its layer's name, and the next one of it.
+    fn peek(&self, place: &str) -> Option<(&'a str, &'a Collective)> {
         let plan = self.plan?;
         let layer =
             plan.layers.iter().find_map(|l| Some((l, place.strip_prefix(&l.name)?.strip_prefix('.')?)));
@@ -484,8 +487,14 @@ impl<'a> Group<'a> {
         let here =
             |after: &str| module == after || (list.is_empty() && module.ends_with(&format!(".{after}")));
         let next = all.get(made).filter(|c| here(&c.after))?;
-        Some((list, &next.op))
+        Some((list, next))
     }
+}
+
+/// The `i`th of `parts` parts of some tokens.
+pub(crate) fn part(i: usize, parts: usize, tokens: usize) -> Vec<usize> {
+    let start = |i| i * tokens / parts;
+    (start(i)..start(i + 1)).collect()
 }
 
 fn range(span: Span) -> Range<usize> {

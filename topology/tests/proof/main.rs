@@ -7,6 +7,7 @@
 //! `mutations` makes each wrong on purpose.
 
 mod attention;
+mod conv;
 mod decoders;
 mod diffusion;
 mod encoders;
@@ -75,9 +76,11 @@ impl Whole {
     /// Every plan there is for a number of ranks, with what is chosen.
     fn plans(&self, world: usize) -> Vec<(String, Plan)> {
         let has_experts = self.spec.layers.iter().flat_map(|l| &l.blocks).any(|b| b.experts.is_some());
-        let choices = match has_experts {
-            true => &[Experts::Tensor, Experts::Parallel][..],
-            false => &[Experts::Auto][..],
+        // All columns, all experts, and every mixture.
+        let groups = (1..=world).filter(|groups| world.is_multiple_of(*groups));
+        let choices: Vec<Experts> = match has_experts {
+            true => groups.map(|groups| Experts::in_groups(groups, world)).collect(),
+            false => vec![Experts::Auto],
         };
         let all = choices.iter().flat_map(|&experts| [false, true].map(|sequence| (experts, sequence)));
         all.filter_map(|(experts, sequence)| {

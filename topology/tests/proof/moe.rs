@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::group::{Each, Fault, Group};
+use super::group::{Each, Fault, Group, part};
 use super::quant::mxfp4;
 use super::tensor::{Tensor, sigmoid, silu, softmax};
 
@@ -79,13 +79,19 @@ fn routed_bias(g: &Group, mlp: &str, routes: &Each) -> Each {
 
 /// Experts that other ranks have: each rank sends its own tokens' rows to the owners of their experts, and
 /// gets the outputs back. Then it has the sums of its own tokens.
+///
+/// Where several neighbours have the same experts, of which each has some columns, they have the same tokens, send to the
+/// rank in their place among each expert's owners, and get their parts of the outputs back.
 fn elsewhere(g: &Group, mlp: &str, place: &str, x: &Each, routes: &Each, owners: &[Range<usize>]) -> Each {
     let ranks = 0..owners.len();
     let tokens = x.0[0].rows();
+    let each = owners.iter().take_while(|range| **range == owners[0]).count();
+    let own = |rank: usize| part(rank / each, owners.len() / each, tokens);
     // The (token, expert) pairs of a rank's tokens that another rank computes, in an order that both know.
     let pairs = |from: usize, to: usize| -> Vec<(usize, usize)> {
-        let routed = |t: usize| owners[to].clone().filter(move |&e| routes.0[from].at(t, e) != 0.0);
-        g.tokens_of(from, tokens).into_iter().flat_map(|t| routed(t).map(move |e| (t, e))).collect()
+        let meet = from % each == to % each;
+        let routed = |t: usize| owners[to].clone().filter(move |&e| meet && routes.0[from].at(t, e) != 0.0);
+        own(from).into_iter().flat_map(|t| routed(t).map(move |e| (t, e))).collect()
     };
     let rows = |from: usize, to: usize| {
         x.0[from].select(0, &pairs(from, to).iter().map(|(t, _)| *t).collect::<Vec<_>>())
@@ -98,7 +104,9 @@ fn elsewhere(g: &Group, mlp: &str, place: &str, x: &Each, routes: &Each, owners:
             let local = e - owners[owner].start;
             let out = expert(g, owner, mlp, e, local, &rows.select(0, &[i]));
             let bias = format!("{mlp}.experts.down_proj_bias");
-            if g.has(&bias) { out.add(&g.tensor(owner, &bias).index(local)) } else { out }
+            // Of an expert's owners the first adds it.
+            let adds = owner.is_multiple_of(each) || g.fault == Some(Fault::BiasOnEveryRank);
+            if adds && g.has(&bias) { out.add(&g.tensor(owner, &bias).index(local)) } else { out }
         });
         let outputs: Vec<Tensor> = outputs.collect();
         if outputs.is_empty() { rows.clone() } else { Tensor::below(&outputs) }
@@ -118,7 +126,7 @@ fn elsewhere(g: &Group, mlp: &str, place: &str, x: &Each, routes: &Each, owners:
             }
         }
         // A rank hands round the rows of its own tokens, or adds zeros for the others.
-        if gathers { sum.select(0, &g.tokens_of(rank, tokens)) } else { sum }
+        if gathers { sum.select(0, &own(rank)) } else { sum }
     })
 }
 

@@ -191,6 +191,59 @@ fn ranks_with_each_others_experts_are_seen() {
     }
 }
 
+/// Toys whose experts are over two groups of two ranks: with a shared expert, with stacked experts that only so are
+/// enough, and in blocks.
+fn grouped() -> impl Iterator<Item = (Whole, Plan)> {
+    ["qwen2_moe", "gpt_oss", "qwen2_moe fp8", "mixtral"].into_iter().map(|name| {
+        let whole = Whole::of(toy(name));
+        let plan = Planner::new(&whole.spec).experts(Experts::Grouped { groups: 2 }).plan(4).unwrap();
+        assert!(!plan.layers[0].mlp.experts.is_empty() && !plan.layers[0].mlp.ffn.is_empty(), "{name}");
+        (whole, plan)
+    })
+}
+
+#[test]
+fn groups_of_experts_with_parts_of_others_are_seen() {
+    for (whole, plan) in grouped() {
+        let mut moves = 0;
+        // What only an expert's first rank adds isn't read by the others.
+        let read = |t: &TensorShard| !t.name.ends_with("down_proj_bias") || t.rank.is_multiple_of(2);
+        let of_experts = |t: &TensorShard| t.name.contains("experts") && read(t);
+        for (i, t) in plan.tensors.iter().enumerate().filter(|(_, t)| of_experts(t)) {
+            let shape = &whole.spec.tensor(&t.name).unwrap().shape;
+            for (s, slice) in t.slices.iter().enumerate().filter(|(_, s)| s.range.len() < shape[s.dim]) {
+                let mut wrong = plan.clone();
+                wrong.tensors[i].slices[s].range = moved(slice.range, shape[slice.dim]);
+                moves += 1;
+                fails(&whole, &wrong, &format!("{}: {slice:?} of rank {}, one off", t.name, t.rank));
+            }
+        }
+        assert!(moves > 0, "{}", whole.toy.name);
+        let mut wrong = plan.clone();
+        wrong.layers[0].mlp.experts.swap(1, 2);
+        fails(&whole, &wrong, "experts of another group");
+    }
+}
+
+#[test]
+fn groups_of_experts_with_other_exchanges_are_seen() {
+    for (whole, plan) in grouped() {
+        for (i, exchange) in plan.layers[0].collectives.iter().enumerate() {
+            let mut wrong = plan.clone();
+            wrong.layers[0].collectives.remove(i);
+            fails(&whole, &wrong, &format!("{exchange:?} gone"));
+            if exchange.op == "all_to_all" {
+                assert_eq!(exchange.among, 2);
+                let mut wrong = plan.clone();
+                wrong.layers[0].collectives[i].among = 1;
+                differs(&whole, &wrong, None, &format!("{exchange:?} with nobody"));
+            }
+        }
+    }
+    let (whole, plan) = grouped().nth(1).unwrap();
+    differs(&whole, &plan, Some(Fault::BiasOnEveryRank), "an expert's bias added by each of its ranks");
+}
+
 #[test]
 fn a_replica_that_is_dropped_or_shifted_is_seen() {
     let whole = Whole::of(toy("llama"));

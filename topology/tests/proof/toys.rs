@@ -59,7 +59,7 @@ pub(crate) const TOYS: &[Toy] = &[
             "vocab_size": 190, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "hidden_act": "silu",
             "tie_word_embeddings": false}"#,
         forward: decoders::llama,
-        worlds: &[2, 3],
+        worlds: &[2, 3, 4],
     },
     Toy {
         name: "qwen3_moe",
@@ -69,7 +69,7 @@ pub(crate) const TOYS: &[Toy] = &[
             "norm_topk_prob": true, "decoder_sparse_step": 1, "vocab_size": 190, "rms_norm_eps": 1e-6,
             "rope_theta": 100.0, "hidden_act": "silu", "tie_word_embeddings": false}"#,
         forward: decoders::llama,
-        worlds: &[2, 3, 4],
+        worlds: &[2, 3, 4, 6],
     },
     Toy {
         name: "mixtral",
@@ -149,7 +149,7 @@ pub(crate) const TOYS: &[Toy] = &[
             "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": false,
             "quantization_config": {"quant_method": "mxfp4"}}"#,
         forward: decoders::llama,
-        worlds: &[2, 3],
+        worlds: &[2, 3, 4],
     },
     Toy {
         name: "gptq",
@@ -202,7 +202,7 @@ pub(crate) const TOYS: &[Toy] = &[
             "tie_word_embeddings": false,
             "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}"#,
         forward: decoders::llama,
-        worlds: &[2, 3],
+        worlds: &[2, 3, 4],
     },
     Toy {
         name: "gpt2",

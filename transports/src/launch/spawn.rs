@@ -9,7 +9,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use rustix::thread::sched_setaffinity;
-use tensorwire_core::{Error, Result};
+use tensorwire_core::{Error, JOB_PROCESSORS_VAR, Result};
 
 use super::agent::is_of_a_host;
 use super::guard::{Guard, announce};
@@ -121,9 +121,6 @@ fn exit_code(status: ExitStatus) -> i32 {
 /// The environment variable that says whether a launcher binds its ranks to processors: `auto`, as it does without, or
 /// `none`.
 pub const BIND_VAR: &str = "TENSORWIRE_BIND";
-
-/// In which ranks that are bound find all processors that their host's ranks have together.
-const JOB_PROCESSORS_VAR: &str = "TENSORWIRE_JOB_PROCESSORS";
 
 type OnLine<'a> = Box<dyn FnMut(Line<'_>) -> ControlFlow<()> + 'a>;
 

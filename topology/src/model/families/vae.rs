@@ -23,7 +23,8 @@ fn read(f: &Fields) -> Result<Draft> {
         notes: vec![
             "whole on every rank: all weights, as convolutions over space and time are small beside what they \
              compute: to share the work, give each rank whole clips or a part of the height, with a halo of one row \
-             of its neighbours' before each 3x3x3 convolution and a sum for each group norm's statistics"
+             of its neighbours' before each 3x3x3 convolution and a sum for each group norm's statistics (a pipeline's \
+             `height`)"
                 .to_owned(),
         ],
         ..ModelSpec::empty(Architecture::CosmosAutoencoder)

@@ -178,7 +178,16 @@ mod tests {
 
     fn row(what: &str, predicted_us: f64, measured_us: f64) -> Row {
         let ratio = measured_us / predicted_us;
-        Row { what: what.into(), bytes: None, calls: None, predicted_us, band: None, measured_us, ratio }
+        Row {
+            what: what.into(),
+            bytes: None,
+            calls: None,
+            predicted_us,
+            band: None,
+            measured_us,
+            spread: None,
+            ratio,
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use tensorwire::topology::cost::{CostModel, Estimate};
 use tensorwire::topology::plan::Collective as Planned;
-use tensorwire::topology::table::fit::median;
+use tensorwire::topology::table::fit::{median, typical};
 use tensorwire::topology::{ModelSpec, Plan};
 
 use super::{Measured, bytes_read};
@@ -27,6 +27,10 @@ pub(super) struct Row {
     /// By what factor it may be wrong, where it is from measurements.
     pub(super) band: Option<f64>,
     pub(super) measured_us: f64,
+    /// By what factor the passes of a call differ, the shortest and the longest in ten left out: no prediction can be nearer
+    /// to each of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) spread: Option<f64>,
     /// Measured over predicted.
     pub(super) ratio: f64,
 }
@@ -81,8 +85,8 @@ pub(super) fn compare(spec: &ModelSpec, plan: &Plan, costs: &CostModel, measured
         let collective = Collective::from_str(&taken.collective, false).ok()?;
         let made = Call { collective, bytes: taken.bytes };
         let times = calls.iter().filter(|call| **call == made).count();
-        let row = Row::new(&taken.collective, estimate(&made)?, median(&mut us)?);
-        Some(Row { bytes: Some(taken.bytes), calls: Some(times), ..row })
+        let row = Row::new(&taken.collective, estimate(&made)?, typical(&mut us)?);
+        Some(Row { bytes: Some(taken.bytes), calls: Some(times), spread: spread(&us), ..row })
     };
     let collectives = each.into_iter().filter_map(row).collect();
 
@@ -134,9 +138,16 @@ impl Row {
             predicted_us: rounded(predicted.us),
             band: predicted.band,
             measured_us: rounded(measured_us),
+            spread: None,
             ratio: rounded(ratio),
         }
     }
+}
+
+/// By what factor times in ascending order differ, without those of either end that are one in ten; nothing of one.
+fn spread(us: &[f64]) -> Option<f64> {
+    let ends = us.len() / 10;
+    (us.len() > 1).then(|| rounded(us[us.len() - 1 - ends] / us[ends]))
 }
 
 /// The sum of estimates: from measurements where all that count are, and as wrong as the most wrong of them may be.
@@ -212,6 +223,7 @@ mod tests {
                 ("all_reduce", Some(1448), Some(0), 2.0, Some(1.0)),
             ]
         );
+        assert_eq!((found.collectives[0].spread, found.parts[1].spread), (Some(4.5), None));
         assert_eq!(found.parts.len(), 15);
         let row = |what: &str| found.parts.iter().find(|r| r.what == what).unwrap();
         assert_eq!((row("embedding").predicted_us, row("embedding").measured_us), (2.0, 280.0));
@@ -224,6 +236,13 @@ mod tests {
         assert!((row("step").predicted_us - whole).abs() < 0.1 && row("step").measured_us == 4000.0);
         assert!((row("step").predicted_us / plan.predicted.decode_us_per_token - 1.0).abs() < 1e-3);
         assert_eq!(found.comm_us, Some([60.0, 56.0]));
+    }
+
+    #[test]
+    fn passes_differ_by_their_spread() {
+        assert_eq!((spread(&[2.0]), spread(&[2.0, 3.0])), (None, Some(1.5)));
+        let ten: Vec<f64> = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 90.0].to_vec();
+        assert_eq!(spread(&ten), Some(1.5));
     }
 
     #[test]
