@@ -373,6 +373,7 @@ impl Communicator {
     }
 
     /// The same, between hosts for this reason.
+    #[cfg_attr(not(feature = "tcp"), expect(unused_variables, reason = "there is nothing between hosts"))]
     fn since(self, why: impl Into<Arc<str>>) -> Communicator {
         match &self.inner.handle {
             Handle::Shm(_) => self,

@@ -110,13 +110,12 @@ pub(super) fn choose(present: Present) -> Result<(Transport, String)> {
     present.agree(world.rank(), |said| world.broadcast(said))
 }
 
+/// A job's secret, its store, and where that is.
+pub(super) type Met = (tcp::Secret, Box<dyn Store + Sync>, SocketAddr);
+
 /// How ranks over TCP find each other where MPI has started them and nobody has given them a secret; `None` where they are
 /// to meet in another way.
-pub(super) fn meet(
-    env: &Env,
-    over: Transport,
-    options: &tcp::TcpOptions,
-) -> Result<Option<(tcp::Secret, Box<dyn Store + Sync>, SocketAddr)>> {
+pub(super) fn meet(env: &Env, over: Transport, options: &tcp::TcpOptions) -> Result<Option<Met>> {
     let given = tcp::Secret::is_given()
         || matches!(env.rendezvous, tensorwire_transports::launch::Rendezvous::Store(_));
     if given || over != Transport::Tcp || !matches!(env.source, "Open MPI" | "PMI") {
