@@ -185,7 +185,7 @@ fn plans() {
     let target = |bytes: &[u8]| {
         if let Ok(plan) = Plan::from_json(&String::from_utf8_lossy(bytes)) {
             let _ = plan.diff(&plan);
-            (plan.svg(), plan.summary());
+            let _ = (plan.svg(), plan.summary());
         }
     };
     run(3000, target, &[small.to_json().into_bytes()]);

@@ -215,10 +215,13 @@ impl Communicator {
             secret: tcp::Secret::is_given(),
             #[cfg(feature = "tls")]
             certificates: std::env::var_os(tcp::TLS_CERT_VAR).is_some_and(|v| !v.is_empty()),
+            #[cfg(not(feature = "tls"))]
+            certificates: false,
             #[cfg(feature = "mpi")]
             mpi: matches!(env.source, "Open MPI" | "PMI")
                 && env.local_world.is_some_and(|here| here < env.world),
-            ..Present::default()
+            #[cfg(not(feature = "mpi"))]
+            mpi: false,
         };
         let (mut over, mut why) = present.choose(|_| None);
         #[cfg(feature = "mpi")]
