@@ -209,7 +209,9 @@ fn open(file: &Path) -> Result<Library, LoadError> {
     // SAFETY: loading runs the library's constructors. NCCL's only prepare its own data; a file that the user names in
     // NCCL's place is code that the user asks to run.
     let library = unsafe { libloading::Library::new(file) }.map_err(|e| {
-        let why = format!("{at} can't be loaded: {}", e.to_string().trim());
+        // The loader's own words are behind the error's.
+        let loader = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
+        let why = format!("{at} can't be loaded: {}", loader.trim());
         let absent = why.contains("No such file") && !file.exists();
         if absent { LoadError::Absent(why) } else { LoadError::Refused(why) }
     })?;

@@ -77,7 +77,7 @@ fn the_variable_names_the_file_and_no_other_is_taken() {
     assert!(found.contains(&format!("found {}", file.display())), "{found}");
     let missing = run(Path::new("/nowhere/libnccl.so.2"));
     assert!(missing.contains("NCCL can't be used: /nowhere/libnccl.so.2 can't be loaded"), "{missing}");
-    assert!(missing.contains("(TENSORWIRE_NCCL_LIB names it)"), "{missing}");
+    assert!(missing.contains("No such file or directory (TENSORWIRE_NCCL_LIB names it)"), "{missing}");
     let nothing = run(Path::new(""));
     assert!(
         nothing.contains("found ") || nothing.contains("was looked for where the loader looks, and in "),
