@@ -9,12 +9,14 @@
 //! | --- | --- |
 //! | `cuda`, `host` | the two kinds of devices |
 //! | `buffer` | memory on a device |
-//! | `communicator` | groups: what carries their data, what is under way, how they end |
+//! | `choose` | what carries a group's data |
+//! | `communicator` | groups: how they are formed, what is under way, how they end |
 //! | `collectives` | the calls |
 //! | `staged` | calls by way of host memory, where NCCL can't be used |
 //! | `watch` | the thread that sees what becomes of the others |
 
 mod buffer;
+mod choose;
 mod collectives;
 mod communicator;
 mod cuda;
@@ -35,7 +37,8 @@ use tensorwire_core::{Element, Error, Result};
 pub use cudarc;
 
 pub use buffer::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
-pub use communicator::{DeviceCommunicator, DeviceOptions, Engine, EngineChoice};
+pub use choose::{DeviceOptions, Engine, EngineChoice};
+pub use communicator::DeviceCommunicator;
 pub use group::Group;
 
 /// A device that ranks compute on.
