@@ -101,7 +101,7 @@ fn every_collective_runs_over_networks() {
         }
     }
     let refusal = refused(&bench("--transport pigeons"), 2);
-    assert!(refusal.contains("use shm, tcp, tls, quic or auto"), "{refusal}");
+    assert!(refusal.contains("use shm, tcp, tls, quic, mpi or auto"), "{refusal}");
 }
 
 #[test]
