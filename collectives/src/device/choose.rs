@@ -16,7 +16,7 @@ pub struct DeviceOptions {
     pub engine: EngineChoice,
     /// The NCCL to use; found as [`Library::find`] says if `None`.
     pub library: Option<Library>,
-    /// How long forming the group, launching a call and [`synchronize`](DeviceCommunicator::synchronize) may take.
+    /// How long forming the group, launching a call and [`synchronize`](super::DeviceCommunicator::synchronize) may take.
     pub timeout: Duration,
 }
 
