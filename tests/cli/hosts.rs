@@ -194,19 +194,25 @@ fn nothing_survives_a_launcher_an_agent_or_a_remote_shell_that_is_killed() {
 
 #[test]
 fn agents_whose_connection_ends_end_their_ranks() {
-    // This shell stays between the launcher and the agent, and is killed, which leaves the agent with closed streams.
-    let hosts = Hosts::new("127.0.0.2 slots=2\n127.0.0.3 slots=2\n", "shift\ncat | setsid \"$@\" | cat");
-    let mark = format!("cut-{}", std::process::id());
-    let (child, _out) = start(&hosts, &mark, "sleep 60 & echo ready; sleep 61; true");
-    assert_eq!(agents(&mark).len(), 2);
-    let shells = marked("TEST_MARK", &mark)
-        .into_iter()
-        .filter(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == b"cat\0"));
-    shells.for_each(|pid| send(pid, Signal::KILL));
-    let output = child.wait_with_output().unwrap();
-    assert_ne!(output.status.code(), Some(0));
-    assert!(stderr(&output).contains("was lost with host"), "{}", stderr(&output));
-    eventually("a process is left", || marked("TEST_MARK", &mark).is_empty());
+    // This shell's `cat`s stay between the launcher and the agent. Killing them closes the agent's input, its output
+    // or both; with its input alone, what it says still reaches the launcher.
+    let hosts = Hosts::new("127.0.0.2 slots=2\n127.0.0.3 slots=2\n", "shift\ncat -- | setsid \"$@\" | cat -u");
+    let (input, output): (&[u8], &[u8]) = (b"cat\0--\0", b"cat\0-u\0");
+    for (case, cut) in [&[input][..], &[output], &[input, output]].into_iter().enumerate() {
+        let mark = format!("cut-{case}-{}", std::process::id());
+        let (child, _out) = start(&hosts, &mark, "sleep 60 & echo ready; sleep 61; true");
+        assert_eq!(agents(&mark).len(), 2);
+        let is_cut = |pid: &u32| {
+            std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| cut.contains(&&line[..]))
+        };
+        let cats: Vec<u32> = marked("TEST_MARK", &mark).into_iter().filter(is_cut).collect();
+        assert_eq!(cats.len(), 2 * cut.len());
+        cats.into_iter().for_each(|pid| send(pid, Signal::KILL));
+        let output = child.wait_with_output().unwrap();
+        assert_ne!(output.status.code(), Some(0), "case {case}");
+        assert!(stderr(&output).contains("was lost with host"), "case {case}: {}", stderr(&output));
+        eventually("a process is left", || marked("TEST_MARK", &mark).is_empty());
+    }
 }
 
 #[test]

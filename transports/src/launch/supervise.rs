@@ -422,6 +422,9 @@ impl Watch<'_> {
         } else if !ended.is_empty() && self.forwarded.is_some() {
             self.end();
         }
+        // A launcher that doesn't ask for its ranks' end but is lost, whom some of what we write may still reach, has
+        // lost them: how they end now is our doing.
+        all.retain(|_| !self.output_closed);
         for (i, status) in all {
             let (rank, first) = ((self.first + i) as u32, self.failure.is_some_and(|(rank, _)| rank == i));
             self.output.report(&Report::Ended { rank, status: status.into_raw(), first });
