@@ -13,6 +13,9 @@ pub struct Tuning {
     pub symmetric_one_shot: usize,
     /// Bytes that a rank puts into one step of a pipelined collective.
     pub chunk: usize,
+    /// The largest block of an all-gather or all-to-all, in bytes, that goes through the ranks' shared memory; larger ones
+    /// they read where they lie in each other's, if the system lets them.
+    pub single_copy_above: usize,
 }
 
 /// Bytes that a rank reads in a one-shot all-reduce, beyond which a second step costs less than reading
@@ -31,17 +34,25 @@ const SYMMETRIC_ONE_SHOT: usize = 1 << 10;
 /// matter.
 const CHUNK: usize = 256 << 10;
 
+/// A block of more bytes the kernel copies from one process to another in less time than it takes to write it to a slot and
+/// read it there: in half of it where a block is the same as in the last call, and in a little more where it was
+/// written anew. Measured: see docs/measurements.
+const SINGLE_COPY_ABOVE: usize = 64 << 10;
+
+/// The same at two ranks, which wait for one peer.
+const SINGLE_COPY_ABOVE_OF_TWO: usize = 16 << 10;
+
 impl Tuning {
     /// The most ranks that a tuning can be for.
     const MAX_WORLD: usize = 1 << 16;
 
     /// What holds where nothing was measured.
     pub fn built_in(world: usize) -> Tuning {
-        let one_shot = match world {
-            0..=2 => ONE_SHOT_READS_OF_TWO,
-            _ => ONE_SHOT_READS / (world - 1),
+        let (one_shot, single_copy_above) = match world {
+            0..=2 => (ONE_SHOT_READS_OF_TWO, SINGLE_COPY_ABOVE_OF_TWO),
+            _ => (ONE_SHOT_READS / (world - 1), SINGLE_COPY_ABOVE),
         };
-        Tuning { world, one_shot, symmetric_one_shot: SYMMETRIC_ONE_SHOT, chunk: CHUNK }
+        Tuning { world, one_shot, symmetric_one_shot: SYMMETRIC_ONE_SHOT, chunk: CHUNK, single_copy_above }
     }
 
     /// Whether its numbers can be used: 2 ranks and more, and chunks of whole pages from 4 KiB to 1 GiB. Any
@@ -69,6 +80,7 @@ impl Tuning {
             one_shot: scaled(near.one_shot),
             symmetric_one_shot: scaled(near.symmetric_one_shot),
             chunk: near.chunk,
+            single_copy_above: near.single_copy_above,
         }
     }
 }
@@ -78,7 +90,13 @@ mod tests {
     use super::*;
 
     fn tuning(world: usize, one_shot: usize) -> Tuning {
-        Tuning { world, one_shot, symmetric_one_shot: one_shot / 2, chunk: 64 << 10 }
+        Tuning {
+            world,
+            one_shot,
+            symmetric_one_shot: one_shot / 2,
+            chunk: 64 << 10,
+            single_copy_above: 8 << 10,
+        }
     }
 
     #[test]

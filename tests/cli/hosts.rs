@@ -196,7 +196,8 @@ fn nothing_survives_a_launcher_an_agent_or_a_remote_shell_that_is_killed() {
 fn agents_whose_connection_ends_end_their_ranks() {
     // This shell's `cat`s stay between the launcher and the agent. Killing them closes the agent's input, its output
     // or both; with its input alone, what it says still reaches the launcher.
-    let hosts = Hosts::new("127.0.0.2 slots=2\n127.0.0.3 slots=2\n", "shift\ncat -- | setsid \"$@\" | cat -u");
+    let hosts =
+        Hosts::new("127.0.0.2 slots=2\n127.0.0.3 slots=2\n", "shift\ncat -- | setsid \"$@\" | cat -u");
     let (input, output): (&[u8], &[u8]) = (b"cat\0--\0", b"cat\0-u\0");
     for (case, cut) in [&[input][..], &[output], &[input, output]].into_iter().enumerate() {
         let mark = format!("cut-{case}-{}", std::process::id());

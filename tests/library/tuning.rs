@@ -58,8 +58,17 @@ fn exercise(comm: &Communicator) {
         let mut mine = vec![0f32; len];
         comm.reduce_scatter(&buffer::<f32>(me, len * world), &mut mine, ReduceOp::Sum).unwrap();
         assert_same(&mine, &reduced(ReduceOp::Sum, world, len * world)[me * len..][..len], "reduce_scatter");
-        let mut swapped = vec![0f32; len * world];
-        comm.all_to_all(&buffer::<f32>(me, len * world), &mut swapped).unwrap();
+        // Where a rank exchanges in place, the others can't read what it has where it lies.
+        for in_place in [None, Some(0)] {
+            let mut swapped = buffer::<f32>(me, len * world);
+            if in_place == Some(me) {
+                comm.all_to_all_in_place(&mut swapped).unwrap();
+            } else {
+                comm.all_to_all(&buffer::<f32>(me, len * world), &mut swapped).unwrap();
+            }
+            let block = |r| buffer::<f32>(r, len * world)[me * len..][..len].to_vec();
+            assert_same(&swapped, &(0..world).flat_map(block).collect::<Vec<_>>(), "all_to_all");
+        }
     }
 }
 
@@ -68,8 +77,15 @@ fn save(path: &Path, machine: Fingerprint, tunings: Vec<Tuning>) -> String {
     path.display().to_string()
 }
 
-const SMALL: Tuning = Tuning { world: 2, one_shot: 0, symmetric_one_shot: 500, chunk: 4 << 10 };
-const LARGE: Tuning = Tuning { world: 2, one_shot: 1 << 20, symmetric_one_shot: 1 << 20, chunk: 512 << 10 };
+const SMALL: Tuning =
+    Tuning { world: 2, one_shot: 0, symmetric_one_shot: 500, chunk: 4 << 10, single_copy_above: 0 };
+const LARGE: Tuning = Tuning {
+    world: 2,
+    one_shot: 1 << 20,
+    symmetric_one_shot: 1 << 20,
+    chunk: 512 << 10,
+    single_copy_above: usize::MAX,
+};
 
 /// What [`choices`] says by [`SMALL`], by [`LARGE`], and by the constants.
 const BY_SMALL: &str = "two_shot/symmetric two_shot/symmetric";
@@ -125,7 +141,13 @@ fn all_ranks_choose_by_rank_0s_table_whatever_their_own_says() {
 fn any_tuning_gives_the_same_results() {
     for chunk in [4 << 10, 12 << 10, 1 << 30] {
         for one_shot in [0, 5000, usize::MAX] {
-            let tuning = vec![Tuning { world: 3, one_shot, symmetric_one_shot: one_shot, chunk }];
+            let tuning = vec![Tuning {
+                world: 3,
+                one_shot,
+                symmetric_one_shot: one_shot,
+                chunk,
+                single_copy_above: one_shot,
+            }];
             threads(3, &Options { tuning, ..Options::default() }, |comm| exercise(&comm));
         }
     }

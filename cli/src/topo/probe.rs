@@ -13,7 +13,7 @@ use tensorwire::transports::launch::Transport;
 use tensorwire::{Algorithm, Communicator, Tuning};
 
 use super::profile::{self, Effort};
-use super::sample::{CHUNKS, SIZES, Sample, Samples};
+use super::sample::{BLOCKS, CHUNKS, SINGLE_COPY, SIZES, SLOTS, Sample, Samples};
 use super::{Args, RANK_COMMAND, network, report};
 use crate::failure::Failure;
 use crate::job::launched;
@@ -232,6 +232,15 @@ fn fit(world: usize, samples: &Samples<'_>) -> Option<Tuning> {
         let whole = small.len() == SIZES.len() && large.len() == SIZES.len();
         whole.then(|| crossover(&SIZES, &small, &large, built_in))
     };
+    let (slots, single) = (samples.by_block(SLOTS), samples.by_block(SINGLE_COPY));
+    let single_copy_above = match (slots.len(), single.len()) {
+        // Of more ranks than gather blocks.
+        (0, 0) => built_in.single_copy_above,
+        (a, b) if a == BLOCKS.len() && b == BLOCKS.len() => {
+            crossover(&BLOCKS, &slots, &single, built_in.single_copy_above)
+        }
+        _ => return None,
+    };
     let by_chunk = samples.by_chunk();
     let whole = by_chunk.iter().all(|times| !times.is_empty() && times.len() == by_chunk[0].len());
     let known = CHUNKS.iter().position(|chunk| *chunk == built_in.chunk).filter(|_| whole)?;
@@ -240,6 +249,7 @@ fn fit(world: usize, samples: &Samples<'_>) -> Option<Tuning> {
         one_shot: threshold("user", Algorithm::TwoShot, built_in.one_shot)?,
         symmetric_one_shot: threshold("symmetric", Algorithm::Symmetric, built_in.symmetric_one_shot)?,
         chunk: CHUNKS[fastest(&by_chunk, known)],
+        single_copy_above,
     })
 }
 
@@ -251,6 +261,7 @@ pub(super) mod tests {
     /// What ranks would measure where a step costs `alpha` microseconds and one shot loses above `crossing` bytes.
     pub(in crate::topo) fn measured(ranks: usize, crossing: usize, chunk: usize) -> Vec<Sample> {
         let sample = |collective: &str, algorithm: &str, buffer: &str, chunk, bytes, median_us| Sample {
+            touched: false,
             ranks,
             collective: collective.into(),
             algorithm: algorithm.into(),
@@ -267,6 +278,19 @@ pub(super) mod tests {
                 samples.push(sample("all_reduce", large, buffer, 256 << 10, bytes, 10.0));
             }
         }
+        // What was written anew takes longer, and twice as long in a single copy.
+        for bytes in BLOCKS {
+            let slower = if bytes > crossing { 1.2 } else { 0.8 };
+            for touched in [false, true] {
+                let [slots, single] = if touched { [20.0, 40.0] } else { [10.0, 5.0] };
+                for (way, time) in [(SLOTS, slots * slower), (SINGLE_COPY, single)] {
+                    samples.push(Sample {
+                        touched,
+                        ..sample("all_gather", way, "user", 256 << 10, bytes, time)
+                    });
+                }
+            }
+        }
         for bytes in CHUNKED {
             for candidate in CHUNKS {
                 let time = 100.0 * (1.0 + (candidate as f64 / chunk as f64).ln().abs());
@@ -281,10 +305,17 @@ pub(super) mod tests {
     fn the_fastest_is_chosen() {
         let samples = measured(2, 32 << 10, 64 << 10);
         let tuning = fit(2, &Samples(&samples)).unwrap();
-        let expected = Tuning { world: 2, one_shot: 32 << 10, symmetric_one_shot: 32 << 10, chunk: 64 << 10 };
+        let expected = Tuning {
+            world: 2,
+            one_shot: 32 << 10,
+            symmetric_one_shot: 32 << 10,
+            chunk: 64 << 10,
+            single_copy_above: 32 << 10,
+        };
         assert_eq!(tuning, expected);
         assert!(tuning.is_sound());
-        for missing in [0, 1, samples.len() - 1] {
+        let block = samples.iter().position(|s| s.algorithm == SLOTS).unwrap();
+        for missing in [0, 1, block, samples.len() - 1] {
             let mut fewer = samples.clone();
             fewer.remove(missing);
             assert_eq!(fit(2, &Samples(&fewer)), None, "{missing}");

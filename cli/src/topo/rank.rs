@@ -9,7 +9,7 @@ use tensorwire::transports::store::UnixStore;
 use tensorwire::{Algorithm, Communicator, Deadline, Error, Options, ReduceOp, Result, Tuning};
 
 use super::network;
-use super::sample::{CHUNKED, CHUNKS, SIZES, Sample, built_in_chunk};
+use super::sample::{BLOCKS, CHUNKED, CHUNKS, SINGLE_COPY, SIZES, SLOTS, Sample, built_in_chunk};
 use crate::bench::{Buffer, Case, Collective, batch};
 use crate::failure::{Failure, print};
 
@@ -53,16 +53,17 @@ fn measure() -> Result<Option<Vec<Sample>>> {
     };
     let options = Options::default();
     let store = UnixStore::connect(address, Deadline::after(options.timeout))?;
-    // Chunks are set, whatever table there is already.
-    let join = |chunk: usize| {
-        let tuning = vec![Tuning { chunk, ..Tuning::built_in(env.world) }];
+    // Chunks are set, and which way blocks go, whatever table there is already.
+    let join = |chunk: usize, single_copy_above: usize| {
+        let tuning = vec![Tuning { chunk, single_copy_above, ..Tuning::built_in(env.world) }];
         Communicator::join(env.rank, env.world, &store, &Options { tuning, ..options.clone() })
     };
-    let comm = join(built_in_chunk())?;
-    let chunked = CHUNKS.map(join).into_iter().collect::<Result<Vec<_>>>()?;
-    let mut least = pass(&comm, &chunked)?;
+    let comm = join(built_in_chunk(), usize::MAX)?;
+    let single_copy = join(built_in_chunk(), 0)?;
+    let chunked = CHUNKS.map(|chunk| join(chunk, usize::MAX)).into_iter().collect::<Result<Vec<_>>>()?;
+    let mut least = pass(&comm, &single_copy, &chunked)?;
     for _ in 1..PASSES {
-        for (least, again) in least.iter_mut().zip(pass(&comm, &chunked)?) {
+        for (least, again) in least.iter_mut().zip(pass(&comm, &single_copy, &chunked)?) {
             least.median_us = least.median_us.min(again.median_us);
         }
     }
@@ -70,8 +71,9 @@ fn measure() -> Result<Option<Vec<Sample>>> {
     Ok((env.rank == 0).then_some(least))
 }
 
-/// Measures everything once: the algorithms over `comm`, the chunks over `chunked`, a communicator each.
-fn pass(comm: &Communicator, chunked: &[Communicator]) -> Result<Vec<Sample>> {
+/// Measures everything once: the algorithms over `comm`, the ways of blocks over it and over `single_copy`, and the chunks
+/// over `chunked`, a communicator each.
+fn pass(comm: &Communicator, single_copy: &Communicator, chunked: &[Communicator]) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
     for bytes in SIZES {
         for (buffer, large) in [(Buffer::User, Algorithm::TwoShot), (Buffer::Symmetric, Algorithm::Symmetric)]
@@ -85,9 +87,20 @@ fn pass(comm: &Communicator, chunked: &[Communicator]) -> Result<Vec<Sample>> {
             samples.extend(compare(case, ways)?);
         }
     }
-    let pipelined = [(Collective::AllReduce, Algorithm::TwoShot.name()), (Collective::AllGather, "direct")];
     // Each rank of an all-gather has a block of every rank: of many ranks, more than memory may hold.
-    let pipelined = if comm.world() <= MOST_GATHERED { &pipelined[..] } else { &pipelined[..1] };
+    let gathers = comm.world() <= MOST_GATHERED;
+    for bytes in BLOCKS.into_iter().filter(|_| gathers) {
+        for touched in [false, true] {
+            let case = Case::new(comm, Collective::AllGather, ReduceOp::Sum, Buffer::User, bytes)?;
+            let ways = [(comm, SLOTS), (single_copy, SINGLE_COPY)].map(|(comm, name)| {
+                let sample = sample(comm, Collective::AllGather, name, Buffer::User, built_in_chunk(), bytes);
+                Way { comm, algorithm: Algorithm::TwoShot, sample: Sample { touched, ..sample } }
+            });
+            samples.extend(compare(case, ways)?);
+        }
+    }
+    let pipelined = [(Collective::AllReduce, Algorithm::TwoShot.name()), (Collective::AllGather, "direct")];
+    let pipelined = if gathers { &pipelined[..] } else { &pipelined[..1] };
     for bytes in CHUNKED {
         for (collective, name) in pipelined {
             let case = Case::new(&chunked[0], *collective, ReduceOp::Sum, Buffer::User, bytes)?;
@@ -124,6 +137,7 @@ fn sample(
         buffer: if buffer == Buffer::Symmetric { "symmetric" } else { "user" }.to_owned(),
         chunk,
         bytes,
+        touched: false,
         median_us: 0.0,
     }
 }
@@ -141,7 +155,7 @@ fn compare<'a>(mut case: Case<'a, f32>, ways: impl IntoIterator<Item = Way<'a>>)
             )));
         }
         for _ in 0..2 {
-            let fit = BATCH.as_secs_f64() / batch(&mut case, way.comm, false, *calls)?;
+            let fit = BATCH.as_secs_f64() / batch(&mut case, way.comm, way.sample.touched, *calls)?;
             *calls = fit.clamp(2.0, 100_000.0) as u32;
         }
     }
@@ -150,7 +164,7 @@ fn compare<'a>(mut case: Case<'a, f32>, ways: impl IntoIterator<Item = Way<'a>>)
         for i in 0..count {
             let (way, calls, times) = &mut ways[(i + round) % count];
             take(&mut case, way)?;
-            times.push(batch(&mut case, way.comm, false, *calls)?);
+            times.push(batch(&mut case, way.comm, way.sample.touched, *calls)?);
         }
     }
     for (way, ..) in &ways {

@@ -10,7 +10,7 @@ use tensorwire::topology::table::{Absent, Measured, Table};
 use tensorwire::{Algorithm, Link, Tuning};
 
 use super::network::{self, Fitted};
-use super::sample::{CHUNKS, SIZES, Samples};
+use super::sample::{BLOCKS, CHUNKS, SINGLE_COPY, SIZES, SLOTS, Samples};
 use crate::failure::Failure;
 
 /// The machine, a line or more for each of its parts.
@@ -114,6 +114,26 @@ pub(super) fn choice(t: &Tuning, samples: &Samples<'_>, processors: usize) -> St
             .map(beside)
             .collect();
         line("chunk", format!("{}, {}", bytes_text(t.chunk as u64), beside.join(", ")));
+    }
+    let (slots, single) = (samples.by_block(SLOTS), samples.by_block(SINGLE_COPY));
+    let last = BLOCKS.partition_point(|bytes| *bytes <= t.single_copy_above);
+    let neighbours: Vec<String> = [last.checked_sub(1), Some(last)]
+        .into_iter()
+        .flatten()
+        .filter_map(|i| {
+            let (slots, single) = (slots.get(i)?, single.get(i)?);
+            let beside = if i < last {
+                compared(single / slots, SINGLE_COPY)
+            } else {
+                compared(slots / single, SLOTS)
+            };
+            Some(format!("at {} {beside}", bytes_text(BLOCKS[i] as u64)))
+        })
+        .collect();
+    if !neighbours.is_empty() {
+        let above = bytes_text(t.single_copy_above as u64);
+        line("all_gather", format!("blocks through slots up to {above}, then in a single copy"));
+        line("", neighbours.join("; "));
     }
     text
 }
@@ -307,12 +327,14 @@ pub(super) fn table(table: &Result<Table, Absent>, machine: &Fingerprint) -> Str
     };
     let _ = writeln!(
         text,
-        "{:>10}{:>20}{:>25}{:>10}",
-        "ranks", "one_shot up to", "in symmetric buffers", "chunk"
+        "{:>10}{:>20}{:>25}{:>10}{:>20}",
+        "ranks", "one_shot up to", "in symmetric buffers", "chunk", "slots for blocks to"
     );
     for t in rows {
-        let cells = [t.one_shot, t.symmetric_one_shot, t.chunk].map(|n| bytes_text(n as u64));
-        let _ = writeln!(text, "{:>10}{:>20}{:>25}{:>10}", t.world, cells[0], cells[1], cells[2]);
+        let cells =
+            [t.one_shot, t.symmetric_one_shot, t.chunk, t.single_copy_above].map(|n| bytes_text(n as u64));
+        let _ =
+            writeln!(text, "{:>10}{:>20}{:>25}{:>10}{:>20}", t.world, cells[0], cells[1], cells[2], cells[3]);
     }
     let others = match table {
         Ok(_) => "other numbers of ranks: as the nearest, where a rank reads as many bytes of its peers",
@@ -326,6 +348,7 @@ pub(super) fn table_json(table: &Result<Table, Absent>, machine: &Fingerprint) -
     let world = |t: &Tuning| {
         json!({
             "ranks": t.world, "one_shot": t.one_shot, "symmetric_one_shot": t.symmetric_one_shot, "chunk": t.chunk,
+            "single_copy_above": t.single_copy_above,
         })
     };
     let path = Table::path(machine).ok();
@@ -401,7 +424,13 @@ mod tests {
     #[test]
     fn a_choice_is_compared_with_its_neighbours() {
         let samples = measured(2, 32 << 10, 64 << 10);
-        let tuning = Tuning { world: 2, one_shot: 32 << 10, symmetric_one_shot: 1 << 20, chunk: 64 << 10 };
+        let tuning = Tuning {
+            world: 2,
+            one_shot: 32 << 10,
+            symmetric_one_shot: 1 << 20,
+            chunk: 64 << 10,
+            single_copy_above: 8 << 10,
+        };
         let text = choice(&tuning, &Samples(&samples), 2);
         assert!(text.contains("one_shot up to 32 KiB, then two_shot"), "{text}");
         assert!(text.contains("at 32 KiB 8.00 us, 1.25 x faster than two_shot"), "{text}");
@@ -409,6 +438,8 @@ mod tests {
         // One shot at all sizes was forced on this one, and loses at the largest.
         assert!(text.contains("at 1 MiB 12.00 us, 1.20 x slower than symmetric\n"), "{text}");
         assert!(text.contains("64 KiB, 1.69 x faster than 32 KiB, 1.69 x faster than 128 KiB"), "{text}");
+        assert!(text.contains("blocks through slots up to 8 KiB, then in a single copy"), "{text}");
+        assert!(text.contains("at 8 KiB 1.25 x slower than single_copy; at 16 KiB 1.25 x"), "{text}");
         assert!(
             !text.contains("taking turns") && choice(&tuning, &Samples(&samples), 1).contains("taking turns")
         );

@@ -25,6 +25,13 @@ pub(super) const CHUNKS: [usize; 5] = [32 << 10, 64 << 10, 128 << 10, 256 << 10,
 /// Sizes at which they are, all larger than [`SIZES`].
 pub(super) const CHUNKED: [usize; 2] = [2 << 20, 4 << 20];
 
+/// Blocks of an all-gather that go through slots and in a single copy, to be compared.
+pub(super) const BLOCKS: [usize; 7] = [4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10];
+
+/// The names of these two ways.
+pub(super) const SLOTS: &str = "slots";
+pub(super) const SINGLE_COPY: &str = "single_copy";
+
 /// The chunk that algorithms are compared with.
 pub(super) fn built_in_chunk() -> usize {
     Tuning::built_in(2).chunk
@@ -41,6 +48,8 @@ pub(super) struct Sample {
     /// Bytes that a step moves, where there are several.
     pub(super) chunk: usize,
     pub(super) bytes: usize,
+    /// Whether the input was written anew before each call.
+    pub(super) touched: bool,
     /// Of the slowest rank's mean times a call, the median of the rounds, and the least of the passes.
     pub(super) median_us: f64,
 }
@@ -61,6 +70,18 @@ impl Samples<'_> {
             })
         };
         SIZES.iter().filter_map(at).map(|s| s.median_us).collect()
+    }
+
+    /// An all-gather's times at [`BLOCKS`], of one of the two ways: of blocks that are the same as in the call before and of
+    /// such as were written anew, the mean of both. Fewer if some are missing.
+    pub(super) fn by_block(&self, way: &str) -> Vec<f64> {
+        let time = |bytes: usize, touched: bool| {
+            self.0
+                .iter()
+                .find(|s| s.algorithm == way && s.bytes == bytes && s.touched == touched)
+                .map(|s| s.median_us)
+        };
+        BLOCKS.iter().filter_map(|b| Some((time(*b, false)? * time(*b, true)?).sqrt())).collect()
     }
 
     /// The times of what is pipelined, in the same order for each of [`CHUNKS`].

@@ -6,6 +6,7 @@ use tensorwire_core::Error;
 use tensorwire_transports::shm::{Failure, INLINE};
 
 use super::copy::{STREAM_FROM, copy_for, own_copy_for};
+use super::single_copy::address;
 use super::{Buffers, Engine, Reduction};
 use crate::schedule::Pieces;
 
@@ -41,6 +42,42 @@ impl Engine {
             }
             return Ok(());
         }
+        // Those who gather nothing had rather not wait for the one who does.
+        if root.is_none() && self.wants_single_copy(longest)? {
+            return self.all_gather_single_copy(input, output, block);
+        }
+        self.all_gather_through_slots(input, output, block, root)
+    }
+
+    /// As [`all_gather`](Engine::all_gather), of blocks that ranks read where they lie.
+    pub(super) fn all_gather_single_copy(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+    ) -> Result<(), Failure> {
+        let own = block(self.group.rank());
+        let mine = address(input.unwrap_or_else(|| &output[own.clone()]));
+        let copy_own = |output: &mut [u8]| {
+            if let Some(input) = input {
+                output[own].copy_from_slice(input);
+            }
+        };
+        self.read_blocks(output, |_| mine, block, copy_own)
+            .map(|read| debug_assert!(read, "all offer their block"))
+    }
+
+    /// As [`all_gather`](Engine::all_gather), of blocks that are copied into slots, in pieces, and from there.
+    pub(super) fn all_gather_through_slots(
+        &mut self,
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        block: impl Fn(usize) -> Range<usize>,
+        root: Option<usize>,
+    ) -> Result<(), Failure> {
+        let (rank, world) = (self.group.rank(), self.group.world());
+        let wanted = root.is_none_or(|root| root == rank);
+        let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
         let (chunk, len) = (self.chunk, output.len());
         let (copy, copy_own) = (copy_for(len), own_copy_for(len));
         let pieces = |who: usize| Pieces::new(block(who).len(), 1, chunk);
@@ -131,6 +168,18 @@ impl Engine {
         longest: usize,
     ) -> Result<(), Failure> {
         let rank = self.group.rank();
+        if self.wants_single_copy(longest)? {
+            // In place, a rank would write over what its peers are to read.
+            let offer = |who: usize| input.map_or(0, |input| address(&input[sends(who)]));
+            let own = |output: &mut [u8]| {
+                if let Some(input) = input {
+                    output[receives(rank)].copy_from_slice(&input[sends(rank)]);
+                }
+            };
+            if self.read_blocks(output, offer, &receives, own)? {
+                return Ok(());
+            }
+        }
         let (room, len) = (self.room(longest), output.len());
         let (copy, copy_own) = (copy_for(len), own_copy_for(len));
         self.rounds(

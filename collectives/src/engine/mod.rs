@@ -1,7 +1,7 @@
 //! Moves and reduces the data of each collective: through shared memory, step by step, or (`net`) over TCP or MPI.
 //!
 //! What is for shared memory works on bytes and on the step protocol of [`Group`]. Nothing allocates, locks or makes a
-//! system call unless a peer is late.
+//! system call unless a peer is late, but for `single_copy`, whose copies are system calls.
 
 mod all_reduce;
 mod blocks;
@@ -22,6 +22,7 @@ mod net;
 mod network;
 #[cfg(feature = "tcp")]
 mod pipeline;
+mod single_copy;
 mod symmetric;
 mod writer;
 
@@ -59,9 +60,15 @@ pub(crate) struct Engine {
     pub(crate) selection: Selection,
     /// Bytes that a rank puts into one step of a pipelined collective, at most; the same on every rank.
     chunk: usize,
+    /// Bytes of a block above which ranks read it where it lies.
+    single_copy_above: usize,
+    /// Whether it is known that they can, and that it pays.
+    single_copy_known: bool,
     writer: Writer,
     /// Room for one pointer a rank, so that a call need not allocate.
     sources: Sources,
+    /// The same for what a rank offers each to be read.
+    offers: Vec<u64>,
 }
 
 /// How elements are reduced: their type, the operation, and the kernel for both.
@@ -247,7 +254,10 @@ impl Engine {
         let selection = Selection::new(&tuning);
         Engine {
             chunk: tuning.chunk.min(group.slot_bytes()),
+            single_copy_above: tuning.single_copy_above,
+            single_copy_known: false,
             selection,
+            offers: Vec::with_capacity(group.world()),
             group,
             writer: Writer::new(),
             sources,

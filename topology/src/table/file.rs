@@ -73,6 +73,7 @@ struct World {
     one_shot: usize,
     symmetric_one_shot: usize,
     chunk: usize,
+    single_copy_above: usize,
 }
 
 /// The name of a machine's file.
@@ -128,6 +129,7 @@ impl Table {
             one_shot: t.one_shot,
             symmetric_one_shot: t.symmetric_one_shot,
             chunk: t.chunk,
+            single_copy_above: t.single_copy_above,
         };
         let network = |n: &Network| Transport {
             transport: n.transport.clone(),
@@ -176,6 +178,7 @@ impl Table {
             one_shot: w.one_shot,
             symmetric_one_shot: w.symmetric_one_shot,
             chunk: w.chunk,
+            single_copy_above: w.single_copy_above,
         };
         let tunings: Vec<Tuning> = file.worlds.iter().map(tuning).collect();
         let measured = |figures: Option<Figures>| figures.map(Measured::from);
@@ -403,7 +406,7 @@ mod tests {
             pages in 1usize..1000,
         ) {
             let tuning = |world| Tuning {
-                world, one_shot: one_shot as usize, symmetric_one_shot: one_shot as usize / 2, chunk: pages * 4096,
+                world, one_shot: one_shot as usize, symmetric_one_shot: one_shot as usize / 2, chunk: pages * 4096, single_copy_above: one_shot as usize / 3,
             };
             let table = Table { tunings: worlds.into_iter().map(tuning).collect(), ..table() };
             prop_assert_eq!(Table::parse(&table.to_json(), &machine()), Ok(table));

@@ -7,7 +7,7 @@
 //! {"schema": "tensorwire.table/v1", "version": "0.1.0",
 //!  "machine": {"processor": "AMD EPYC", "processors": 2, "caches": ["L1 Data 32K for 1"]},
 //!  "measured_at": 1795000000,
-//!  "worlds": [{"ranks": 2, "one_shot": 131072, "symmetric_one_shot": 65536, "chunk": 262144}],
+//!  "worlds": [{"ranks": 2, "one_shot": 131072, "symmetric_one_shot": 65536, "chunk": 262144, "single_copy_above": 32768}],
 //!  "networks": [{"transport": "tcp",
 //!    "intra": {"alpha_us": 9.5, "gbps": 2.6, "overhead_us": 1.9, "measured_at": 1795000000},
 //!    "inter": {"alpha_us": 31.0, "gbps": 1.2, "overhead_us": 2.1, "measured_at": 1795000000}}],

@@ -21,6 +21,7 @@ use super::flight::FlightRecord;
 use super::layout::{DEPTH, INLINE, Span};
 use super::record::{Label, RECORDS};
 use super::shared::Shared;
+use super::single_copy::Reach;
 use super::sync::{Ordering, fence};
 use super::words::Words;
 use super::{Failure, Options, wait::Patience};
@@ -66,6 +67,8 @@ pub struct Group {
     pub(super) deadline: Option<Deadline>,
     /// The groups that this one was split from, whose ranks may come to wait for this one's.
     pub(super) above: Vec<Above>,
+    /// How to read the peers' memory, once that has been tried.
+    pub(super) reach: Option<Reach>,
 }
 
 /// A group that another was split from.
@@ -160,6 +163,7 @@ impl Group {
             fingerprint: 0,
             deadline: None,
             above: Vec::new(),
+            reach: None,
         }
     }
 
@@ -184,6 +188,11 @@ impl Group {
     /// Where the collectives change their algorithm: the same on every rank.
     pub fn tuning(&self) -> Tuning {
         Tuning::for_world(&self.options.tuning, self.world())
+    }
+
+    /// Whether that is what was measured or given, and not what is built in.
+    pub fn is_tuned(&self) -> bool {
+        !self.options.tuning.is_empty()
     }
 
     /// What other threads of this rank may do with the group.
@@ -410,8 +419,8 @@ impl Group {
         Ok(())
     }
 
-    /// Every rank's `mine`, in rank order: a step of its own within a call.
-    pub(super) fn exchange<const N: usize>(&mut self, mine: [u8; N]) -> Result<Vec<[u8; N]>, Failure> {
+    /// Every rank's `mine`, of up to [`INLINE`] bytes, in rank order: a step of its own within a call.
+    pub fn exchange<const N: usize>(&mut self, mine: [u8; N]) -> Result<Vec<[u8; N]>, Failure> {
         let step = self.next_step()?;
         self.publish_inline(&mine);
         self.wait_all(step)?;
@@ -517,21 +526,15 @@ impl Group {
     /// Fails if waiting for `peer` has become useless: the group ended, the peer is gone, or time is up.
     fn check_peer(&self, peer: usize, awaited: Awaited, deadline: Deadline) -> Result<(), Failure> {
         self.check_verdict()?;
-        // In this order: a process that leaves and ends between the two has left. And before the last look at
-        // what is awaited, which the peer may have published before it went.
-        let ended = self.liveness.ended(peer);
-        let left = self.shared.words.control(peer).state.load(Ordering::Acquire) == LEFT;
+        // Before the last look at what is awaited, which the peer may have published before it went.
+        let gone = self.gone(peer);
         if awaited.arrived(&self.shared) {
             return Ok(());
         }
-        let (call, seq) = (self.call, self.seq);
-        let rank = self.shared.name(self.rank());
-        if left || ended {
-            let how = if left { "it left the group" } else { "its process ended" };
-            let how = format!("{how}{}", self.flight_record().last_seen(peer));
-            let peer = self.shared.name(peer);
-            return Err(self.fail(Error::PeerLost { rank, peer, call, seq, how }));
+        if let Some(how) = gone {
+            return Err(self.lost_peer(peer, how));
         }
+        let (rank, call, seq) = (self.shared.name(self.rank()), self.call, self.seq);
         if deadline.passed() {
             let blamed = self.shared.blamed(&awaited.late(&self.shared), deadline.budget());
             let waiting_for = blamed.into_iter().map(|r| self.shared.name(r)).collect();
@@ -546,6 +549,21 @@ impl Group {
             }));
         }
         Ok(())
+    }
+
+    /// How `peer` has gone, if it has.
+    pub(super) fn gone(&self, peer: usize) -> Option<&'static str> {
+        // In this order: a process that leaves and ends between the two has left.
+        let ended = self.liveness.ended(peer);
+        let left = self.shared.words.control(peer).state.load(Ordering::Acquire) == LEFT;
+        if left { Some("it left the group") } else { ended.then_some("its process ended") }
+    }
+
+    /// Ends the group because `peer` has gone.
+    pub(super) fn lost_peer(&self, peer: usize, how: &str) -> Failure {
+        let how = format!("{how}{}", self.flight_record().last_seen(peer));
+        let (rank, peer) = (self.shared.name(self.rank()), self.shared.name(peer));
+        self.fail(Error::PeerLost { rank, peer, call: self.call, seq: self.seq, how })
     }
 
     #[cold]
@@ -599,7 +617,7 @@ impl Group {
         self.shared.ring();
     }
 
-    fn check_verdict(&self) -> Result<(), Failure> {
+    pub(super) fn check_verdict(&self) -> Result<(), Failure> {
         self.shared.verdict(self.call, self.seq).map_or(Ok(()), Err)
     }
 }

@@ -274,7 +274,9 @@ fn parse_processors(text: &[u8]) -> Option<Vec<Processors>> {
 /// Rank 0's answer to a rank it lets in, in words behind status 0: the slot bytes of the layout, where the group
 /// starts, and the tunings.
 fn accepted(layout: &Layout, start: u64, tuning: &[Tuning]) -> Vec<u8> {
-    let words = |t: &Tuning| [t.world, t.one_shot, t.symmetric_one_shot, t.chunk].map(|n| n as u64);
+    let words = |t: &Tuning| {
+        [t.world, t.one_shot, t.symmetric_one_shot, t.chunk, t.single_copy_above].map(|n| n as u64)
+    };
     let words = [layout.slots() as u64, start].into_iter().chain(tuning.iter().flat_map(words));
     std::iter::once(0).chain(words.flat_map(u64::to_le_bytes)).collect()
 }
@@ -283,14 +285,15 @@ fn parse_accepted(body: &[u8], world: usize) -> Option<(Layout, u64, Vec<Tuning>
     let (words, []) = body.as_chunks::<8>() else { return None };
     let words: Vec<u64> = words.iter().map(|w| u64::from_le_bytes(*w)).collect();
     let ([slots, start], rest) = words.split_first_chunk()?;
-    let (tuning, []) = rest.as_chunks::<4>() else { return None };
-    let parse = |words: &[u64; 4]| {
+    let (tuning, []) = rest.as_chunks::<5>() else { return None };
+    let parse = |words: &[u64; 5]| {
         let number = |i: usize| usize::try_from(words[i]).ok();
         let tuning = Tuning {
             world: number(0)?,
             one_shot: number(1)?,
             symmetric_one_shot: number(2)?,
             chunk: number(3)?,
+            single_copy_above: number(4)?,
         };
         Some(tuning).filter(Tuning::is_sound)
     };

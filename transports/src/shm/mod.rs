@@ -27,6 +27,7 @@ mod memory;
 pub(crate) mod record;
 mod region;
 mod shared;
+mod single_copy;
 mod sync;
 pub(crate) mod verdict;
 mod wait;
