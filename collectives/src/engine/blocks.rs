@@ -168,6 +168,21 @@ impl Engine {
         longest: usize,
     ) -> Result<(), Failure> {
         let rank = self.group.rank();
+        if longest.saturating_mul(self.group.world() - 1) <= INLINE {
+            let from = input.unwrap_or(output);
+            let step = self.publish_blocks(longest, |who| &from[sends(who)])?;
+            if let Some(input) = input {
+                output[receives(rank)].copy_from_slice(&input[sends(rank)]);
+            }
+            self.group.wait_all(step)?;
+            for who in self.peers() {
+                let to = &mut output[receives(who)];
+                to.copy_from_slice(
+                    &self.group.peer_inline(who, step)[place(who, rank) * longest..][..to.len()],
+                );
+            }
+            return Ok(());
+        }
         if self.wants_single_copy(longest)? {
             // In place, a rank would write over what its peers are to read.
             let offer = |who: usize| input.map_or(0, |input| address(&input[sends(who)]));
@@ -249,6 +264,21 @@ impl Engine {
     ) -> Result<(), Failure> {
         let (rank, world, size) = (self.group.rank(), self.group.world(), r.dtype.size());
         let longest = (0..world).map(|r| block(r).len()).max().unwrap_or(0);
+        if longest.saturating_mul(world - 1) <= INLINE {
+            let from = input.unwrap_or(output);
+            let step = self.publish_blocks(longest, |who| &from[block(who)])?;
+            self.group.wait_all(step)?;
+            let Engine { group, sources, .. } = self;
+            let own = block(rank);
+            let mut data = match input {
+                Some(input) => Buffers { input: Some(&input[own.clone()]), output },
+                None => Buffers::in_place(&mut output[own.clone()]),
+            };
+            data.reduce(r, 0..own.len(), rank, sources, |peer, len| {
+                &group.peer_inline(peer, step)[place(peer, rank) * longest..][..len]
+            });
+            return Ok(());
+        }
         let room = self.room(longest);
         // The bytes of piece `i` of a block.
         let piece = |block: &Range<usize>, i: usize| {
@@ -324,6 +354,23 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Publishes a block of up to `longest` bytes for each peer in the flag's cache line, which has room for them all.
+    #[inline]
+    fn publish_blocks<'a>(
+        &mut self,
+        longest: usize,
+        block: impl Fn(usize) -> &'a [u8],
+    ) -> Result<u64, Failure> {
+        let step = self.group.next_step()?;
+        let (rank, mut all) = (self.group.rank(), [0; INLINE]);
+        for who in self.peers() {
+            let block = block(who);
+            all[place(rank, who) * longest..][..block.len()].copy_from_slice(block);
+        }
+        self.group.publish_inline(&all);
+        Ok(step)
     }
 
     /// Bytes of a slot for each peer, where a slot holds a piece of up to `longest` bytes for each, in whole cache
