@@ -130,11 +130,12 @@ impl TcpStore {
         let resolved = resolve(place, deadline)?;
         let who = Who { rank, world, secret };
         // Where the launcher serves, the port is taken; where it is another host's, it can't be had.
-        let server = match rank {
-            0 => resolved.iter().find_map(|at| TcpStoreServer::start(*at, world, secret).ok()),
-            _ => None,
-        };
-        who.enter(&resolved, place, server, deadline)
+        let mut unserved = None;
+        let server = resolved
+            .iter()
+            .filter(|_| rank == 0)
+            .find_map(|at| TcpStoreServer::start(*at, world, secret).map_err(|e| unserved = Some(e)).ok());
+        who.enter(&resolved, place, server, unserved, deadline)
     }
 
     /// Meets the other ranks of the job called `job` at `host`, which is rank 0's: at `port`, or else at one that follows
@@ -157,7 +158,7 @@ impl TcpStore {
         let places: Vec<_> = ports.into_iter().map(|port| SocketAddr::new(ip, port)).collect();
         let who = Who { rank, world, secret };
         if rank != 0 {
-            return who.enter(&places, host, None, deadline);
+            return who.enter(&places, host, None, None, deadline);
         }
         // A host that calls itself by an address of its own alone, as Debian does, is called by another elsewhere.
         let is_literal = host.parse::<IpAddr>().is_ok() || host == "localhost";
@@ -170,7 +171,7 @@ impl TcpStore {
                 Err(e) => return Err(e),
             }
         };
-        let mut store = who.enter(&places, host, Some(server), deadline)?;
+        let mut store = who.enter(&places, host, Some(server), None, deadline)?;
         if store.peer.ip().is_unspecified() {
             store.peer = outward().unwrap_or(SocketAddr::new(ip, store.peer.port()));
         }
@@ -257,12 +258,14 @@ impl Who<'_> {
         Err(taken.unwrap_or_else(|| Error::invalid("no port to serve the job's store at")))
     }
 
-    /// Connects to the store at one of `places`, trying again until the deadline while nobody serves there.
+    /// Connects to the store at one of `places`, trying again until the deadline while nobody serves there; this rank doesn't
+    /// if it was `unserved`.
     fn enter(
         self,
         places: &[SocketAddr],
         name: &str,
         server: Option<TcpStoreServer>,
+        unserved: Option<Error>,
         deadline: Deadline,
     ) -> Result<TcpStore> {
         let Who { rank, world, .. } = self;
@@ -307,9 +310,11 @@ impl Who<'_> {
                 }
             }
             if deadline.passed() {
+                let unserved = unserved.map(|why| format!("; nor could this rank serve it: {why}"));
                 return Err(failed(format!(
-                    "nobody serves the job's store at {name} within {:?}: is its launcher or rank 0 running? ({last})",
-                    deadline.budget()
+                    "nobody serves the job's store at {name} within {:?}: is its launcher or rank 0 running? ({last}){}",
+                    deadline.budget(),
+                    unserved.unwrap_or_default()
                 )));
             }
             std::thread::sleep(pause.min(deadline.remaining()));
@@ -490,6 +495,17 @@ mod tests {
         TcpStore::meet(&server.address(), 1, 3, &secret, soon()).unwrap_err();
         let waits = zero.get("at/1", moment()).unwrap_err().to_string();
         assert!(waits.contains("a process that came as rank 1 was started for a world of 3"), "{waits}");
+    }
+
+    #[test]
+    fn rank_0_says_that_its_port_is_taken_by_one_who_is_no_store() {
+        let secret = Secret::generate().unwrap();
+        let other = std::net::TcpListener::bind(LOOPBACK).unwrap();
+        let place = other.local_addr().unwrap().to_string();
+        let why = |rank| TcpStore::meet(&place, rank, 2, &secret, moment()).unwrap_err().to_string();
+        assert!(why(0).contains("timed out); nor could this rank serve it: "), "{}", why(0));
+        assert!(why(0).contains("Address already in use"), "{}", why(0));
+        assert!(why(1).ends_with("timed out)"), "{}", why(1));
     }
 
     #[test]
