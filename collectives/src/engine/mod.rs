@@ -343,6 +343,7 @@ impl Engine {
             if t < count {
                 self.group.publish();
                 published = step;
+                self.prefetch_slot(usize::MAX);
                 meanwhile(output, t);
             }
         }
