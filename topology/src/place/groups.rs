@@ -52,7 +52,7 @@ pub(super) struct Group {
 pub(super) struct Layer<'a> {
     machine: &'a Machine,
     layouts: Layouts,
-    last: Option<([usize; 6], Option<Rc<Laid>>)>,
+    last: Option<([usize; 7], Option<Rc<Laid>>)>,
 }
 
 impl<'a> Layer<'a> {
@@ -63,13 +63,17 @@ impl<'a> Layer<'a> {
     /// Where ranks are, and what they exchange over; nothing if there aren't as many devices with paths to each other.
     pub(super) fn lay(&mut self, d: &Degrees) -> Option<Rc<Laid>> {
         // Degrees that differ in nothing that matters here follow each other.
-        if let Some((nested, laid)) = &self.last
-            && *nested == d.nested()
+        let [tp, cp, cfg, sharing, pp, dp] = d.nested();
+        // How far apart the ranks are that exchange experts' tokens.
+        let apart = if d.ep > 1 { d.etp } else { 0 };
+        let key = [tp, cp, cfg, sharing, pp, dp, apart];
+        if let Some((last, laid)) = &self.last
+            && *last == key
         {
             return laid.clone();
         }
         let laid = self.lay_anew(d).map(Rc::new);
-        self.last = Some((d.nested(), laid.clone()));
+        self.last = Some((key, laid.clone()));
         laid
     }
 
