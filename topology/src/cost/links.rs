@@ -61,11 +61,28 @@ impl Links {
         })
     }
 
+    /// What an all-to-all of `bytes` on each rank takes among `among` of the first `world` ranks, `world / among` apart as
+    /// placements lay them: the slowest of those that lie side by side.
+    pub(super) fn all_to_all_us(&self, bytes: f64, world: usize, among: usize) -> Option<f64> {
+        let ranks = self.order.get(..world)?;
+        let apart = world / among;
+        let group =
+            |first: usize| -> Vec<usize> { ranks.iter().skip(first).step_by(apart).copied().collect() };
+        let spans: Option<Vec<Span>> = (0..apart).map(|first| self.span_of(&group(first), ranks)).collect();
+        let slowest = spans?.into_iter().reduce(|a, b| if b.us_of_mib() > a.us_of_mib() { b } else { a })?;
+        Some(all_to_all_us(&slowest, bytes))
+    }
+
     fn span(&self, world: usize) -> Option<Span> {
-        let group = self.order.get(..world)?;
+        let ranks = self.order.get(..world)?;
+        self.span_of(ranks, ranks)
+    }
+
+    /// What a group exchanges over, while all `ranks` do.
+    fn span_of(&self, group: &[usize], ranks: &[usize]) -> Option<Span> {
         // Of more ranks than the placement has, each is active.
         let mut active = vec![0; self.active.len()];
-        group.iter().for_each(|at| active[self.machine.workers[*at].host] += 1);
+        ranks.iter().for_each(|at| active[self.machine.workers[*at].host] += 1);
         active.iter_mut().zip(&self.active).for_each(|(here, placed)| *here = (*here).max(*placed));
         self.machine.span(group, &active)
     }
@@ -75,6 +92,8 @@ impl Links {
 mod tests {
     use super::super::CostModel;
     use super::*;
+    use crate::shard::Experts;
+    use crate::{ModelSpec, Planner};
 
     /// Two hosts of two devices: 1 us and 10 GB/s on a host; 10 us and 2 GB/s between them, through one interface each.
     fn fabric() -> Fabric {
@@ -114,6 +133,24 @@ mod tests {
         // More ranks than the placement has run on the devices that are left; more than there are, over the slowest links.
         assert!(us(&[0, 1], "all_reduce", 4) > 10.0);
         assert_eq!(us(&[0, 1], "barrier", 5), 10.0);
+    }
+
+    #[test]
+    fn experts_over_groups_exchange_between_the_groups() {
+        let spec = ModelSpec::from_config(
+            r#"{"model_type": "mixtral", "hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8,
+                "num_key_value_heads": 4, "intermediate_size": 1024, "num_local_experts": 8,
+                "num_experts_per_tok": 2, "vocab_size": 32000, "torch_dtype": "bfloat16"}"#,
+        )
+        .unwrap();
+        let costs = CostModel::on_fabric(&fabric(), &[0, 1, 2, 3], 4, 16);
+        let planner = Planner::new(&spec).experts(Experts::in_groups(2, 4)).with_costs(costs);
+        let plan = planner.plan(4).unwrap();
+        let all_to_all = plan.layers[0].collectives.iter().find(|c| c.op == "all_to_all").unwrap();
+        // A group a host: ranks 0 and 2, and 1 and 3, over one interface. Of two experts' 2048 bytes, a rank has a quarter
+        // of the tokens and sends half of that: 512 bytes at 1000 a microsecond.
+        assert_eq!((all_to_all.among, all_to_all.bytes_per_token), (2, 4096));
+        assert!((all_to_all.predicted_us - 10.512).abs() < 1e-6, "{}", all_to_all.predicted_us);
     }
 
     #[test]

@@ -152,14 +152,18 @@ impl CostModel {
 
     fn estimate(&self, name: &str, bytes: f64, world: usize) -> Option<Estimate> {
         let constant = self.constant_us(name, bytes, world)?;
+        Some(self.measured_or(constant, name, bytes, world))
+    }
+
+    fn measured_or(&self, us: f64, name: &str, bytes: f64, world: usize) -> Estimate {
         let measured = self.measured.as_ref().filter(|_| world > 1);
         let timing = measured.and_then(|m| m.profile.timing(name, &m.transport, world, false));
-        Some(match timing {
+        match timing {
             Some(timing) => {
                 Estimate { us: timing.p50.us(bytes.round() as u64), band: Some(timing.p50.band()) }
             }
-            None => Estimate { us: constant, band: None },
-        })
+            None => Estimate { us, band: None },
+        }
     }
 
     /// What a step of a decoder takes beside its collectives, where each of `world` ranks reads up to `bytes` of weights
@@ -184,6 +188,14 @@ impl CostModel {
     /// A reduce-scatter or an all-to-all of `bytes` on each of `world` ranks, by its name, in microseconds.
     pub fn exchange_us(&self, name: &str, bytes: u64, world: usize) -> f64 {
         self.collective(name, bytes, world).map_or(0.0, |e| e.us)
+    }
+
+    /// An all-to-all of `bytes` on each rank, among `among` of `world` ranks that are `world / among` apart, in microseconds.
+    pub fn grouped_all_to_all_us(&self, bytes: u64, world: usize, among: usize) -> f64 {
+        let bytes = bytes as f64;
+        let links = self.links.as_ref().and_then(|links| links.all_to_all_us(bytes, world, among));
+        let us = links.or_else(|| self.constant_us("all_to_all", bytes, among));
+        us.map_or(0.0, |us| self.measured_or(us, "all_to_all", bytes, among).us)
     }
 
     fn constant_us(&self, name: &str, bytes: f64, world: usize) -> Option<f64> {

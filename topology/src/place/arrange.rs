@@ -1,16 +1,18 @@
 //! One arrangement in full: which device has which blocks, what they take and what they need.
 
+use std::collections::HashMap;
 use std::ops::Range;
+use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
 use super::degrees::Degrees;
-use super::groups::{Laid, Layer, Replica};
+use super::groups::{Group, Laid, Layer, Replica};
 use super::machine::{Machine, Span};
 use super::pass::{Goal, Pass};
 use super::predict::{Cause, Pricer, Tally};
 use super::share::Memo;
-use super::stages::{Counts, Fixed, StageCost, counts, cut};
+use super::stages::{Counts, Fixed, GroupCost, StageCost, counts, cut};
 use super::workload::{Kind, Workload};
 
 /// What is to be placed, and for what.
@@ -160,17 +162,30 @@ pub struct Arranger<'a> {
     task: Task<'a>,
     memo: Memo,
     layer: Layer<'a>,
+    /// What was found for the degrees that came last, by [`Group::kind`] and sequences.
+    priced: HashMap<(usize, usize), Result<Rc<GroupCost>, Misfit>>,
+    priced_for: Degrees,
 }
 
 impl<'a> Arranger<'a> {
     /// For this task.
     pub fn new(task: Task<'a>) -> Arranger<'a> {
-        Arranger { task, memo: Memo::new(), layer: Layer::new(task.machine) }
+        Arranger {
+            task,
+            memo: Memo::new(),
+            layer: Layer::new(task.machine),
+            priced: HashMap::new(),
+            priced_for: Degrees::ONE,
+        }
     }
 
     /// The arrangement of these degrees.
     pub fn arrange(&mut self, d: &Degrees) -> Result<Arrangement, Misfit> {
         let machine = self.task.machine;
+        if d.of_group() != self.priced_for.of_group() {
+            self.priced.clear();
+            self.priced_for = *d;
+        }
         let laid = self.layer.lay(d).ok_or(Misfit::Devices)?;
         let sequences = self.divide(d, &laid)?;
         let mut outcomes = Vec::new();
@@ -238,64 +253,75 @@ impl<'a> Arranger<'a> {
         Ok(if outcome.fits { us } else { f64::MAX })
     }
 
-    /// What a replica takes and needs for so many sequences a data-parallel rank.
-    fn run(&mut self, d: &Degrees, replica: &Replica, sequences: usize) -> Result<Outcome, Misfit> {
-        let Task { workload, machine, goal, context, .. } = self.task;
-        let pricer = Pricer { workload, machine };
-        let (main, prompt) = match workload.kind {
+    /// What goes through at once of so many sequences: a step, and the prompt before it.
+    fn passes(&self, d: &Degrees, sequences: usize) -> (Pass, Option<Pass>) {
+        let Task { workload, goal, context, .. } = self.task;
+        match workload.kind {
             Kind::Decoder => {
                 let made = if let Goal::Request { new_tokens } = goal { new_tokens } else { 0 };
                 let prompt = context.saturating_sub(made).max(1);
                 (Pass::decode(sequences, context), Some(Pass::prefill(sequences, prompt, d.cp)))
             }
             Kind::Forward { .. } => (Pass::forward(sequences, context), None),
-        };
-        let of_goal = if goal == Goal::Prefill { prompt.unwrap_or(main) } else { main };
-        let widest = prompt.unwrap_or(main);
-        let cached = (sequences as u64).saturating_mul(context as u64);
+        }
+    }
 
+    /// What a group takes and needs for so many sequences.
+    fn price(&mut self, d: &Degrees, group: &Group, sequences: usize) -> Result<Rc<GroupCost>, Misfit> {
+        if let Some(known) = self.priced.get(&(group.kind, sequences)) {
+            return known.clone();
+        }
+        let priced = self.price_anew(d, group, sequences).map(Rc::new);
+        self.priced.insert((group.kind, sequences), priced.clone());
+        priced
+    }
+
+    fn price_anew(&mut self, d: &Degrees, group: &Group, sequences: usize) -> Result<GroupCost, Misfit> {
+        let Task { workload, machine, goal, context, .. } = self.task;
+        let pricer = Pricer { workload, machine };
+        let (main, prompt) = self.passes(d, sequences);
+        let of_goal = if goal == Goal::Prefill { prompt.unwrap_or(main) } else { main };
+        let cached = (sequences as u64).saturating_mul(context as u64);
+        let speeds = pricer.speeds(&group.workers, &of_goal);
+        let shares = pricer.shares(d, &group.workers, &speeds, &mut self.memo).map_err(Misfit::TooFine)?;
+        let memory = |rank: &usize| machine.workers[group.workers[*rank]].memory_bytes;
+        Ok(GroupCost {
+            main: pricer.blocks(&shares, group, d, &main),
+            prompt: prompt.map_or(Vec::new(), |prompt| pricer.blocks(&shares, group, d, &prompt)),
+            needs: pricer.needs(&shares, d, &prompt.unwrap_or(main), cached),
+            memory: shares.firsts.iter().map(memory).collect(),
+            which: shares.which,
+            speeds,
+        })
+    }
+
+    /// What a replica takes and needs for so many sequences a data-parallel rank.
+    fn run(&mut self, d: &Degrees, replica: &Replica, sequences: usize) -> Result<Outcome, Misfit> {
+        let Task { workload, goal, .. } = self.task;
         let mut kinds = Vec::new();
         for stage in &replica.stages {
-            let mut cost = StageCost::default();
-            for group in &stage.groups {
-                let speeds = pricer.speeds(&group.workers, &of_goal);
-                let shares = pricer.shares(d, &speeds, &mut self.memo).map_err(Misfit::TooFine)?;
-                slower_blocks(&mut cost.main, pricer.blocks(&shares, group, d, &main));
-                if let Some(prompt) = &prompt {
-                    slower_blocks(&mut cost.prompt, pricer.blocks(&shares, group, d, prompt));
-                }
-                cost.needs.push(pricer.needs(&shares, d, &widest, cached));
-                cost.memory.push(group.workers.iter().map(|w| machine.workers[*w].memory_bytes).collect());
-                cost.speeds.push(speeds);
-            }
-            kinds.push(cost);
+            let groups = stage.groups.iter().map(|group| self.price(d, group, sequences));
+            kinds.push(StageCost::of(groups.collect::<Result<_, _>>()?));
         }
-        let costs: Vec<&StageCost> = replica.which.iter().map(|kind| &kinds[*kind]).collect();
-
-        let fixed = Fixed::of(workload, d, &widest);
-        let ranges = cut(workload, &costs, &fixed, goal);
+        let (main, prompt) = self.passes(d, sequences);
+        let fixed = Fixed::of(workload, d, &prompt.unwrap_or(main));
+        let ranges = cut(workload, &kinds, &replica.which, &fixed, goal);
         let counts: Vec<Counts> = ranges.iter().map(|r| counts(workload, r)).collect();
-        let mut outcome =
-            Outcome { stages: Vec::new(), step: Tally::default(), prefill: Tally::default(), fits: true };
-        for (s, (range, cost)) in ranges.into_iter().zip(&costs).enumerate() {
-            outcome.fits &= cost.fits(&counts[s], s, &fixed);
-            outcome.stages.push(Stage {
-                blocks: range,
-                groups: cost.ranks(&counts[s], s, &fixed),
-                which: replica.stages[replica.which[s]].which.clone(),
-            });
-        }
-        let time = |blocks: fn(&StageCost) -> &Vec<Tally>, pass: &Pass| {
-            let stages = counts.iter().zip(&costs).map(|(counts, cost)| {
-                let mut tally = Tally::default();
-                blocks(cost).iter().zip(counts).for_each(|(block, n)| tally.plus(block, *n as f64));
-                tally
-            });
-            through(stages.collect(), replica, workload, d, pass)
+        let stages = || counts.iter().zip(&replica.which).map(|(counts, kind)| (counts, &kinds[*kind]));
+        let last = |s: usize| s + 1 == d.pp;
+        let fits = stages().enumerate().all(|(s, (counts, cost))| cost.fits(counts, last(s), &fixed));
+        let through = |pass: &Pass, of_prompt: bool| {
+            through(stages().map(|(n, cost)| cost.us(n, of_prompt)).collect(), replica, workload, d, pass)
         };
-        outcome.step = time(|c| &c.main, &main);
-        outcome.prefill = prompt.as_ref().map_or(outcome.step, |p| time(|c| &c.prompt, p));
-        Ok(outcome)
+        let step = through(&main, false);
+        let prefill = prompt.as_ref().map_or(step, |prompt| through(prompt, true));
+        let stage = |(s, (blocks, (counts, cost))): (usize, (Range<usize>, (&Counts, &StageCost)))| Stage {
+            blocks,
+            groups: cost.ranks(counts, last(s), &fixed),
+            which: replica.stages[replica.which[s]].which.clone(),
+        };
+        let stages = ranges.into_iter().zip(stages()).enumerate().map(stage).collect();
+        Ok(Outcome { stages, step, prefill, fits })
     }
 }
 
@@ -328,19 +354,6 @@ fn through(
         all.add(Cause::Cfg, replica.cfg.slowest().map_or(0.0, |link| link.us(latent)), latent);
     }
     all
-}
-
-/// Block by block, the slower of two groups.
-fn slower_blocks(all: &mut Vec<Tally>, one: Vec<Tally>) {
-    if all.is_empty() {
-        *all = one;
-        return;
-    }
-    for (a, b) in all.iter_mut().zip(one) {
-        if b.total_us() > a.total_us() {
-            *a = b;
-        }
-    }
 }
 
 /// The level of the farthest links of each exchange.

@@ -78,6 +78,11 @@ impl Degrees {
         [self.tp, self.cp, self.cfg, sharing, self.pp, self.dp / sharing]
     }
 
+    /// What a tensor-parallel group's costs depend on, besides its devices and its sequences.
+    pub(super) fn of_group(&self) -> (usize, usize, ContextBy, usize, usize, bool) {
+        (self.tp, self.cp, self.cp_by, self.ep, self.etp, self.sp)
+    }
+
     /// Axes that divide anything.
     pub fn axes(&self) -> usize {
         [self.tp, self.cp, self.cfg, self.pp, self.dp].iter().filter(|d| **d > 1).count()

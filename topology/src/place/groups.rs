@@ -2,6 +2,7 @@
 //!
 //! Large machines are regular: most replicas, stages and groups are like others, and are looked at once.
 
+use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::degrees::Degrees;
@@ -41,6 +42,8 @@ pub(super) struct StageGroups {
 /// A tensor-parallel group, and what it exchanges over with groups like it.
 #[derive(Clone)]
 pub(super) struct Group {
+    /// The same for all groups of the [`Layer`] whose devices and links are alike.
+    pub(super) kind: usize,
     /// Its devices, as places in [`Machine::workers`].
     pub(super) workers: Vec<usize>,
     pub(super) tp: Span,
@@ -52,25 +55,55 @@ pub(super) struct Group {
 pub(super) struct Layer<'a> {
     machine: &'a Machine,
     layouts: Layouts,
-    last: Option<([usize; 6], Option<Rc<Laid>>)>,
+    /// Those with the same tensor- and context-parallel groups as the last.
+    laid: HashMap<[usize; 7], Option<Rc<Laid>>>,
+    /// The kind of each device, and of each group by what it is made of.
+    makes: Vec<usize>,
+    groups: HashMap<Vec<u64>, usize>,
 }
 
 impl<'a> Layer<'a> {
     pub(super) fn new(machine: &'a Machine) -> Layer<'a> {
-        Layer { machine, layouts: Layouts::default(), last: None }
+        let mut firsts: Vec<usize> = Vec::new();
+        let mut make = |at: usize| {
+            let known = firsts.iter().position(|f| machine.workers[*f].is_like(&machine.workers[at]));
+            known.unwrap_or_else(|| {
+                firsts.push(at);
+                firsts.len() - 1
+            })
+        };
+        let makes = (0..machine.workers.len()).map(&mut make).collect();
+        Layer { machine, layouts: Layouts::default(), laid: HashMap::new(), makes, groups: HashMap::new() }
     }
 
     /// Where ranks are, and what they exchange over; nothing if there aren't as many devices with paths to each other.
     pub(super) fn lay(&mut self, d: &Degrees) -> Option<Rc<Laid>> {
-        // Degrees that differ in nothing that matters here follow each other.
-        if let Some((nested, laid)) = &self.last
-            && *nested == d.nested()
-        {
+        let [tp, cp, cfg, sharing, pp, dp] = d.nested();
+        // How far apart the ranks are that exchange experts' tokens.
+        let apart = if d.ep > 1 { d.etp } else { 0 };
+        let key = [tp, cp, cfg, sharing, pp, dp, apart];
+        if let Some(laid) = self.laid.get(&key) {
             return laid.clone();
         }
+        // Arrangements of the same groups follow each other.
+        self.laid.retain(|known, _| known[..2] == [tp, cp]);
         let laid = self.lay_anew(d).map(Rc::new);
-        self.last = Some((d.nested(), laid.clone()));
+        self.laid.insert(key, laid.clone());
         laid
+    }
+
+    /// The kind of a group.
+    fn kind(&mut self, group: &Group) -> usize {
+        let mut made_of: Vec<u64> = group.workers.iter().map(|w| self.makes[*w] as u64).collect();
+        for span in [&group.tp, &group.cp, &group.ep] {
+            made_of.push(span.legs.len() as u64);
+            for leg in &span.legs {
+                let link = [leg.link.alpha_us.to_bits(), leg.link.bytes_per_us.to_bits()];
+                made_of.extend([leg.ways as u64, link[0], link[1]]);
+            }
+        }
+        let next = self.groups.len();
+        *self.groups.entry(made_of).or_insert(next)
     }
 
     fn lay_anew(&mut self, d: &Degrees) -> Option<Laid> {
@@ -80,7 +113,10 @@ impl<'a> Layer<'a> {
         workers.iter().for_each(|w| active[machine.workers[*w].host] += 1);
         let view = View { machine, active: &active, d };
         let ranks = d.ranks() / (d.dp / d.sharing_experts());
-        let (replicas, which) = view.distinct(workers.chunks(ranks), |r| view.replica(r))?;
+        let (mut replicas, which) = view.distinct(workers.chunks(ranks), |r| view.replica(r))?;
+        for group in replicas.iter_mut().flat_map(|r| &mut r.stages).flat_map(|s| &mut s.groups) {
+            group.kind = self.kind(group);
+        }
         Some(Laid { workers, replicas, which })
     }
 }
@@ -161,7 +197,7 @@ impl View<'_> {
                     None if spread => across(group)?,
                     None => Span::default(),
                 };
-                Some(Group { workers, tp, cp: context.clone(), ep })
+                Some(Group { kind: 0, workers, tp, cp: context.clone(), ep })
             })
         })?;
         let mut stage = StageGroups { groups: Vec::new(), which: Vec::new() };

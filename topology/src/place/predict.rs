@@ -105,7 +105,13 @@ impl Tally {
 }
 
 /// Each rank's shares of each part of each block.
-pub(super) struct Shares(Vec<Vec<PartShares>>);
+pub(super) struct Shares {
+    blocks: Vec<Vec<PartShares>>,
+    /// The first of all ranks that are alike in device and shares, of each kind: the others cost and need the same.
+    pub(super) firsts: Vec<usize>,
+    /// Each rank's kind.
+    pub(super) which: Vec<usize>,
+}
 
 struct PartShares {
     ranks: Vec<Share>,
@@ -129,20 +135,26 @@ impl Pricer<'_> {
             return vec![1.0; workers.len()];
         }
         let all = Share { cut: Fraction::ALL, kv: Fraction::ALL };
-        let us = |w: &usize| -> f64 {
-            let part =
-                |p: &Part| self.compute_us(p, all, false, pass, &Degrees::ONE, &self.machine.workers[*w]);
-            self.workload.parts().map(|p| part(p).iter().sum::<f64>()).sum()
+        let us = |on: &Worker| -> f64 {
+            let part = |p: &Part| self.compute_us(p, all, false, pass, &Degrees::ONE, on).iter().sum();
+            let blocks: Vec<Vec<f64>> =
+                self.workload.blocks.iter().map(|b| b.parts.iter().map(part).collect()).collect();
+            self.workload.order.iter().flat_map(|b| &blocks[*b]).sum()
         };
-        let times: Vec<f64> = workers.iter().map(us).collect();
+        let (firsts, which) = kinds(workers.len(), |a, b| {
+            self.machine.workers[workers[a]].is_like(&self.machine.workers[workers[b]])
+        });
+        let of_kind: Vec<f64> = firsts.iter().map(|w| us(&self.machine.workers[workers[*w]])).collect();
+        let times: Vec<f64> = which.iter().map(|kind| of_kind[*kind]).collect();
         let fastest = times.iter().copied().fold(f64::INFINITY, f64::min);
         times.iter().map(|t| fastest / t).collect()
     }
 
-    /// Shares of ranks with these speeds; what runs out if some rank would get nothing.
+    /// Shares of devices with these speeds; what runs out if some rank would get nothing.
     pub(super) fn shares(
         &self,
         d: &Degrees,
+        workers: &[usize],
         speeds: &[f64],
         memo: &mut Memo,
     ) -> Result<Shares, &'static str> {
@@ -165,33 +177,41 @@ impl Pricer<'_> {
             let spread_experts = d.ep > 1 && matches!(part.split, Split::Experts { .. });
             Ok(PartShares { ranks: ranks.ok_or(what)?, spread_experts, with_shared_expert })
         };
-        let mut blocks = Vec::new();
+        let mut blocks: Vec<Vec<PartShares>> = Vec::new();
         for block in &self.workload.blocks {
             let cut = |p: &Part| matches!(p.split, Split::Shared { units } if units >= d.tp);
             let shared = block.parts.iter().any(cut);
             blocks.push(block.parts.iter().map(|p| of(p, shared)).collect::<Result<_, _>>()?);
         }
-        Ok(Shares(blocks))
+        let (firsts, which) = kinds(workers.len(), |a, b| {
+            self.machine.workers[workers[a]].is_like(&self.machine.workers[workers[b]])
+                && blocks.iter().flatten().all(|part| part.ranks[a] == part.ranks[b])
+        });
+        Ok(Shares { blocks, firsts, which })
     }
 
     /// What one wave through each kind of block costs a group.
     pub(super) fn blocks(&self, shares: &Shares, group: &Group, d: &Degrees, pass: &Pass) -> Vec<Tally> {
-        let blocks = self.workload.blocks.iter().zip(&shares.0);
-        blocks.map(|(block, shares)| self.block(block, shares, group, d, pass)).collect()
+        let blocks = self.workload.blocks.iter().zip(&shares.blocks);
+        blocks.map(|(block, of)| self.block(block, of, &shares.firsts, group, d, pass)).collect()
     }
 
-    fn block(&self, block: &Block, shares: &[PartShares], group: &Group, d: &Degrees, pass: &Pass) -> Tally {
+    fn block(
+        &self,
+        block: &Block,
+        shares: &[PartShares],
+        ranks: &[usize],
+        group: &Group,
+        d: &Degrees,
+        pass: &Pass,
+    ) -> Tally {
         let mut tally = Tally::default();
         for (part, shares) in block.parts.iter().zip(shares) {
-            let on = |(share, w): (&Share, &usize)| {
-                self.compute_us(part, *share, shares.spread_experts, pass, d, &self.machine.workers[*w])
+            let on = |r: &usize| {
+                let worker = &self.machine.workers[group.workers[*r]];
+                self.compute_us(part, shares.ranks[*r], shares.spread_experts, pass, d, worker)
             };
-            let slowest = shares
-                .ranks
-                .iter()
-                .zip(&group.workers)
-                .map(on)
-                .reduce(|a, b| if b[0] + b[1] > a[0] + a[1] { b } else { a });
+            let slowest = ranks.iter().map(on).reduce(|a, b| if b[0] + b[1] > a[0] + a[1] { b } else { a });
             let [memory, compute] = slowest.unwrap_or_default();
             tally.add(Cause::Memory, memory, 0.0);
             tally.add(Cause::Compute, compute, 0.0);
@@ -353,8 +373,8 @@ pub(super) struct Needs {
 }
 
 impl Pricer<'_> {
-    /// What each rank of a group needs for each kind of block, `[block][rank]`, while `pass` runs, with caches for
-    /// `cached` tokens.
+    /// What each kind of rank of a group needs for each kind of block, `[rank][block]`, while `pass` runs, with caches
+    /// for `cached` tokens.
     pub(super) fn needs(&self, shares: &Shares, d: &Degrees, pass: &Pass, cached: u64) -> Vec<Vec<Needs>> {
         let tokens = pass.local_tokens(d.cp);
         let rank = |block: &Block, shares: &[PartShares], r: usize| {
@@ -394,7 +414,22 @@ impl Pricer<'_> {
             }
             needs
         };
-        let blocks = self.workload.blocks.iter().zip(&shares.0);
-        blocks.map(|(block, shares)| (0..d.tp).map(|r| rank(block, shares, r)).collect()).collect()
+        let blocks = || self.workload.blocks.iter().zip(&shares.blocks);
+        let of = |r: &usize| blocks().map(|(block, shares)| rank(block, shares, *r)).collect();
+        shares.firsts.iter().map(of).collect()
     }
+}
+
+/// The first of each kind of `0..n`, and each one's kind.
+fn kinds(n: usize, alike: impl Fn(usize, usize) -> bool) -> (Vec<usize>, Vec<usize>) {
+    let mut firsts: Vec<usize> = Vec::new();
+    let mut which = Vec::with_capacity(n);
+    for one in 0..n {
+        let known = firsts.iter().position(|first| alike(*first, one));
+        which.push(known.unwrap_or(firsts.len()));
+        if known.is_none() {
+            firsts.push(one);
+        }
+    }
+    (firsts, which)
 }

@@ -34,7 +34,10 @@ pub fn search(task: Task<'_>) -> Found {
     let mut arranger = Arranger::new(task);
     let mut tried = Vec::new();
     let mut ties = Vec::new();
-    for degrees in candidates(task.workload, task.machine, task.batch, task.goal) {
+    let mut candidates = candidates(task.workload, task.machine, task.batch, task.goal);
+    // What groups cost is computed once for all that follow each other.
+    candidates.sort_by_key(Degrees::of_group);
+    for degrees in candidates {
         match arranger.arrange(&degrees) {
             Ok(a) => {
                 ties.push(a.step.total_us());

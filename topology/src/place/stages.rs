@@ -1,6 +1,7 @@
 //! How a replica's blocks are cut into pipeline stages, under memory.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use super::arrange::{Memory, RankNeeds};
 use super::degrees::Degrees;
@@ -8,16 +9,25 @@ use super::pass::{Goal, Pass};
 use super::predict::{Needs, Tally};
 use super::workload::{Kind, Workload};
 
-/// A stage's costs by kind of block. Groups that are alike are there once.
-#[derive(Default)]
-pub(super) struct StageCost {
+/// A tensor-parallel group's costs by kind of block. Ranks that are alike are there once.
+pub(super) struct GroupCost {
     pub(super) main: Vec<Tally>,
+    /// Empty for a model that reads no prompt.
     pub(super) prompt: Vec<Tally>,
-    /// `[kind of group][block][rank]`.
-    pub(super) needs: Vec<Vec<Vec<Needs>>>,
-    /// `[kind of group][rank]`.
-    pub(super) memory: Vec<Vec<u64>>,
-    pub(super) speeds: Vec<Vec<f64>>,
+    /// `[kind of rank][block]`.
+    pub(super) needs: Vec<Vec<Needs>>,
+    /// What a device of each kind of rank has.
+    pub(super) memory: Vec<u64>,
+    /// Each rank's kind.
+    pub(super) which: Vec<usize>,
+    pub(super) speeds: Vec<f64>,
+}
+
+/// A stage's costs by kind of block: the slowest group's. Groups that are alike are there once.
+pub(super) struct StageCost {
+    main: Vec<Tally>,
+    prompt: Vec<Tally>,
+    groups: Vec<Rc<GroupCost>>,
 }
 
 /// What ranks need whichever blocks they have.
@@ -26,7 +36,6 @@ pub(super) struct Fixed {
     buffers: u64,
     /// A rank's part of a tensor that the first and the last stage hold, if these are two.
     tied: u64,
-    last: usize,
 }
 
 impl Fixed {
@@ -39,7 +48,8 @@ impl Fixed {
             buffers += if used { stream } else { 0.0 };
         }
         if d.cp > 1 {
-            let attention = workload.parts().filter_map(|p| p.attention.as_ref());
+            let parts = workload.blocks.iter().flat_map(|b| &b.parts);
+            let attention = parts.filter_map(|p| p.attention.as_ref());
             let bytes = attention.map(|a| pass.context_bytes(a, d.cp, d.cp_by)).map(|(q, kv)| q.max(kv));
             buffers += bytes.fold(0.0, f64::max);
         }
@@ -47,7 +57,7 @@ impl Fixed {
             buffers += latent_bytes as f64 / d.cp as f64 * pass.sequences;
         }
         let tied = if d.pp > 1 { workload.tied_bytes.div_ceil(d.tp as u64) } else { 0 };
-        Fixed { streams: streams as u64, buffers: buffers as u64, tied, last: d.pp - 1 }
+        Fixed { streams: streams as u64, buffers: buffers as u64, tied }
     }
 }
 
@@ -61,31 +71,47 @@ pub(super) fn counts(workload: &Workload, range: &Range<usize>) -> Counts {
 }
 
 impl StageCost {
-    /// `[kind of group][rank]`.
-    pub(super) fn ranks(&self, counts: &Counts, stage: usize, fixed: &Fixed) -> Vec<Vec<RankNeeds>> {
-        let kinds = self.needs.iter().zip(&self.speeds);
-        let group = |(needs, speeds): (&Vec<Vec<Needs>>, &Vec<f64>)| {
-            let rank = |(r, speed): (usize, &f64)| {
-                let memory = rank_memory(needs, r, counts, stage, fixed);
-                RankNeeds { memory, speed: *speed }
-            };
-            speeds.iter().enumerate().map(rank).collect()
+    pub(super) fn of(groups: Vec<Rc<GroupCost>>) -> StageCost {
+        let slowest = |of: fn(&GroupCost) -> &Vec<Tally>| {
+            let mut all = of(&groups[0]).clone();
+            for group in &groups[1..] {
+                let slower = all.iter_mut().zip(of(group)).filter(|(a, b)| b.total_us() > a.total_us());
+                slower.for_each(|(a, b)| *a = *b);
+            }
+            all
         };
-        kinds.map(group).collect()
+        StageCost { main: slowest(|g| &g.main), prompt: slowest(|g| &g.prompt), groups }
     }
 
-    pub(super) fn fits(&self, counts: &Counts, stage: usize, fixed: &Fixed) -> bool {
-        self.needs.iter().zip(&self.memory).all(|(needs, ranks)| {
-            let mut ranks = ranks.iter().enumerate();
-            ranks.all(|(r, has)| rank_memory(needs, r, counts, stage, fixed).peak() <= *has)
-        })
+    /// What blocks of each kind take together, of a step or of a prompt.
+    pub(super) fn us(&self, counts: &Counts, of_prompt: bool) -> Tally {
+        let mut tally = Tally::default();
+        let blocks = if of_prompt { &self.prompt } else { &self.main };
+        blocks.iter().zip(counts).for_each(|(block, n)| tally.plus(block, *n as f64));
+        tally
+    }
+
+    /// `[kind of group][rank]`.
+    pub(super) fn ranks(&self, counts: &Counts, last: bool, fixed: &Fixed) -> Vec<Vec<RankNeeds>> {
+        let group = |group: &Rc<GroupCost>| {
+            let kinds: Vec<Memory> =
+                group.needs.iter().map(|needs| rank_memory(needs, counts, last, fixed)).collect();
+            let ranks = group.which.iter().zip(&group.speeds);
+            ranks.map(|(kind, speed)| RankNeeds { memory: kinds[*kind], speed: *speed }).collect()
+        };
+        self.groups.iter().map(group).collect()
+    }
+
+    pub(super) fn fits(&self, counts: &Counts, last: bool, fixed: &Fixed) -> bool {
+        let mut ranks = self.groups.iter().flat_map(|g| g.needs.iter().zip(&g.memory));
+        ranks.all(|(needs, has)| rank_memory(needs, counts, last, fixed).peak() <= *has)
     }
 
     fn block(&self, goal: Goal, block: usize) -> f64 {
         match goal {
             Goal::Prefill if !self.prompt.is_empty() => self.prompt[block].total_us(),
             Goal::Memory => {
-                let ranks = self.needs.iter().flat_map(|n| &n[block]);
+                let ranks = self.groups.iter().flat_map(|g| &g.needs).map(|needs| &needs[block]);
                 ranks.map(|n| n.weights.saturating_add(n.cache)).max().unwrap_or(0) as f64
             }
             _ => self.main[block].total_us(),
@@ -93,48 +119,54 @@ impl StageCost {
     }
 }
 
-fn rank_memory(needs: &[Vec<Needs>], rank: usize, counts: &Counts, stage: usize, fixed: &Fixed) -> Memory {
+fn rank_memory(needs: &[Needs], counts: &Counts, last: bool, fixed: &Fixed) -> Memory {
     let mut memory = Memory::default();
     let (mut wide, mut buffer) = (0, 0);
     for (needs, count) in needs.iter().zip(counts).filter(|(_, count)| **count > 0) {
-        let needs = &needs[rank];
         memory.weights = memory.weights.saturating_add(needs.weights.saturating_mul(*count));
         memory.kv_cache = memory.kv_cache.saturating_add(needs.cache.saturating_mul(*count));
         memory.loading = memory.loading.max(needs.largest);
         wide = wide.max(needs.wide);
         buffer = buffer.max(needs.buffer);
     }
-    memory.weights = memory.weights.saturating_add(if stage == fixed.last { fixed.tied } else { 0 });
+    memory.weights = memory.weights.saturating_add(if last { fixed.tied } else { 0 });
     memory.activations = fixed.streams.saturating_add(wide);
     memory.buffers = fixed.buffers.saturating_add(buffer);
     memory
 }
 
 /// Cuts the blocks into one range for each stage, such that each has its memory and the slowest is as fast as can be.
-/// Where memory doesn't suffice, blocks are cut evenly, to say what lacks.
-pub(super) fn cut(workload: &Workload, costs: &[&StageCost], fixed: &Fixed, goal: Goal) -> Vec<Range<usize>> {
-    let (blocks, n) = (workload.order.len(), costs.len());
+/// Where memory doesn't suffice, blocks are cut evenly, to say what lacks. `kinds` are the costs of each kind of stage,
+/// `which` each stage's kind.
+pub(super) fn cut(
+    workload: &Workload,
+    kinds: &[StageCost],
+    which: &[usize],
+    fixed: &Fixed,
+    goal: Goal,
+) -> Vec<Range<usize>> {
+    let (blocks, n) = (workload.order.len(), which.len());
     if n == 1 {
         return std::iter::once(0..blocks).collect();
     }
-    let kinds = 0..workload.blocks.len();
-    let cost: Vec<Vec<f64>> =
-        costs.iter().map(|c| kinds.clone().map(|b| c.block(goal, b)).collect()).collect();
-    let fill = |limit: f64| -> Vec<Range<usize>> {
+    let ranges = |ends: &[usize]| -> Vec<Range<usize>> {
+        (0..n).map(|s| if s == 0 { 0 } else { ends[s - 1] }..ends[s]).collect()
+    };
+    let of = |cost: &StageCost| (0..workload.blocks.len()).map(|b| cost.block(goal, b)).collect();
+    let cost: Vec<Vec<f64>> = kinds.iter().map(of).collect();
+    let mut filler = Filler::new(workload, kinds, fixed);
+    let mut fill = |limit: f64| -> Vec<usize> {
         let mut start = 0;
         let stage = |s: usize| {
-            let end = filled(workload, start, blocks - (n - s - 1), &cost[s], limit, |counts| {
-                costs[s].fits(counts, s, fixed)
-            });
-            let range = start..end;
-            start = end;
-            range
+            let most = blocks - (n - s - 1);
+            start = filler.end(start, most, which[s], s == n - 1, &cost[which[s]], limit);
+            start
         };
         (0..n).map(stage).collect()
     };
-    let all_placed = |ranges: &[Range<usize>]| ranges.last().is_some_and(|r| r.end == blocks);
-    let total = |s: usize| workload.order.iter().map(|b| cost[s][*b]).sum::<f64>();
-    let mut high = (0..n).map(total).fold(0.0, f64::max) * 2.0;
+    let all_placed = |ends: &[usize]| ends.last() == Some(&blocks);
+    let total = |cost: &Vec<f64>| workload.order.iter().map(|b| cost[*b]).sum::<f64>();
+    let mut high = cost.iter().map(total).fold(0.0, f64::max) * 2.0;
     let mut best = fill(high);
     if !all_placed(&best) {
         return (0..n).map(|s| s * blocks / n..(s + 1) * blocks / n).collect();
@@ -143,56 +175,90 @@ pub(super) fn cut(workload: &Workload, costs: &[&StageCost], fixed: &Fixed, goal
     // 2^-24 of the whole is less than any block.
     for _ in 0..24 {
         let middle = (low + high) / 2.0;
-        let ranges = fill(middle);
-        if all_placed(&ranges) {
-            (best, high) = (ranges, middle);
+        let ends = fill(middle);
+        if all_placed(&ends) {
+            (best, high) = (ends, middle);
         } else {
             low = middle;
         }
     }
-    best
+    ranges(&best)
 }
 
-/// Where a stage ends that starts at `start`: it has one block at least, ends at `most` at the latest, costs no more
-/// than `limit`, and fits. Blocks of one kind that follow each other are taken together.
-fn filled(
-    workload: &Workload,
-    start: usize,
-    most: usize,
-    cost: &[f64],
-    limit: f64,
-    fits: impl Fn(&Counts) -> bool,
-) -> usize {
-    let order = &workload.order;
-    let mut counts = vec![0; workload.blocks.len()];
-    counts[order[start]] = 1;
-    let (mut end, mut sum) = (start + 1, cost[order[start]]);
-    while end < most {
-        let kind = order[end];
-        let run = order[end..most].iter().take_while(|b| **b == kind).count();
-        let affordable =
-            if cost[kind] > 0.0 { (((limit - sum) / cost[kind]).max(0.0)) as usize } else { run };
-        let mut with = |more: usize| {
-            counts[kind] += more as u64;
-            let ok = fits(&counts);
-            counts[kind] -= more as u64;
-            ok
+/// Fills stages with blocks. How far memory reaches doesn't depend on the limit, so it is found once for each start.
+struct Filler<'a> {
+    workload: &'a Workload,
+    kinds: &'a [StageCost],
+    fixed: &'a Fixed,
+    /// Where the run of blocks of one kind ends that each is part of.
+    run_end: Vec<usize>,
+    /// `[start][block]`: how many of each kind come before.
+    before: Vec<Counts>,
+    /// Where memory ends, by kind of stage, whether it is the last one, and start.
+    reach: Vec<[Vec<Option<usize>>; 2]>,
+}
+
+impl<'a> Filler<'a> {
+    fn new(workload: &'a Workload, kinds: &'a [StageCost], fixed: &'a Fixed) -> Filler<'a> {
+        let order = &workload.order;
+        let mut run_end = vec![order.len(); order.len()];
+        for at in (1..order.len()).rev() {
+            run_end[at - 1] = if order[at - 1] == order[at] { run_end[at] } else { at };
+        }
+        let mut before = vec![vec![0; workload.blocks.len()]];
+        for block in order {
+            let mut counts = before[before.len() - 1].clone();
+            counts[*block] += 1;
+            before.push(counts);
+        }
+        let unknown = vec![None; order.len()];
+        let reach = vec![[unknown.clone(), unknown]; kinds.len()];
+        Filler { workload, kinds, fixed, run_end, before, reach }
+    }
+
+    /// Where a stage ends that starts at `start`: it has one block at least, ends at `most` at the latest, costs no more
+    /// than `limit`, and fits. Blocks of one kind that follow each other are taken together.
+    fn end(&mut self, start: usize, most: usize, kind: usize, last: bool, cost: &[f64], limit: f64) -> usize {
+        let most = most.min(self.reach(start, kind, last));
+        let order = &self.workload.order;
+        let (mut end, mut sum) = (start + 1, cost[order[start]]);
+        while end < most {
+            let each = cost[order[end]];
+            let run = self.run_end[end].min(most) - end;
+            let affordable = if each > 0.0 { (((limit - sum) / each).max(0.0)) as usize } else { run };
+            let take = run.min(affordable);
+            end += take;
+            sum += take as f64 * each;
+            if take < run {
+                break;
+            }
+        }
+        end
+    }
+
+    /// Where a stage ends at the latest that starts at `start`, so that it fits.
+    fn reach(&mut self, start: usize, kind: usize, last: bool) -> usize {
+        if let Some(known) = self.reach[kind][usize::from(last)][start] {
+            return known;
+        }
+        let mut counts = self.before[0].clone();
+        let mut fits = |end: usize| {
+            let ends = self.before[end].iter().zip(&self.before[start]);
+            counts.iter_mut().zip(ends).for_each(|(n, (to, from))| *n = to - from);
+            self.kinds[kind].fits(&counts, last, self.fixed)
         };
-        let mut take = run.min(affordable);
-        if !with(take) {
-            let (mut some, mut too_many) = (0, take);
+        let all = self.workload.order.len();
+        let end = if fits(all) {
+            all
+        } else {
+            let (mut some, mut too_many) = (start + 1, all);
             while too_many - some > 1 {
                 let middle = some.midpoint(too_many);
-                if with(middle) { some = middle } else { too_many = middle }
+                if fits(middle) { some = middle } else { too_many = middle }
             }
-            take = some;
-        }
-        counts[kind] += take as u64;
-        end += take;
-        sum += take as f64 * cost[kind];
-        if take < run {
-            break;
-        }
+            some
+        };
+        self.reach[kind][usize::from(last)][start] = Some(end);
+        end
     }
-    end
 }

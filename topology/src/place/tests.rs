@@ -2,14 +2,14 @@
 
 use proptest::prelude::*;
 
-use super::arrange::Task;
+use super::arrange::{Arranger, Task};
 use super::search::search;
 use super::workload::{Attention, Block, Exchange, Keys, Kind, Part, Split, Work, Workload};
 use super::{
     Alternative, Degrees, Goal, Machine, Placement, Portion, RankPlace, Reason, Request, alternative, place,
 };
-use crate::Error;
 use crate::fabric::{self, Class, Device, DeviceModel, Fabric, Host, Link, Parts, Tflops};
+use crate::{Error, ModelSpec};
 
 /// A decoder as Llama's: bf16, an output head of its own.
 fn llama(layers: usize, hidden: u64, heads: [usize; 2], ffn: u64, vocab: u64) -> Workload {
@@ -365,6 +365,40 @@ fn a_thousand_devices_take_a_few_thousand_states() {
             // Sums of 8 sequences are small: they cross hosts only if that pays, and all devices read.
             assert_eq!(best.degrees.ranks(), 1024);
         }
+    }
+}
+
+#[test]
+fn what_an_arrangement_costs_does_not_depend_on_what_was_tried_before() {
+    // Experts whole, by columns, over groups and over several data-parallel ranks lie on the same devices.
+    let spec = ModelSpec::from_config(
+        r#"{"model_type": "mixtral", "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "vocab_size": 32000, "torch_dtype": "bfloat16"}"#,
+    )
+    .unwrap();
+    let workload = Workload::of(&spec);
+    // The last host is slower, so that replicas differ.
+    let mut parts = cluster(3, 4).into_parts();
+    parts.models.push(DeviceModel {
+        name: "slow".into(),
+        memory_gbps: Some(2000.0),
+        ..parts.models[0].clone()
+    });
+    parts.devices[8..].iter_mut().for_each(|device| device.model = 1);
+    let machine = machine(&Fabric::new(parts).unwrap());
+    let task = Task { workload: &workload, machine: &machine, goal: Goal::Decode, context: 2048, batch: 12 };
+    let found = search(task);
+    assert!(found.tried.iter().any(|t| t.degrees.sharing_experts() > 1 && t.degrees.etp > 1));
+    for tried in &found.tried {
+        let alone = Arranger::new(task).arrange(&tried.degrees).unwrap();
+        let (cost, lacks) = (alone.cost(task.goal), alone.lacks(&machine));
+        assert_eq!(
+            (tried.cost, tried.lacks, tried.peak),
+            (cost, lacks, alone.peak_bytes()),
+            "{}",
+            tried.degrees
+        );
     }
 }
 

@@ -118,7 +118,7 @@ impl Planner<'_> {
         let us = match op {
             "all_reduce" => self.costs.all_reduce_us(bytes_per_token, among),
             "reduce_scatter" => self.costs.exchange_us(op, bytes_per_token, among),
-            "all_to_all" => self.costs.exchange_us(op, bytes_per_token / world as u64, among),
+            "all_to_all" => self.costs.grouped_all_to_all_us(bytes_per_token / world as u64, world, among),
             _ => self.costs.all_gather_us(bytes_per_token, among),
         };
         Collective {

@@ -249,7 +249,8 @@ fn band(sizes: &[Size]) -> f64 {
     });
     let mut misses: Vec<f64> = misses.collect();
     misses.sort_by(f64::total_cmp);
-    let within = (misses.len() as f64 * WITHIN) as usize;
+    // Rounded up: of few measurements, the band holds more than that part.
+    let within = (misses.len() as f64 * WITHIN).ceil() as usize;
     rounded(misses[within.clamp(1, misses.len()) - 1].exp()).max(1.0)
 }
 
@@ -298,7 +299,7 @@ mod tests {
         }
         let barrier = Curve::fit(&[(0, 3.0), (0, 1.0), (0, 2.0)]).unwrap();
         assert_eq!((barrier.us(0), barrier.us(1 << 30), barrier.pieces().count()), (2.0, 2.0, 0));
-        assert!(barrier.is_sound() && barrier.band() == 1.5);
+        assert!(barrier.is_sound() && barrier.band() == 2.0);
     }
 
     #[test]
@@ -343,6 +344,13 @@ mod tests {
         ] {
             assert!(!bad.is_sound(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn few_measurements_are_all_within_the_band() {
+        // One pass over three sizes: the others say 2 us of the middle one, which took 3.
+        let curve = Curve::fit(&[(1000, 1.0), (2000, 3.0), (3000, 3.0)]).unwrap();
+        assert_eq!(curve.band(), 1.5);
     }
 
     proptest! {
