@@ -62,8 +62,9 @@ pub(crate) struct Engine {
     chunk: usize,
     /// Bytes of a block above which ranks read it where it lies.
     single_copy_above: usize,
-    /// Whether it is known that they can, and that it pays.
-    single_copy_known: bool,
+    /// Whether they can, and it pays; and after how many such calls it is tried again.
+    single_copy_pays: bool,
+    until_trial: u32,
     writer: Writer,
     /// Room for one pointer a rank, so that a call need not allocate.
     sources: Sources,
@@ -255,7 +256,8 @@ impl Engine {
         Engine {
             chunk: tuning.chunk.min(group.slot_bytes()),
             single_copy_above: tuning.single_copy_above,
-            single_copy_known: false,
+            single_copy_pays: false,
+            until_trial: 0,
             selection,
             offers: Vec::with_capacity(group.world()),
             group,

@@ -3,7 +3,8 @@
 //!
 //! That takes two meetings of all ranks, and nothing is done while others read; from some size on it costs less. Where a
 //! block has not been written since it was read last, it costs much less: the reader has it in its caches. How much the
-//! kernel's copy costs differs between processors: where no table says from which size on it pays, a group tries it, once.
+//! kernel's copy costs differs between processors, and with where a hypervisor has put them: where no table says from which
+//! size on it pays, a group tries it, now and then.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -17,7 +18,10 @@ use super::copy::STREAM_FROM;
 const TRIAL: usize = 64 << 10;
 
 /// How often each way is timed in a trial; the least time counts.
-const ROUNDS: usize = 6;
+const ROUNDS: usize = 4;
+
+/// Calls between two trials: enough for these to cost less than a hundredth of the time.
+const EVERY: u32 = 4096;
 
 /// The most ranks that try: each has a block of each.
 const MOST: usize = 8;
@@ -36,15 +40,13 @@ impl Engine {
         if longest <= self.single_copy_above || longest.saturating_mul(world) >= STREAM_FROM || world == 1 {
             return Ok(false);
         }
-        if !self.single_copy_known {
-            let pays = self.group.reaches()?
+        if self.until_trial == 0 {
+            self.until_trial = EVERY;
+            self.single_copy_pays = self.group.reaches()?
                 && (self.group.is_tuned() || world > MOST || self.single_copy_is_faster()?);
-            if !pays {
-                self.single_copy_above = usize::MAX;
-            }
-            self.single_copy_known = true;
         }
-        Ok(longest > self.single_copy_above)
+        self.until_trial -= 1;
+        Ok(self.single_copy_pays)
     }
 
     /// Times all-gathers both ways, of blocks that were written anew and of the same once more, and compares the means.
