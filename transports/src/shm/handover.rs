@@ -378,7 +378,7 @@ mod tests {
             for cut in 1..body.len() {
                 // Whole words can be a shorter list.
                 let parsed = parse_accepted(&body[1..cut], 3);
-                assert!(parsed.is_none() || (cut >= 17 && (cut - 17).is_multiple_of(32)), "{cut}");
+                assert!(parsed.is_none() || (cut >= 17 && (cut - 17).is_multiple_of(40)), "{cut}");
             }
         }
         let unsound = Tuning { chunk: 3, ..Tuning::built_in(2) };

@@ -35,7 +35,7 @@ const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::SEAL);
 pub(super) const HUGE: u64 = 2 << 20;
 
 /// Changes with any change of what lies where in the memory, or of how it is handed over.
-pub(super) const VERSION: u32 = 4;
+pub(super) const VERSION: u32 = 5;
 
 /// The file that all ranks of a host share.
 #[derive(Debug)]
